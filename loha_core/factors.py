@@ -1,0 +1,156 @@
+"""The one value type: the factorization of one weight's update."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, fields, replace
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import algebra
+from .errors import LoHaError
+
+
+class KhatriRao(NamedTuple):
+    """ΔW·scale as an ordinary low-rank update of rank r².
+
+    Flat: ``u @ v`` with u (o, r²), v (r², n). Tucker: ``core`` (r², r², *k) sits between them,
+    ΔW[o, i, k] = Σ_PQ u[o, P] · core[P, Q, k] · v[Q, i].
+    """
+
+    u: Tensor
+    v: Tensor
+    core: Tensor | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class LoHaFactors:
+    """Factors of ΔW = alpha/r · M₁ ∘ M₂ (FedPara, arXiv 2108.06098, prop. 1).
+
+    Flat (linear, or convolution with its kernel flattened), Mₕ = wₕ_a · wₕ_b:
+        wₕ_a (o, r), wₕ_b (r, n), n = i or i·∏k.
+    Tucker (arXiv 2108.06098, prop. 3), Mₕ[o,i,k] = Σ_pq tₕ[p,q,k] · wₕ_a[p,o] · wₕ_b[q,i]:
+        tₕ (r, r, *k), wₕ_a (r, o), wₕ_b (r, i).
+
+    o = output channels, i = input channels / groups, k = kernel sizes, r = rank.
+
+    Args:
+        alpha: numerator of the scale; a float or a one-element tensor.
+        dora_scale: magnitudes m of DoRA; as many elements as outputs (first axis) or inputs (second axis).
+
+    Raises:
+        LoHaError: shapes that do not fit together, a factor that is not floating point, or a non-finite alpha.
+
+    >>> a, b = torch.ones(6, 2), torch.ones(2, 4)
+    >>> LoHaFactors(a, b, a, b, alpha=1.0).delta()[0, 0]   # 1/2 · (1+1) · (1+1)
+    tensor(2.)
+    """
+
+    w1_a: Tensor
+    w1_b: Tensor
+    w2_a: Tensor
+    w2_b: Tensor
+    alpha: float
+    t1: Tensor | None = None
+    t2: Tensor | None = None
+    dora_scale: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "alpha", float(self.alpha))
+        if not math.isfinite(self.alpha):
+            raise LoHaError(f"alpha is {self.alpha}; it must be a finite number")
+        for name, tensor in self.tensors().items():
+            if not tensor.is_floating_point():
+                raise LoHaError(f"{name} has dtype {tensor.dtype}; LoHa factors are floating point")
+        self._check_shapes()
+
+    def _check_shapes(self) -> None:
+        if (self.t1 is None) != (self.t2 is None):
+            raise LoHaError("a Tucker LoHa needs both t1 and t2; only one of them is there")
+        for half in ("1", "2"):
+            a, b, t = (getattr(self, name) for name in (f"w{half}_a", f"w{half}_b", f"t{half}"))
+            if a.dim() != 2 or b.dim() != 2:
+                raise LoHaError(f"w{half}_a {_shape(a)} and w{half}_b {_shape(b)} must have two dimensions each")
+            rank = a.shape[0] if t is not None else a.shape[1]
+            wanted = f"w{half}_a ({'r, o' if t is not None else 'o, r'}), w{half}_b (r, i)"
+            if b.shape[0] != rank or rank == 0:
+                raise LoHaError(f"w{half}_a {_shape(a)} and w{half}_b {_shape(b)} share no rank; expected {wanted}")
+            if t is not None and (t.dim() < 3 or tuple(t.shape[:2]) != (rank, rank)):
+                raise LoHaError(f"t{half} is {_shape(t)}; expected ({rank}, {rank}, *kernel)")
+        if self._outer(1) != self._outer(2):
+            raise LoHaError(f"the halves have different shapes: {self._outer(1)} and {self._outer(2)}")
+        if self.rank != (self.w2_b.shape[0]):
+            raise LoHaError(f"the halves have different ranks: {self.rank} and {self.w2_b.shape[0]}")
+        if self.dora_scale is not None:
+            out, inner, count = self.shape[0], self.shape[1], self.dora_scale.numel()
+            # Flat factors know n = i·∏k only; binding to a weight checks i itself.
+            if count not in (out, inner) and (self.is_tucker or count == 0 or inner % count):
+                raise LoHaError(f"dora_scale {_shape(self.dora_scale)} fits neither {out} outputs nor {inner} inputs")
+
+    def _outer(self, half: int) -> tuple[int, ...]:
+        a, b, t = (self.w1_a, self.w1_b, self.t1) if half == 1 else (self.w2_a, self.w2_b, self.t2)
+        if t is None:
+            return (a.shape[0], b.shape[1])
+        return (a.shape[1], b.shape[1], *t.shape[2:])
+
+    @property
+    def rank(self) -> int:
+        """r: the rank of each half."""
+        return self.w1_b.shape[0]
+
+    @property
+    def scale(self) -> float:
+        """alpha / rank."""
+        return self.alpha / self.rank
+
+    @property
+    def is_tucker(self) -> bool:
+        return self.t1 is not None
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Canonical shape of ΔW: (o, i, *k) when Tucker, else (o, n)."""
+        return self._outer(1)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.w1_a.dtype
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The tensors that are there, by field name."""
+        named = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "alpha"}
+        return {name: tensor for name, tensor in named.items() if tensor is not None}
+
+    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> LoHaFactors:
+        """The same factors on another device or in another dtype; alpha stays a Python float."""
+        return replace(self, **{name: t.to(device=device, dtype=dtype) for name, t in self.tensors().items()})
+
+    def parameter_count(self) -> int:
+        return sum(t.numel() for t in self.tensors().values())
+
+    def delta(self, dtype: torch.dtype | None = None) -> Tensor:
+        """scale·ΔW at strength 1, without DoRA, in the canonical shape.
+
+        Args:
+            dtype: of the result. Computed in it, but never in less than float32;
+                by default float32, or float64 if a factor is.
+        """
+        compute = algebra.compute_dtype(*self.tensors().values(), dtype=dtype)
+        return algebra.delta(self.to(dtype=compute)).to(dtype or compute)
+
+    def khatri_rao(self, dtype: torch.dtype | None = None) -> KhatriRao:
+        """The exact rank-r² form of ``delta()``; the scale is in u."""
+        compute = algebra.compute_dtype(*self.tensors().values(), dtype=dtype)
+        return KhatriRao(
+            *(x if x is None else x.to(dtype or compute) for x in algebra.khatri_rao(self.to(dtype=compute)))
+        )
+
+    def norm(self) -> float:
+        """Frobenius norm of scale·ΔW."""
+        return algebra.norm(self)
+
+
+def _shape(tensor: Tensor) -> str:
+    return str(tuple(tensor.shape))

@@ -1,0 +1,127 @@
+"""The safetensors container: the only thing that is ever opened. No pickle, on any path."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from ..errors import LoHaError
+
+SUFFIXES = (".safetensors", ".sft")
+_DTYPES = frozenset("F64 F32 F16 BF16 F8_E4M3 F8_E5M2 I64 I32 I16 I8 U8 BOOL".split())
+
+
+def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """All tensors, copied into memory, and the metadata.
+
+    The header is checked against the file's size before anything is allocated.
+
+    Raises:
+        LoHaError: not a safetensors file, damaged, or with values that are not finite.
+    """
+    _check_is_safetensors(path)
+    try:
+        with safe_open(path, framework="pt", device="cpu") as file:
+            for key in file.keys():
+                dtype = file.get_slice(key).get_dtype()
+                if dtype not in _DTYPES:
+                    raise LoHaError(f"{path}: {key} has dtype {dtype}, which torch has no factors in; re-save the file")
+            # Cloned: the file may be replaced while its tensors are in use.
+            tensors = {key: file.get_tensor(key).clone() for key in file.keys()}
+            metadata = dict(file.metadata() or {})
+    except (SafetensorError, OSError, UnicodeError) as error:
+        raise LoHaError(
+            f"{path}: not a readable safetensors file ({error}). It may be truncated: download or save it again."
+        ) from error
+    for key, tensor in tensors.items():
+        check_finite(tensor, f"{path}: {key}")
+    return tensors, metadata
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """Write atomically: a temporary file in the same folder, fsynced, then renamed over ``path``.
+
+    Raises:
+        LoHaError: a value is not finite, or the file cannot be written; ``path`` is then as it was.
+    """
+    for key, tensor in tensors.items():
+        check_finite(tensor, f"{path}: refusing to save {key}")
+    # safetensors refuses tensors that share memory; a copy makes each its own.
+    own = {key: tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for key, tensor in tensors.items()}
+    with atomic(path) as temporary:
+        save_file(own, temporary, dict(metadata))
+
+
+class atomic:
+    """Context manager: yields a temporary path beside ``path`` and renames it there on success."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __enter__(self) -> Path:
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            handle, name = tempfile.mkstemp(prefix=f".{self.path.name}.", suffix=".tmp", dir=self.path.parent)
+        except OSError as error:
+            raise LoHaError(f"{self.path}: cannot be written ({error})") from error
+        os.close(handle)
+        self.temporary = Path(name)
+        return self.temporary
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        try:
+            if error is None:
+                with open(self.temporary, "rb+") as file:
+                    os.fsync(file.fileno())
+                self.temporary.chmod(0o666 & ~_umask())
+                os.replace(self.temporary, self.path)
+        except OSError as failure:
+            error = failure
+        finally:
+            self.temporary.unlink(missing_ok=True)
+        if isinstance(error, (OSError, SafetensorError)):
+            raise LoHaError(f"{self.path}: cannot be written ({error}); nothing was changed") from error
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def check_finite(tensor: Tensor, what: str) -> None:
+    if not tensor.is_floating_point() or tensor.numel() == 0:
+        return
+    wide = tensor.float() if tensor.element_size() == 1 else tensor
+    if not bool(torch.isfinite(wide).all()):
+        bad = int((~torch.isfinite(wide)).sum())
+        raise LoHaError(f"{what}: {bad} of {tensor.numel()} values are NaN or infinite; the training run broke")
+
+
+def _check_is_safetensors(path: Path) -> None:
+    if path.is_dir():
+        raise LoHaError(f"{path}: a folder without adapter_config.json; expected a .safetensors file or a PEFT folder")
+    if not path.is_file():
+        raise LoHaError(f"{path}: no such file")
+    if path.suffix.lower() not in SUFFIXES:
+        raise LoHaError(f"{path}: only {' and '.join(SUFFIXES)} files are read, since other formats can run code")
+    with open(path, "rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        head = file.read(9)
+    if size == 0:
+        raise LoHaError(f"{path}: the file is empty; download or save it again")
+    if head[:2] in (b"PK", b"\x80\x02", b"\x80\x04", b"\x80\x05"):
+        raise LoHaError(f"{path}: a pickle renamed to {path.suffix}; loading one can run code, so it is refused")
+    header = int.from_bytes(head[:8], "little")
+    if size < 9 or header > size - 8 or head[8:9] != b"{":
+        raise LoHaError(
+            f"{path}: not a safetensors file: {size} bytes, of which its first 8 claim {header} as header. "
+            "It may be truncated, or a web page saved by mistake: download it again."
+        )

@@ -1,0 +1,113 @@
+"""From a flat dictionary of tensors to layers: what all dialects share."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from ..adapter import Adapter
+from ..errors import LoHaError
+from ..factors import LoHaFactors
+
+_FACTORS = ("w1_a", "w1_b", "w2_a", "w2_b")
+_PARTS = {f"hada_{name}": name for name in (*_FACTORS, "t1", "t2")} | {
+    name: name for name in ("alpha", "dora_scale", "scalar")
+}
+
+# Suffixes of adapters that are not LoHa but may share the file.
+OTHER_SUFFIXES = (
+    ".lora_up.weight .lora_down.weight .lora_mid.weight .lora_A.weight .lora_B.weight .lora_A .lora_B "
+    ".lora.up.weight .lora.down.weight .lora_linear_layer.up.weight .lora_linear_layer.down.weight "
+    ".lora_A.default.weight .lora_B.default.weight .lora_up .lora_down "
+    ".lokr_w1 .lokr_w2 .lokr_w1_a .lokr_w1_b .lokr_w2_a .lokr_w2_b .lokr_t2 .a1.weight .a2.weight .b1.weight .b2.weight "
+    ".oft_blocks .oft_diag .rescale .w_norm .b_norm .diff .diff_b .set_weight .reshape_weight .alpha .dora_scale"
+).split()
+
+
+def split_other(key: str) -> tuple[str, str] | None:
+    """``module.suffix`` -> (module, suffix without its dot) for adapters that are not LoHa, else None."""
+    for suffix in sorted(OTHER_SUFFIXES, key=len, reverse=True):
+        if key.endswith(suffix):
+            return key.removesuffix(suffix), suffix[1:]
+    return None
+
+
+def group(
+    tensors: Mapping[str, Tensor],
+    source: str,
+    *,
+    name_of: Callable[[str], str] = lambda module: module,
+    alpha_of: Callable[[str, int], float | None] = lambda module, rank: None,
+) -> Adapter:
+    """Sort tensors into LoHa layers and the rest.
+
+    Args:
+        name_of: module name in the file -> name of the layer.
+        alpha_of: (module, rank) -> alpha, for dialects whose files hold none.
+
+    Raises:
+        LoHaError: a factor is missing or has a wrong shape; names the key.
+    """
+    modules: dict[str, dict[str, Tensor]] = defaultdict(dict)
+    for key, tensor in tensors.items():
+        module, _, part = key.rpartition(".")
+        if part in _PARTS:
+            modules[module][_PARTS[part]] = tensor
+
+    layers: dict[str, LoHaFactors] = {}
+    used: set[str] = set()
+    notes: list[str] = []
+    for module, parts in modules.items():
+        if not any(name in parts for name in (*_FACTORS, "t1", "t2")):
+            continue  # an alpha or a dora_scale of some other adapter
+        try:
+            factors = _factors(parts, lambda rank, module=module: alpha_of(module, rank))
+        except LoHaError as error:
+            raise LoHaError(f"{source}: {module}: {error}") from None
+        if "alpha" in parts and factors.alpha == 0 and "scalar" not in parts:
+            notes.append(f"{module}: alpha is 0, so this layer does nothing")
+        name = name_of(module)
+        if name in layers:
+            raise LoHaError(f"{source}: two spellings of the module {name} in one file; which one counts is unknown")
+        layers[name] = factors
+        used.update(f"{module}.{part}" for part, field in _PARTS.items() if field in parts)
+    extras = {key: tensor for key, tensor in tensors.items() if key not in used}
+    return Adapter(layers, extras, source=source, notes=notes)
+
+
+def _factors(parts: Mapping[str, Tensor], alpha_of: Callable[[int], float | None]) -> LoHaFactors:
+    missing = [f"hada_{name}" for name in _FACTORS if name not in parts]
+    if missing:
+        raise LoHaError(f"{', '.join(missing)} missing from the file; it is incomplete, so save or download it again")
+    tucker = "t1" in parts
+    tensors = {name: _two_dimensional(name, parts[name], tucker) for name in _FACTORS}
+    for name in ("alpha", "scalar"):
+        if name in parts and parts[name].numel() != 1:
+            raise LoHaError(f"{name} has shape {tuple(parts[name].shape)}; expected one number")
+    rank = tensors["w1_b"].shape[0]
+    # A file without alpha has scale 1.
+    alpha = float(parts["alpha"]) if "alpha" in parts else alpha_of(rank)
+    factors = LoHaFactors(
+        **tensors,
+        alpha=rank if alpha is None else alpha,
+        t1=parts.get("t1"),
+        t2=parts.get("t2"),
+        dora_scale=parts.get("dora_scale"),
+    )
+    return _fold_scalar(factors, float(parts["scalar"])) if "scalar" in parts else factors
+
+
+def _two_dimensional(name: str, tensor: Tensor, tucker: bool) -> Tensor:
+    """OneTrainer keeps a convolution's shape: (o, r, 1, 1) and (r, i, *k); the flat form is the same numbers."""
+    return tensor.flatten(1) if tensor.dim() > 2 and not tucker else tensor
+
+
+def _fold_scalar(factors: LoHaFactors, scalar: float) -> LoHaFactors:
+    """LyCORIS' learned scalar multiplies w1; in alpha it is exact. Not 0, which some readers take for 'unset'."""
+    if factors.alpha * scalar != 0:
+        return replace(factors, alpha=factors.alpha * scalar)
+    return replace(factors, w1_a=torch.zeros_like(factors.w1_a))

@@ -1,0 +1,181 @@
+"""PEFT: a folder with adapter_config.json and adapter_model.safetensors, or one such folder per network.
+
+The tensors carry no alpha: it comes from the configuration, with ``rank_pattern`` and ``alpha_pattern`` (PEFT's
+``get_pattern_key``: the first pattern that is the whole name or its end at a dot).
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import defaultdict
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import names
+from ..adapter import Adapter
+from ..errors import LoHaError
+from ..factors import LoHaFactors
+from .container import atomic, check_finite, read_tensors, write_tensors
+from .grouping import group
+
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+_MAX_CONFIG_BYTES = 10_000_000
+_COMPONENTS = {"unet": "unet", "te1": "text_encoder", "te2": "text_encoder_2", "te3": "text_encoder_3"}
+
+
+def folders(path: Path) -> list[tuple[str, Path]]:
+    """(component prefix, folder) of each PEFT adapter in ``path``: itself, or its sub-folders unet, text_encoder, …"""
+    if (path / CONFIG).is_file():
+        return [("", path)]
+    if not path.is_dir():
+        return []
+    return [(f"{child.name}.", child) for child in sorted(path.iterdir()) if (child / CONFIG).is_file()]
+
+
+def read(path: Path) -> Adapter:
+    """A PEFT folder, or a folder of them, as one adapter."""
+    whole = Adapter({}, dialect="peft", source=str(path))
+    for prefix, folder in folders(path):
+        part = read_file(folder / WEIGHTS, prefix)
+        whole.layers |= part.layers
+        whole.extras |= part.extras
+        whole.metadata |= part.metadata
+        whole.notes += part.notes
+    return whole
+
+
+def read_file(path: Path, prefix: str = "") -> Adapter:
+    """One PEFT file; alpha comes from the adapter_config.json beside it."""
+    tensors, metadata = read_tensors(path)
+    return from_tensors(tensors, metadata, path, prefix)
+
+
+def from_tensors(tensors: Mapping[str, Tensor], metadata: dict[str, str], path: Path, prefix: str = "") -> Adapter:
+    config_path = path.parent / CONFIG
+    config = _read_config(config_path) if config_path.is_file() else None
+
+    def name_of(module: str) -> str:
+        return prefix + module.removeprefix(names.WRAPPER)
+
+    def alpha_of(module: str, rank: int) -> float | None:
+        if config is None:
+            return None
+        return _by_pattern(config, "alpha_pattern", module.removeprefix(names.WRAPPER), config.get("alpha", rank))
+
+    tensors = {prefix_extra(key, prefix): _squeeze_conv1d(key, tensor) for key, tensor in tensors.items()}
+    adapter = group(tensors, str(path), name_of=name_of, alpha_of=alpha_of)
+    adapter.dialect, adapter.metadata = "peft", metadata
+    if config is None and adapter.layers:
+        adapter.notes.append(f"no {CONFIG} beside the file, and PEFT files hold no alpha: scale 1 is assumed")
+    return adapter
+
+
+def prefix_extra(key: str, prefix: str) -> str:
+    """Tensors that are not LoHa keep their network's name, since several folders become one adapter."""
+    return key if ".hada_" in key or not prefix else prefix + key
+
+
+def _squeeze_conv1d(key: str, tensor: Tensor) -> Tensor:
+    """PEFT writes Conv1d's core as (r, r, k, 1)."""
+    return tensor.squeeze(3) if ".hada_t" in key and tensor.dim() == 4 and tensor.shape[3] == 1 else tensor
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    try:
+        if path.stat().st_size > _MAX_CONFIG_BYTES:
+            raise LoHaError(f"{path}: {path.stat().st_size} bytes is no adapter configuration")
+        config = json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        if isinstance(error, LoHaError):
+            raise
+        raise LoHaError(f"{path}: not readable as JSON ({error})") from error
+    if not isinstance(config, dict):
+        raise LoHaError(f"{path}: expected a JSON object, found {type(config).__name__}")
+    kind = config.get("peft_type", "LOHA")
+    if kind != "LOHA":
+        raise LoHaError(f"{path}: peft_type is {kind}, not LOHA; load it with a loader for that kind of adapter")
+    return config
+
+
+def _by_pattern(config: Mapping[str, Any], field: str, module: str, default: Any) -> float:
+    patterns = config.get(field) or {}
+    if not isinstance(patterns, dict):
+        raise LoHaError(f"{CONFIG}: {field} is {type(patterns).__name__}; expected an object of pattern: number")
+    try:
+        value = next((v for p, v in patterns.items() if re.match(rf"(.*\.)?({p})$", module)), default)
+        return float(value)
+    except (re.error, RecursionError) as error:
+        raise LoHaError(f"{CONFIG}: {field} holds a pattern that is no regular expression ({error})") from error
+    except (TypeError, ValueError) as error:
+        raise LoHaError(f"{CONFIG}: {field} or alpha gives {module} a value that is no number ({error})") from error
+
+
+def write(adapter: Adapter, path: Path, dtype: torch.dtype | None) -> None:
+    """Save as PEFT does: into ``path`` itself, or into unet/ and text_encoder…/ where the names tell networks apart.
+
+    Raises:
+        LoHaError: the adapter holds what PEFT's LoHa cannot: DoRA, other kinds of layers, Tucker beside flat
+            convolutions. Nothing is written then.
+    """
+    if path.suffix.lower() in (".safetensors", ".sft"):
+        raise LoHaError(f"{path}: PEFT saves into a folder, since alpha lives in {CONFIG}; give a folder's name")
+    dora = [name for name, factors in adapter.layers.items() if factors.dora_scale is not None]
+    if dora or adapter.extras:
+        what = f"DoRA ({dora[0]})" if dora else f"{next(iter(adapter.extras))}"
+        raise LoHaError(f"{path}: PEFT's LoHa format cannot hold {what}; save as format='lycoris'")
+    parts: dict[str, dict[str, LoHaFactors]] = defaultdict(dict)
+    for name, factors in adapter.layers.items():
+        prefix = names.prefix_of(name)
+        folder = _COMPONENTS.get(names.PREFIXES[prefix], "") if prefix else ""
+        parts[folder][names.dotted(name.removeprefix(prefix or ""))] = factors
+    prepared = {folder: (_tensors(layers, dtype), _config(layers)) for folder, layers in parts.items()}
+    for folder, (tensors, _) in prepared.items():
+        for key, tensor in tensors.items():
+            check_finite(tensor, f"{path / folder}: refusing to save {key}")
+    for folder, (tensors, config) in prepared.items():
+        write_tensors(path / folder / WEIGHTS, tensors, adapter.metadata | {"format": "pt"})
+        with atomic(path / folder / CONFIG) as temporary:
+            temporary.write_text(json.dumps(config, indent=2, sort_keys=True), "utf-8")
+
+
+def _tensors(layers: Mapping[str, LoHaFactors], dtype: torch.dtype | None) -> dict[str, Tensor]:
+    tensors = {}
+    for name, factors in layers.items():
+        for field, tensor in factors.tensors().items():
+            if field.startswith("t") and tensor.dim() == 3:
+                tensor = tensor.unsqueeze(3)
+            tensors[f"{names.WRAPPER}{name}.hada_{field}"] = tensor.to(dtype or tensor.dtype)
+    return tensors
+
+
+def _config(layers: Mapping[str, LoHaFactors]) -> dict[str, Any]:
+    adapter = Adapter(dict(layers))
+    # Longest name first: PEFT takes the first pattern that matches the end of a name.
+    ordered = sorted(layers, key=len, reverse=True)
+    ranks = {name: layers[name].rank for name in ordered}
+    alphas = {name: layers[name].alpha for name in ordered}
+    return {
+        "peft_type": "LOHA",
+        "r": adapter.ranks.most_common(1)[0][0],
+        "alpha": adapter.alphas.most_common(1)[0][0],
+        "rank_pattern": {} if len(adapter.ranks) == 1 else ranks,
+        "alpha_pattern": {} if len(adapter.alphas) == 1 else alphas,
+        "use_effective_conv2d": any(factors.is_tucker for factors in layers.values()),
+        "target_modules": sorted(layers),
+        "rank_dropout": 0.0,
+        "module_dropout": 0.0,
+        "init_weights": True,
+        "inference_mode": True,
+        "task_type": None,
+        "base_model_name_or_path": None,
+        "revision": None,
+        "auto_mapping": None,
+        "modules_to_save": None,
+        "layers_to_transform": None,
+        "layers_pattern": None,
+    }
