@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, fields, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -125,7 +125,8 @@ class LoHaFactors:
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> LoHaFactors:
         """The same factors on another device or in another dtype; alpha stays a Python float."""
-        return replace(self, **{name: t.to(device=device, dtype=dtype) for name, t in self.tensors().items()})
+        moved: dict[str, Any] = {name: t.to(device=device, dtype=dtype) for name, t in self.tensors().items()}
+        return replace(self, **moved)
 
     def parameter_count(self) -> int:
         return sum(t.numel() for t in self.tensors().values())
@@ -143,9 +144,9 @@ class LoHaFactors:
     def khatri_rao(self, dtype: torch.dtype | None = None) -> KhatriRao:
         """The exact rank-r² form of ``delta()``; the scale is in u."""
         compute = algebra.compute_dtype(*self.tensors().values(), dtype=dtype)
-        return KhatriRao(
-            *(x if x is None else x.to(dtype or compute) for x in algebra.khatri_rao(self.to(dtype=compute)))
-        )
+        u, v, core = algebra.khatri_rao(self.to(dtype=compute))
+        wanted = dtype or compute
+        return KhatriRao(u.to(wanted), v.to(wanted), None if core is None else core.to(wanted))
 
     def norm(self) -> float:
         """Frobenius norm of scale·ΔW."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -23,7 +24,8 @@ OTHER_SUFFIXES = (
     ".lora_up.weight .lora_down.weight .lora_mid.weight .lora_A.weight .lora_B.weight .lora_A .lora_B "
     ".lora.up.weight .lora.down.weight .lora_linear_layer.up.weight .lora_linear_layer.down.weight "
     ".lora_A.default.weight .lora_B.default.weight .lora_up .lora_down "
-    ".lokr_w1 .lokr_w2 .lokr_w1_a .lokr_w1_b .lokr_w2_a .lokr_w2_b .lokr_t2 .a1.weight .a2.weight .b1.weight .b2.weight "
+    ".lokr_w1 .lokr_w2 .lokr_w1_a .lokr_w1_b .lokr_w2_a .lokr_w2_b .lokr_t2 "
+    ".a1.weight .a2.weight .b1.weight .b2.weight "
     ".oft_blocks .oft_diag .rescale .w_norm .b_norm .diff .diff_b .set_weight .reshape_weight .alpha .dora_scale"
 ).split()
 
@@ -65,7 +67,7 @@ def group(
         if not any(name in parts for name in (*_FACTORS, "t1", "t2")):
             continue  # an alpha or a dora_scale of some other adapter
         try:
-            factors = _factors(parts, lambda rank, module=module: alpha_of(module, rank))
+            factors = _factors(parts, partial(alpha_of, module))
         except LoHaError as error:
             raise LoHaError(f"{source}: {module}: {error}") from None
         if "alpha" in parts and factors.alpha == 0 and "scalar" not in parts:
