@@ -5,6 +5,7 @@
 """
 
 from .adapter import Adapter
+from .apply import add_delta_, plan
 from .bind import Binding, Network, Report, bind
 from .describe import describe
 from .errors import LoHaError
@@ -21,8 +22,10 @@ __all__ = [
     "LoHaFactors",
     "Network",
     "Report",
+    "add_delta_",
     "bind",
     "describe",
     "load_adapter",
+    "plan",
     "save_adapter",
 ]

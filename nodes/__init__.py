@@ -1,0 +1,13 @@
+"""The nodes, a file per family."""
+
+from __future__ import annotations
+
+from comfy_api.latest import ComfyExtension, io
+
+from .info import LoHaInfo
+from .loader import LoHaApply, LoHaLoadAdapter, LoHaLoader
+
+
+class LoHaExtension(ComfyExtension):
+    async def get_node_list(self) -> list[type[io.ComfyNode]]:
+        return [LoHaLoader, LoHaLoadAdapter, LoHaApply, LoHaInfo]

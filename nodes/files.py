@@ -1,0 +1,88 @@
+"""Adapter files in ComfyUI's ``loras`` folders: which there are, where a name leads, and reading them once."""
+
+from __future__ import annotations
+
+import os
+from functools import lru_cache
+from pathlib import Path
+
+import folder_paths
+from loha_core import Adapter, LoHaError, load_adapter
+
+FOLDER = "loras"
+_CONFIG = "adapter_config.json"
+_SUFFIXES = (".safetensors", ".sft")
+
+
+def names() -> list[str]:
+    """What a user can choose: adapter files, and PEFT folders by the name of the outermost folder."""
+    found: dict[str, None] = {}
+    peft = peft_folders()
+    for name in folder_paths.get_filename_list(FOLDER):
+        inside = next((folder for folder in peft if Path(folder) in Path(name).parents), None)
+        if inside is None and name.lower().endswith(_SUFFIXES):
+            found[name] = None
+    return sorted([*found, *peft], key=str.lower)
+
+
+def peft_folders() -> set[str]:
+    """Folders that hold an adapter_config.json, or whose unet/, text_encoder/, … do; relative names."""
+    folders: set[str] = set()
+    for name in folder_paths.get_filename_list(FOLDER):
+        parent = Path(name).parent
+        if parent != Path(".") and (path := _locate(parent)) is not None and (path / _CONFIG).is_file():
+            is_part = parent.name == "unet" or parent.name.startswith(("text_encoder", "transformer"))
+            folders.add(str(parent.parent if is_part and parent.parent != Path(".") else parent))
+    return folders
+
+
+def resolve(name: str) -> Path:
+    """The path of an adapter's name from the graph, which must lead to a place inside ComfyUI's model folders.
+
+    Raises:
+        LoHaError: no such file, or it lies (perhaps through a link) outside.
+    """
+    path = None if "\0" in name or Path(name).is_absolute() or ".." in Path(name).parts else _locate(Path(name))
+    if path is None:
+        raise LoHaError(f"{name!r}: no such adapter in ComfyUI's {FOLDER} folders; refresh the list and choose again")
+    real = path.resolve()
+    allowed = [Path(root).resolve() for root in (folder_paths.models_dir, *folder_paths.get_folder_paths(FOLDER))]
+    for inner in (real, *(child.resolve() for child in _files(path))):
+        if not any(inner.is_relative_to(root) for root in allowed):
+            raise LoHaError(
+                f"{name!r}: a link to a place outside ComfyUI's model folders; "
+                "move the file there, or name its folder in extra_model_paths.yaml"
+            )
+    return path
+
+
+def load(name: str, *, legacy_tucker: bool = False) -> Adapter:
+    """The adapter of that name; read again only when the file has changed."""
+    path = resolve(name)
+    return _load(path, fingerprint(name), name, legacy_tucker)
+
+
+def fingerprint(name: str) -> str:
+    """Modification times and sizes of what the name stands for: changes when the file does."""
+    path = resolve(name)
+    stats = [child.stat() for child in (_files(path) or [path])]
+    return ";".join(f"{s.st_mtime_ns}:{s.st_size}" for s in stats)
+
+
+@lru_cache(maxsize=2)
+def _load(path: Path, fingerprint: str, name: str, legacy_tucker: bool) -> Adapter:
+    adapter = load_adapter(path, legacy_tucker=legacy_tucker)
+    adapter.source = name
+    return adapter
+
+
+def _locate(name: Path) -> Path | None:
+    candidates = (Path(root) / name for root in folder_paths.get_folder_paths(FOLDER))
+    return next((path for path in candidates if os.path.lexists(path)), None)
+
+
+def _files(path: Path) -> list[Path]:
+    """The files of a PEFT folder."""
+    if not path.is_dir():
+        return []
+    return sorted(child for child in path.glob("**/adapter_*") if len(child.relative_to(path).parts) <= 2)

@@ -1,0 +1,97 @@
+"""What is in an adapter, to read and to see."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import defaultdict
+
+import numpy as np
+import torch
+from comfy_api.latest import io, ui
+from loha_core import Adapter, describe, names
+from PIL import Image, ImageDraw, ImageFont
+
+from .loader import LOHA
+
+CELL, ROW, MARGIN, TOP = 118, 26, 150, 74
+BACKGROUND, INK, FAINT = (24, 26, 31), (225, 228, 232), (128, 134, 143)
+# A perceptual ramp from little to much.
+RAMP = np.array([(38, 42, 54), (40, 92, 130), (38, 152, 140), (140, 196, 90), (248, 226, 72)], dtype=np.float64)
+
+
+class LoHaInfo(io.ComfyNode):
+    """LOHA -> text on the node, and a picture of how much each block is changed."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="LoHaInfo",
+            display_name="LoHa Info",
+            category="LoHa",
+            description="Shows what is in a LoHa adapter: dialect, ranks, trigger words, and where it changes the model.",
+            inputs=[LOHA.Input("loha", tooltip="The adapter to look into.")],
+            outputs=[
+                io.String.Output(display_name="text", tooltip="The summary that the node shows."),
+                io.Image.Output(
+                    display_name="image", tooltip="Size of the update (Frobenius norm) by block and kind of layer."
+                ),
+            ],
+            is_output_node=True,
+        )
+
+    @classmethod
+    def execute(cls, loha: Adapter) -> io.NodeOutput:
+        text, image = describe(loha), norm_chart(loha)
+        return io.NodeOutput(text, image, ui={"text": (text,), **ui.PreviewImage(image, cls=cls).as_dict()})
+
+
+def norm_table(adapter: Adapter) -> dict[str, dict[str, float]]:
+    """block -> kind of layer -> Frobenius norm of that part of the update at strength 1."""
+    squares: dict[str, dict[str, float]] = defaultdict(lambda: defaultdict(float))
+    for name, factors in adapter.layers.items():
+        squares[names.block_of(name)][names.kind_of(name)] += factors.norm() ** 2
+    return {
+        block: {kind: math.sqrt(value) for kind, value in squares[block].items()}
+        for block in sorted(squares, key=_block_order)
+    }
+
+
+def _block_order(block: str) -> tuple[int, str, int]:
+    """Text encoders first, then the diffusion model's blocks from input to output."""
+    stages = ("te", "down|input|double|joint", "transformer|blocks|layers", "middle", "up|output|single", "other")
+    stage = next((n for n, pattern in enumerate(stages) if re.match(pattern, block)), len(stages))
+    lead, _, number = block.rpartition(" ")
+    return stage, lead, int(number) if number.isdigit() else 0
+
+
+def norm_chart(adapter: Adapter) -> torch.Tensor:
+    """The table as a heat map: (1, height, width, 3) float32 in 0…1."""
+    table = norm_table(adapter)
+    kinds = sorted({kind for row in table.values() for kind in row}) or ["no LoHa layers"]
+    largest = max((value for row in table.values() for value in row.values()), default=0.0)
+    image = Image.new("RGB", (MARGIN + CELL * len(kinds) + 16, TOP + ROW * max(1, len(table)) + 16), BACKGROUND)
+    draw, font, small = ImageDraw.Draw(image), ImageFont.load_default(14), ImageFont.load_default(12)
+    draw.text((12, 10), f"Size of the update at strength 1 — {adapter.source}", INK, font)
+    draw.text((12, 30), "Frobenius norm; brighter is more, the largest is 100 %", FAINT, small)
+    for column, kind in enumerate(kinds):
+        draw.text((MARGIN + CELL * column + CELL // 2, TOP - 14), kind, INK, small, anchor="mm")
+    for line, (block, row) in enumerate(table.items()):
+        y = TOP + ROW * line
+        draw.text((MARGIN - 10, y + ROW // 2), block, INK, small, anchor="rm")
+        for column, kind in enumerate(kinds):
+            box = (MARGIN + CELL * column, y, MARGIN + CELL * (column + 1) - 3, y + ROW - 3)
+            if kind not in row:
+                continue
+            share = row[kind] / largest if largest else 0.0
+            draw.rectangle(box, _color(share))
+            middle = ((box[0] + box[2]) // 2, (box[1] + box[3]) // 2)
+            draw.text(middle, f"{row[kind]:.3g}", BACKGROUND if share > 0.5 else INK, small, anchor="mm")
+    return torch.from_numpy(np.asarray(image, dtype=np.float32) / 255.0)[None]
+
+
+def _color(share: float) -> tuple[int, int, int]:
+    place = min(max(share, 0.0), 1.0) * (len(RAMP) - 1)
+    low = min(int(place), len(RAMP) - 2)
+    mixed = RAMP[low] + (place - low) * (RAMP[low + 1] - RAMP[low])
+    return int(mixed[0]), int(mixed[1]), int(mixed[2])
