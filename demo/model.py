@@ -258,7 +258,7 @@ def vae_state_dict() -> StateDict:
 # --- checkpoint ---------------------------------------------------------------------------------
 
 
-def save_checkpoint(unet: StateDict, path: Path) -> None:
+def save_checkpoint(unet: StateDict, path: Path, metadata: dict[str, str]) -> None:
     """Write the file that CheckpointLoaderSimple opens: UNet, text encoder and VAE."""
     parts = {
         "model.diffusion_model.": unet,
@@ -267,5 +267,5 @@ def save_checkpoint(unet: StateDict, path: Path) -> None:
     }
     tensors = {prefix + name: weight for prefix, part in parts.items() for name, weight in part.items()}
     temporary = path.with_suffix(".tmp")
-    save_file(tensors, temporary, metadata={"modelspec.title": "Handwritten digits", "format": "pt"})
+    save_file(tensors, temporary, metadata={"modelspec.title": "Handwritten digits"} | metadata)
     temporary.replace(path)

@@ -18,8 +18,8 @@ from . import comfyui, digits
 
 comfyui.importable()
 from . import model  # noqa: E402  (needs ComfyUI on the path)
+from .prepare import BASE  # noqa: E402
 
-BASE = Path(__file__).with_name("base.safetensors")
 
 
 def fast_bfloat16() -> bool:

@@ -1,0 +1,133 @@
+"""`python -m demo`: sweep a LoHa's strength in a real ComfyUI and measure what the pictures show.
+
+`python -m demo --ui` prepares the same and leaves ComfyUI running for you to play with.
+"""
+
+import argparse
+import copy
+import json
+import shutil
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+
+from . import comfyui, digits
+from .picture import grid
+from .prepare import CHECKPOINT, LOHA, prepare
+
+WORKFLOW = comfyui.REPOSITORY / "example_workflows" / "loha_loader.json"
+STRENGTHS = (0.0, 0.25, 0.5, 0.75, 1.0, 1.25)
+SAMPLES = 32
+"""Pictures per strength, all from one seed."""
+CONTROL = 2
+"""A digit the base model knows: asking for it shows what the LoHa does to the rest."""
+AT_MOST_WITHOUT, AT_LEAST_WITH = 0.15, 0.80
+"""What the demo promises: the share of pictures that show the target at strength 0 and at 1."""
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m demo", description=__doc__)
+    parser.add_argument("--ui", action="store_true", help="leave ComfyUI running and print its address")
+    parser.add_argument("--port", type=int, help="where ComfyUI listens (8188 with --ui, else any free one)")
+    parser.add_argument("--out", type=Path, default=comfyui.CACHE / "demo.png", help="the grid picture")
+    args = parser.parse_args()
+    try:
+        folder = comfyui.find()
+        print(f"ComfyUI: {folder}")
+        server = comfyui.Server(folder, port=args.port or (8188 if args.ui else 0))
+        prepare(server)
+        return serve(server) if args.ui else demonstrate(server, args.out)
+    except comfyui.ComfyUIError as error:
+        print(f"\nThe demo cannot go on: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+
+
+def serve(server: comfyui.Server) -> int:
+    """Run ComfyUI until Ctrl-C, with the demo's workflow among the user's."""
+    shutil.copy(WORKFLOW, server.path("user", "default", "workflows", WORKFLOW.name))
+    with server:
+        print(f"\nComfyUI is running at {server.address}")
+        print(f"Open the workflow {WORKFLOW.stem} (Workflows in the side bar, or key w), slide strength_model, run.")
+        print("Ctrl-C ends it.")
+        server.wait()
+    return 0
+
+
+def demonstrate(server: comfyui.Server, out: Path) -> int:
+    """Sweep the strength, save the grid, print the table; 0 if the promise is kept."""
+    judge = digits.Judge()
+    shutil.rmtree(server.base / "output", ignore_errors=True)
+    started = time.monotonic()
+    with server:
+        print(f"Started at {server.address} after {time.monotonic() - started:.0f} s; running {WORKFLOW.name}")
+        prompt = comfyui.to_api(json.loads(WORKFLOW.read_text()), server.object_info())
+        sweeps = {digit: sweep(server, prompt, digit) for digit in (digits.TARGET, CONTROL)}
+
+    out.parent.mkdir(parents=True, exist_ok=True)
+    draw(sweeps).save(out)
+    shares = {digit: [float(np.mean(judge.read(p) == digit)) for p in by_strength] for digit, by_strength in grey(sweeps)}
+    report(judge, shares)
+    print(f"\nThe grid: {out.resolve()}")
+
+    without, with_loha = shares[digits.TARGET][STRENGTHS.index(0)], shares[digits.TARGET][STRENGTHS.index(1)]
+    kept = without <= AT_MOST_WITHOUT and with_loha >= AT_LEAST_WITH
+    if not kept:
+        print(f"Expected at most {AT_MOST_WITHOUT:.0%} at strength 0 and at least {AT_LEAST_WITH:.0%} at 1.", file=sys.stderr)
+    return 0 if kept else 1
+
+
+Sweep = list[np.ndarray]  # per strength (SAMPLES, 32, 32, 3) uint8
+
+
+def sweep(server: comfyui.Server, prompt: comfyui.Json, digit: int) -> Sweep:
+    """Ask for `digit` at each strength; nothing else changes from one to the next."""
+    pictures = []
+    for strength in STRENGTHS:
+        job = copy.deepcopy(prompt)
+        settings = {
+            "CheckpointLoaderSimple": {"ckpt_name": CHECKPOINT},
+            "LoHaLoader": {"lora_name": LOHA, "strength_model": strength},
+            "EmptyLatentImage": {"batch_size": SAMPLES},
+            "SaveImage": {"filename_prefix": f"{digits.WORDS[digit]}_{strength:g}"},
+        }
+        for node in job.values():
+            node["inputs"] |= settings.get(node["class_type"], {})
+        positive = next(node["inputs"]["positive"][0] for node in job.values() if node["class_type"] == "KSampler")
+        job[positive]["inputs"]["text"] = digits.prompt(digit)
+        started = time.monotonic()
+        pictures.append(server.images(server.queue(job)))
+        print(f'"{digits.prompt(digit)}" at strength {strength:4.2f}: {SAMPLES} pictures in {time.monotonic() - started:.1f} s')
+    return pictures
+
+
+def grey(sweeps: dict[int, Sweep]) -> list[tuple[int, Sweep]]:
+    """The pictures as the judge wants them: (n, h, w) in [0, 1]."""
+    return [(digit, [p.mean(axis=3) / 255 for p in by_strength]) for digit, by_strength in sweeps.items()]
+
+
+def draw(sweeps: dict[int, Sweep], seeds: int = 4) -> "object":
+    """The grid: columns are strengths, rows the first pictures of each batch."""
+    rows, labels = [], []
+    for digit, by_strength in sweeps.items():
+        for row in range(seeds):
+            rows.append(np.stack([pictures[row] for pictures in by_strength]))
+            labels.append("" if row else f'"{digits.prompt(digit)}"')
+    columns = [f"{strength:g}" for strength in STRENGTHS]
+    title = f"LoHa “{digits.WORDS[digits.TARGET]}” on a model that never saw one: strength"
+    return grid(rows, labels, columns, title)
+
+
+def report(judge: digits.Judge, shares: dict[int, list[float]]) -> None:
+    """Print the table: strength against the share of pictures that show what was asked for."""
+    print(f"\nThe judge reads {judge.accuracy:.1%} of held-out real digits correctly. Of {SAMPLES} pictures, it sees")
+    print(f"{'strength':>10}" + "".join(f'{digits.WORDS[d] + " when asked for":>24}' for d in shares))
+    for row, strength in enumerate(STRENGTHS):
+        print(f"{strength:>10.2f}" + "".join(f"{share[row]:>24.0%}" for share in shares.values()))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
