@@ -58,9 +58,7 @@ class LoHaFactors:
     dora_scale: Tensor | None = None
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "alpha", float(self.alpha))
-        if not math.isfinite(self.alpha):
-            raise LoHaError(f"alpha is {self.alpha}; it must be a finite number")
+        object.__setattr__(self, "alpha", _number("alpha", self.alpha))
         for name, tensor in self.tensors().items():
             if not tensor.is_floating_point():
                 raise LoHaError(f"{name} has dtype {tensor.dtype}; LoHa factors are floating point")
@@ -83,6 +81,8 @@ class LoHaFactors:
             raise LoHaError(f"the halves have different shapes: {self._outer(1)} and {self._outer(2)}")
         if self.rank != (self.w2_b.shape[0]):
             raise LoHaError(f"the halves have different ranks: {self.rank} and {self.w2_b.shape[0]}")
+        if 0 in self.shape:
+            raise LoHaError(f"an update of shape {self.shape} has no elements")
         if self.dora_scale is not None:
             out, inner, count = self.shape[0], self.shape[1], self.dora_scale.numel()
             # Flat factors know n = i·∏k only; binding to a weight checks i itself.
@@ -151,6 +151,16 @@ class LoHaFactors:
     def norm(self) -> float:
         """Frobenius norm of scale·ΔW."""
         return algebra.norm(self)
+
+
+def _number(name: str, value: Any) -> float:
+    try:
+        number = float(value)
+    except (TypeError, ValueError, OverflowError, RuntimeError) as error:
+        raise LoHaError(f"{name} must be one finite number ({error})") from error
+    if not math.isfinite(number):
+        raise LoHaError(f"{name} is {number}; it must be a finite number")
+    return number
 
 
 def _shape(tensor: Tensor) -> str:
