@@ -1,0 +1,15 @@
+"""Settings that all tests of loha_core share."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+from hypothesis import HealthCheck, settings
+
+# The machines that run this have few cores and other work: no deadline per example, and the same examples on CI.
+settings.register_profile("core", deadline=None, max_examples=60, suppress_health_check=[HealthCheck.too_slow])
+settings.register_profile("ci", parent=settings.get_profile("core"), derandomize=True)
+settings.load_profile("ci" if os.environ.get("CI") else "core")
+
+torch.set_num_threads(min(2, torch.get_num_threads()))
