@@ -1,0 +1,303 @@
+"""Hand-written forward and backward for y = W∗x + ΔW∗x, ∗ a matrix product or a convolution.
+
+Two Functions, one for each way to apply the update. Neither saves anything of the weight's size, and both take the
+frozen base weight along, so that the update is accumulated into the base's result instead of being added to it.
+
+Raw tensors throughout: ``functional`` is the public face. ``factors`` are w1_a, w1_b, w2_a, w2_b, t1, t2 in that
+order, shaped as in `LoHaFactors`.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+
+from .algebra import columnwise, dora_axis, dora_norm, tucker
+
+Factors = tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor | None]
+
+
+class Geometry(NamedTuple):
+    """How a convolution walks: one entry per kernel axis. A linear layer has none (``None``)."""
+
+    stride: tuple[int, ...]
+    padding: tuple[int, ...]
+    dilation: tuple[int, ...]
+    groups: int
+
+
+def apply_weight(x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry | None) -> Tensor:
+    """weight ∗ x + bias."""
+    if geometry is None:
+        return F.linear(x, weight, bias)
+    stride, padding, dilation, groups = geometry
+    return torch.convolution(x, weight, bias, stride, padding, dilation, False, [0] * len(stride), groups)
+
+
+def apply_weight_backward(
+    g: Tensor, x: Tensor, weight: Tensor, geometry: Geometry | None, need_x: bool, need_weight: bool
+) -> tuple[Tensor | None, Tensor | None]:
+    """Gradients of `apply_weight` with respect to x and weight, from g = ∂L/∂y."""
+    if geometry is None:
+        gx = g @ weight if need_x else None
+        gw = g.reshape(-1, g.shape[-1]).T @ x.reshape(-1, x.shape[-1]) if need_weight else None
+        return gx, gw
+    stride, padding, dilation, groups = geometry
+    if not (need_x or need_weight):
+        return None, None
+    gx, gw, _ = torch.ops.aten.convolution_backward(
+        g, x, weight, None, stride, padding, dilation, False, [0] * len(stride), groups, [need_x, need_weight, False]
+    )
+    return gx, gw
+
+
+def rowwise(a1: Tensor, a2: Tensor) -> Tensor:
+    """U (o, r²) from a1, a2 (o, r): U[o, (p, q)] = a1[o, p]·a2[o, q]."""
+    return (a1.unsqueeze(2) * a2.unsqueeze(1)).flatten(1)
+
+
+def rowwise_backward(gu: Tensor, a1: Tensor, a2: Tensor) -> tuple[Tensor, Tensor]:
+    gu = gu.unflatten(1, (a1.shape[1], a2.shape[1]))
+    return torch.einsum("opq,oq->op", gu, a2), torch.einsum("opq,op->oq", gu, a1)
+
+
+def columnwise_backward(gv: Tensor, b1: Tensor, b2: Tensor) -> tuple[Tensor, Tensor]:
+    gv = gv.unflatten(0, (b1.shape[0], b2.shape[0]))
+    return (gv * b2.unsqueeze(0)).sum(1), (gv * b1.unsqueeze(1)).sum(0)
+
+
+class KhatriRaoLinear(torch.autograd.Function):
+    """y = x·Wᵀ + b + (x·Vᵀ)·Uᵀ with U = s·A₁ ⊙ A₂, V = B₁ ⊙ B₂; U and V are rebuilt in the backward.
+
+    x (n, i); weight (o, i) and bias (o,), both frozen, or None. Saved: x, x·Vᵀ (n, r²) and the inputs.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, a1: Tensor, b1: Tensor, a2: Tensor, b2: Tensor, scale: float,
+        weight: Tensor | None, bias: Tensor | None,
+    ) -> Tensor:  # fmt: skip
+        u, v = rowwise(a1 * scale, a2).to(x.dtype), columnwise(b1, b2).to(x.dtype)
+        h = x @ v.T
+        ctx.save_for_backward(x, h, a1, b1, a2, b2, weight)
+        ctx.scale = scale
+        if weight is None:
+            return h @ u.T
+        return F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype)).addmm_(h, u.T)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+        x, h, a1, b1, a2, b2, weight = ctx.saved_tensors
+        u, v = rowwise(a1 * ctx.scale, a2).to(x.dtype), columnwise(b1, b2).to(x.dtype)
+        gh = g @ u
+        gx = None
+        if ctx.needs_input_grad[0]:
+            gx = gh @ v if weight is None else (g @ weight.to(x.dtype)).addmm_(gh, v)
+        ga1, ga2 = rowwise_backward((g.T @ h).to(a1.dtype).mul_(ctx.scale), a1, a2)
+        gb1, gb2 = columnwise_backward((gh.T @ x).to(b1.dtype), b1, b2)
+        return gx, ga1, gb1, ga2, gb2, None, None, None
+
+
+class KhatriRaoConv(torch.autograd.Function):
+    """y = W∗x + b + U·(V∗x): V is an r²-channel convolution of W's kernel, U a 1×1 one.
+
+    x (n, g·i, *size); b1, b2 (r, i·∏k); weight (o, i, *k). With groups, each has its own copy of V's channels.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, a1: Tensor, b1: Tensor, a2: Tensor, b2: Tensor, scale: float,
+        weight: Tensor | None, bias: Tensor | None, kernel: tuple[int, ...], geometry: Geometry,
+    ) -> Tensor:  # fmt: skip
+        u, v = KhatriRaoConv._uv(x, a1, b1, a2, b2, scale, kernel, geometry)
+        h = apply_weight(x, v, None, geometry)
+        ctx.save_for_backward(x, h, a1, b1, a2, b2, weight)
+        ctx.scale, ctx.kernel, ctx.geometry = scale, kernel, geometry
+        if weight is None:
+            return _channels(h, u, geometry.groups)
+        y = apply_weight(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype), geometry)
+        return _add_channels_(y, h, u, geometry.groups)
+
+    @staticmethod
+    def _uv(
+        x: Tensor, a1: Tensor, b1: Tensor, a2: Tensor, b2: Tensor, scale: float,
+        kernel: tuple[int, ...], geometry: Geometry,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        """U (o, r²) and V (groups·r², i, *k)."""
+        v = columnwise(b1, b2).to(x.dtype).unflatten(1, (-1, *kernel))
+        if geometry.groups > 1:
+            v = v.repeat(geometry.groups, *[1] * (v.dim() - 1))
+        return rowwise(a1 * scale, a2).to(x.dtype), v
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+        x, h, a1, b1, a2, b2, weight = ctx.saved_tensors
+        geometry, need_x = ctx.geometry, ctx.needs_input_grad[0]
+        u, v = KhatriRaoConv._uv(x, a1, b1, a2, b2, ctx.scale, ctx.kernel, geometry)
+        gh, gu = _channels_backward(g, h, u, geometry.groups)
+        gx, gv = apply_weight_backward(gh, x, v, geometry, need_x, True)
+        if need_x and weight is not None:
+            base, _ = apply_weight_backward(g, x, weight.to(x.dtype), geometry, True, False)
+            gx = base.add_(gx)  # type: ignore[union-attr,arg-type]
+        assert gv is not None
+        if geometry.groups > 1:
+            gv = gv.unflatten(0, (geometry.groups, -1)).sum(0)
+        ga1, ga2 = rowwise_backward(gu.to(a1.dtype).mul_(ctx.scale), a1, a2)
+        gb1, gb2 = columnwise_backward(gv.flatten(1).to(b1.dtype), b1, b2)
+        return gx, ga1, gb1, ga2, gb2, *[None] * 5
+
+
+def _channels(h: Tensor, u: Tensor, groups: int) -> Tensor:
+    """U as a 1×1 convolution: h (n, groups·r², *size), u (o, r²)."""
+    return apply_weight(h, u.reshape(*u.shape, *[1] * (h.dim() - 2)), None, _pointwise(h.dim() - 2, groups))
+
+
+def _add_channels_(y: Tensor, h: Tensor, u: Tensor, groups: int) -> Tensor:
+    if groups > 1 or not (y.is_contiguous() and h.is_contiguous()):
+        return y.add_(_channels(h, u, groups))
+    n, o = y.shape[:2]
+    y.view(n, o, -1).baddbmm_(u.expand(n, *u.shape), h.view(n, h.shape[1], -1))
+    return y
+
+
+def _channels_backward(g: Tensor, h: Tensor, u: Tensor, groups: int) -> tuple[Tensor, Tensor]:
+    """Gradients of `_channels` with respect to h and u."""
+    weight = u.reshape(*u.shape, *[1] * (h.dim() - 2))
+    gh, gu = apply_weight_backward(g, h, weight, _pointwise(h.dim() - 2, groups), True, True)
+    assert gh is not None and gu is not None
+    return gh, gu.flatten(1)
+
+
+def _pointwise(axes: int, groups: int) -> Geometry:
+    return Geometry((1,) * axes, (0,) * axes, (1,) * axes, groups)
+
+
+class Rebuilt(torch.autograd.Function):
+    """y = W'∗x + b, where W' = W + ΔW or, with magnitudes m, DoRA's m∘(W+ΔW)/‖W+ΔW‖.
+
+    ΔW is built in the forward, dropped, and built again in the backward. In half precision ΔW is not added to W,
+    where it would drown in the rounding, but applied beside it.
+
+    x (n, i) or (n, g·i, *size); weight (o, i, *k), frozen; None gives ΔW∗x alone.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, magnitude: Tensor | None,
+        apply_base: bool, shape: tuple[int, ...], geometry: Geometry | None, scale: float, *factors: Tensor | None,
+    ) -> Tensor:  # fmt: skip
+        ctx.save_for_backward(x, weight, magnitude, *factors)
+        ctx.apply_base, ctx.shape, ctx.geometry, ctx.scale = apply_base, shape, geometry, scale
+        update = _update(factors, scale, shape, weight, magnitude)
+        if not apply_base:
+            return apply_weight(x, update.to(x.dtype), None, geometry)
+        assert weight is not None
+        bias = None if bias is None else bias.to(x.dtype)
+        if _fusable(x, weight):
+            return apply_weight(x, update.add_(weight), bias, geometry)
+        y = apply_weight(x, weight.to(x.dtype), bias, geometry)
+        return y.add_(apply_weight(x, update.to(x.dtype), None, geometry))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, magnitude, *factors = ctx.saved_tensors
+        need_x = ctx.needs_input_grad[0]
+        m1, m2 = _halves(factors, ctx.shape)
+        update = (m1 * m2).mul_(ctx.scale)
+        if magnitude is not None:
+            update = _dora(weight, update, magnitude) - weight
+        fused = ctx.apply_base and _fusable(x, weight)
+        applied = update.add_(weight) if fused else update.to(x.dtype)
+        gx, gw = apply_weight_backward(g, x, applied, ctx.geometry, need_x, True)
+        del update, applied
+        if need_x and ctx.apply_base and not fused:
+            base, _ = apply_weight_backward(g, x, weight.to(x.dtype), ctx.geometry, True, False)
+            gx = base.add_(gx)  # type: ignore[union-attr,arg-type]
+        assert gw is not None
+        gw = gw.to(m1.dtype)
+        gm = None
+        if magnitude is not None:
+            gw, gm = _dora_backward(gw, weight.to(gw.dtype) + (m1 * m2).mul_(ctx.scale), magnitude)
+        grads = _halves_backward(gw.mul_(ctx.scale), m1, m2, factors)
+        return gx, None, None, gm, None, None, None, None, *grads
+
+
+def _fusable(x: Tensor, weight: Tensor) -> bool:
+    return x.dtype == weight.dtype and x.dtype in (torch.float32, torch.float64)
+
+
+def _update(
+    factors: tuple[Tensor | None, ...], scale: float, shape: tuple[int, ...],
+    weight: Tensor | None, magnitude: Tensor | None,
+) -> Tensor:  # fmt: skip
+    """ΔW, or what DoRA adds to W, in the factors' dtype."""
+    m1, m2 = _halves(factors, shape)
+    update = m1.mul_(m2).mul_(scale)
+    if magnitude is None:
+        return update
+    assert weight is not None
+    return _dora(weight, update, magnitude).sub_(weight)
+
+
+def _halves(factors: Any, shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+    a1, b1, a2, b2, t1, t2 = factors
+    if t1 is None:
+        return (a1 @ b1).view(shape), (a2 @ b2).view(shape)
+    return tucker(t1, a1, b1).reshape(shape), tucker(t2, a2, b2).reshape(shape)
+
+
+def _halves_backward(g: Tensor, m1: Tensor, m2: Tensor, factors: Any) -> list[Tensor | None]:
+    """Gradients of the factors from g = ∂L/∂(M₁∘M₂). Overwrites g, m1 and m2: they are the largest tensors here."""
+    a1, b1, a2, b2, t1, t2 = factors
+    g1, g2 = m2.mul_(g), m1.mul_(g)
+    if t1 is None:
+        g1, g2 = g1.flatten(1), g2.flatten(1)
+        return [g1 @ b1.T, a1.T @ g1, g2 @ b2.T, a2.T @ g2, None, None]
+    ga1, gb1, gt1 = tucker_backward(g1, t1, a1, b1)
+    ga2, gb2, gt2 = tucker_backward(g2, t2, a2, b2)
+    return [ga1, gb1, ga2, gb2, gt1, gt2]
+
+
+def tucker_backward(g: Tensor, t: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of `algebra.tucker` with respect to a, b and t, from g (o, i, *k).
+
+    PEFT, kohya and ComfyUI contract g with the other half's core for ∂a, which is wrong; see DESIGN §11.
+    """
+    inner = torch.einsum("oi...,po->pi...", g, a)
+    gt = torch.einsum("pi...,qi->pq...", inner, b)
+    gb = torch.einsum("pi...,pq...->qi", inner, t)
+    ga = torch.einsum("oi...,pi...->po", g, torch.einsum("pq...,qi->pi...", t, b))
+    return ga, gb, gt
+
+
+def _dora(weight: Tensor, update: Tensor, magnitude: Tensor) -> Tensor:
+    adapted = update + weight
+    axis = dora_axis(magnitude, tuple(weight.shape))
+    return adapted.mul_(_along(magnitude, adapted, axis) / _safe_norm(adapted, axis))
+
+
+def _dora_backward(g: Tensor, adapted: Tensor, magnitude: Tensor) -> tuple[Tensor, Tensor]:
+    """Through W' = m∘A/‖A‖, A = W + ΔW: ∂A = m/‖A‖·(g − A·⟨g, A⟩/‖A‖²), ∂m = ⟨g, A⟩/‖A‖, sums over a slice."""
+    axis = dora_axis(magnitude, tuple(adapted.shape))
+    norm = _safe_norm(adapted, axis)
+    others = [d for d in range(adapted.dim()) if d != axis]
+    inner = (g * adapted).sum(others, keepdim=True)
+    gm = (inner / norm).reshape(magnitude.shape).to(magnitude.dtype)
+    ga = (g - adapted * (inner / norm**2)) * (_along(magnitude, adapted, axis) / norm)
+    return ga, gm
+
+
+def _along(magnitude: Tensor, weight: Tensor, axis: int) -> Tensor:
+    return magnitude.to(weight.dtype).reshape([-1 if d == axis else 1 for d in range(weight.dim())])
+
+
+def _safe_norm(weight: Tensor, axis: int) -> Tensor:
+    """A slice of zeros has no direction; it stays zero."""
+    return dora_norm(weight, axis).clamp_min(torch.finfo(weight.dtype).tiny)
