@@ -155,10 +155,9 @@ def _tensors(layers: Mapping[str, LoHaFactors], dtype: torch.dtype | None) -> di
 
 def _config(layers: Mapping[str, LoHaFactors]) -> dict[str, Any]:
     adapter = Adapter(dict(layers))
-    # Longest name first: PEFT takes the first pattern that matches the end of a name.
-    ordered = sorted(layers, key=len, reverse=True)
-    ranks = {name: layers[name].rank for name in ordered}
-    alphas = {name: layers[name].alpha for name in ordered}
+    # A pattern fits every name that ends with it, and PEFT sorts them when it saves again; "^" makes each exact.
+    ranks = {f"^{name}": factors.rank for name, factors in layers.items()}
+    alphas = {f"^{name}": factors.alpha for name, factors in layers.items()}
     return {
         "peft_type": "LOHA",
         "r": adapter.ranks.most_common(1)[0][0],
