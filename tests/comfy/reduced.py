@@ -1,0 +1,219 @@
+"""SD1.5 and SDXL with every kind of layer, and adapters for all of their layers in every dialect.
+
+Reduced in depth and width only: block structure, context widths and names are the real ones.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import comfy.model_patcher
+import comfy.sd
+import comfy.supported_models
+import comfy.utils
+import torch
+from torch import Tensor
+
+_UNET = {
+    "image_size": 32,
+    "in_channels": 4,
+    "out_channels": 4,
+    "use_spatial_transformer": True,
+    "legacy": False,
+    "use_temporal_attention": False,
+    "disable_self_attentions": None,
+    "num_classes": None,
+    "adm_in_channels": None,
+    "dtype": torch.float32,
+    "num_res_blocks": [1, 1, 1],
+    "channel_mult": (1, 1, 2),
+    "model_channels": 64,
+}
+_TEXT = {"num_hidden_layers": 3, "vocab_size": 512, "intermediate_size": 96}
+FAMILIES: dict[str, tuple[type, dict[str, Any]]] = {
+    "sd15": (
+        comfy.supported_models.SD15,
+        {
+            "context_dim": 768,
+            "use_linear_in_transformer": False,
+            "transformer_depth": [1, 1, 0],
+            "transformer_depth_output": [1, 1, 1, 1, 0, 0],
+            "transformer_depth_middle": 1,
+        },
+    ),
+    "sdxl": (
+        comfy.supported_models.SDXL,
+        {
+            "context_dim": 2048,
+            "use_linear_in_transformer": True,
+            "num_classes": "sequential",
+            "adm_in_channels": 2816,
+            "transformer_depth": [0, 1, 1],
+            "transformer_depth_output": [0, 0, 1, 1, 1, 1],
+            "transformer_depth_middle": 1,
+        },
+    ),
+}
+
+
+@dataclass
+class Models:
+    family: str
+    model: Any  # ModelPatcher
+    clip: Any  # comfy.sd.CLIP
+
+    def modules(self) -> dict[str, torch.nn.Module]:
+        return {"MODEL": self.model.model, "CLIP": self.clip.cond_stage_model}
+
+    def weights(self) -> dict[tuple[str, str], Tensor]:
+        """(MODEL or CLIP, key) -> a copy of every tensor."""
+        return {(label, k): v.clone() for label, m in self.modules().items() for k, v in m.state_dict().items()}
+
+
+def build(family: str, dtype: torch.dtype = torch.float32) -> Models:
+    """Random weights from a fixed seed, stored as ``dtype``."""
+    torch.manual_seed(0)
+    config_class, options = FAMILIES[family]
+    config = config_class(_UNET | options)
+    config.set_inference_dtype(torch.float32, None)
+    unet = config.get_model({}, "")
+    cpu = torch.device("cpu")
+    text = {"hidden_size": 64, "num_attention_heads": 4, **_TEXT}
+    clip = comfy.sd.CLIP(
+        config.clip_target({}),
+        model_options={"clip_l_model_config": text, "clip_g_model_config": text, "dtype": torch.float32},
+    )
+    for module in (unet.diffusion_model, clip.cond_stage_model):
+        for parameter in module.parameters():
+            parameter.data = (torch.randn(parameter.shape) * 0.05).to(dtype if parameter.dim() > 1 else torch.float32)
+            parameter.requires_grad_(False)
+    return Models(family, comfy.model_patcher.ModelPatcher(unet, load_device=cpu, offload_device=cpu), clip)
+
+
+def layers(models: Models) -> dict[tuple[str, str], tuple[int, ...]]:
+    """(MODEL or CLIP, key) -> shape of each linear and convolution weight that a trainer would adapt."""
+    found = {}
+    for label, module in models.modules().items():
+        for name, child in module.named_modules():
+            if isinstance(child, (torch.nn.Linear, torch.nn.Conv2d)) and "text_projection" not in name:
+                found[label, f"{name}.weight"] = tuple(child.weight.shape)
+    return found
+
+
+def diffusers_names(models: Models) -> dict[tuple[str, str], str]:
+    """(MODEL or CLIP, key) -> the module's name in diffusers, with its network in front."""
+    unet = comfy.utils.unet_to_diffusers(models.model.model.model_config.unet_config)
+    named = {}
+    for path, native in unet.items():
+        if path.endswith(".weight"):
+            named["MODEL", f"diffusion_model.{native}"] = "unet." + path.removesuffix(".weight")
+    for label, key in layers(models):
+        if label == "CLIP":
+            encoder, _, path = key.removesuffix(".weight").partition(".transformer.")
+            named[label, key] = {"clip_l": "text_encoder.", "clip_g": "text_encoder_2."}[encoder] + path
+    return named
+
+
+# --- how each dialect spells a module's name --------------------------------------------------
+
+
+def _kohya(name: str, key: str, models: Models) -> str:
+    te1 = "lora_te_" if models.family == "sd15" else "lora_te1_"
+    for network, prefix in (("unet.", "lora_unet_"), ("text_encoder.", te1), ("text_encoder_2.", "lora_te2_")):
+        if name.startswith(network):
+            return prefix + name.removeprefix(network).replace(".", "_")
+    raise AssertionError(name)
+
+
+def _kohya_ldm(name: str, key: str, models: Models) -> str:
+    if not name.startswith("unet."):
+        return _kohya(name, key, models)
+    return "lora_unet_" + key.removeprefix("diffusion_model.").removesuffix(".weight").replace(".", "_")
+
+
+def _standalone(name: str, key: str, models: Models) -> str:
+    # A standalone file adapts one network and doesn't say which; text encoders keep kohya's names.
+    return "lycoris_" + name.removeprefix("unet.").replace(".", "_") if name.startswith("unet.") else _kohya(name, key, models)
+
+
+def _native(name: str, key: str, models: Models) -> str:
+    key = key.removesuffix(".weight")
+    return key if key.startswith("diffusion_model.") else f"text_encoders.{key}"
+
+
+SPELLINGS: dict[str, Callable[[str, str, Models], str]] = {
+    "kohya": _kohya,
+    "kohya-ldm": _kohya_ldm,
+    "lycoris-standalone": _standalone,
+    "diffusers": lambda name, key, models: name,
+    "native": _native,
+    "onetrainer": _kohya,
+    "peft": lambda name, key, models: name,
+}
+
+
+def random_layer(shape: tuple[int, ...], rank: int, dialect: str, *, tucker: bool = False) -> dict[str, Tensor]:
+    """LoHa tensors for one weight, in a dialect's layout; the update has about the weight's size."""
+    out, inner, kernel = shape[0], shape[1], shape[2:]
+    r = lambda *size: torch.randn(*size)  # noqa: E731
+    tensors: dict[str, Tensor] = {"alpha": torch.tensor(0.5 * rank)}
+    for half in ("1", "2"):
+        if tucker and kernel:
+            tensors[f"hada_t{half}"] = r(rank, rank, *kernel) * 0.3
+            tensors[f"hada_w{half}_a"], tensors[f"hada_w{half}_b"] = r(rank, out) * 0.3, r(rank, inner) * 0.3
+        elif dialect == "onetrainer" and kernel:
+            tensors[f"hada_w{half}_a"] = r(out, rank, 1, 1) * 0.3
+            tensors[f"hada_w{half}_b"] = r(rank, inner, *kernel) * 0.3
+        else:
+            columns = inner * int(torch.tensor(kernel).prod()) if kernel else inner
+            tensors[f"hada_w{half}_a"], tensors[f"hada_w{half}_b"] = r(out, rank) * 0.3, r(rank, columns) * 0.3
+    return tensors
+
+
+def delta64(tensors: dict[str, Tensor], shape: tuple[int, ...], scale: float | None = None) -> Tensor:
+    """scale·ΔW in float64, written independently of loha_core; (o, i, *k)."""
+    t = {name: tensor.double() for name, tensor in tensors.items()}
+    rank = t["hada_w1_b"].shape[0]
+    halves = []
+    for half in ("1", "2"):
+        a, b = t[f"hada_w{half}_a"], t[f"hada_w{half}_b"]
+        if f"hada_t{half}" in t:
+            halves.append(torch.einsum("pqyx,po,qi->oiyx", t[f"hada_t{half}"], a, b))
+        else:
+            halves.append(torch.einsum("or,rn->on", a.flatten(1), b.flatten(1)).reshape(shape))
+    factor = float(t["alpha"]) / rank if scale is None else scale
+    return halves[0] * halves[1] * factor
+
+
+def write(models: Models, dialect: str, folder: Path, rank: int = 3) -> tuple[Path, dict[tuple[str, str], Tensor]]:
+    """A file (PEFT: folder) in ``dialect`` for every layer, and the float64 update of each weight."""
+    import json
+
+    from safetensors.torch import save_file
+
+    torch.manual_seed(1)
+    names, wanted = diffusers_names(models), {}
+    parts: dict[str, dict[str, Tensor]] = {}
+    for (label, key), shape in layers(models).items():
+        tensors = random_layer(shape, rank, dialect, tucker=dialect == "kohya" and "resblocks" not in key and len(shape) == 4)
+        wanted[label, key] = delta64(tensors, shape)
+        module = SPELLINGS[dialect](names[label, key], key, models)
+        part = ""
+        if dialect == "peft":
+            part, _, module = module.partition(".")
+            module = "base_model.model." + module
+            tensors.pop("alpha")
+        parts.setdefault(part, {}).update({f"{module}.{name}": tensor for name, tensor in tensors.items()})
+    if dialect != "peft":
+        path = folder / f"{models.family}-{dialect}.safetensors"
+        save_file(parts[""], path)
+        return path, wanted
+    for part, tensors in parts.items():
+        (folder / "peft" / part).mkdir(parents=True)
+        save_file(tensors, folder / "peft" / part / "adapter_model.safetensors")
+        config = {"peft_type": "LOHA", "r": rank, "alpha": 0.5 * rank}
+        (folder / "peft" / part / "adapter_config.json").write_text(json.dumps(config))
+    return folder / "peft", wanted
