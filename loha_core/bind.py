@@ -29,6 +29,8 @@ class Network:
 
     def __init__(self, targets: Mapping[str, Target], shapes: Mapping[str, tuple[int, ...]]) -> None:
         self.shapes = dict(shapes)
+        # ComfyUI's tables also name weights that a particular model lacks.
+        targets = {name: target for name, target in targets.items() if _key(target) in self.shapes}
         self._exact = {names.flat(name): target for name, target in targets.items()}
         paths: dict[tuple[str, str], Target] = {}
         for name, target in targets.items():
@@ -51,11 +53,15 @@ class Network:
         """The shape of a target: of the weight, or of the slice of it."""
         if isinstance(target, str):
             return tuple(self.shapes[target])
-        shape = list(self.shapes[target[0]])
+        shape = list(self.shapes[_key(target)])
         if len(target) > 1 and target[1] is not None:
             axis, _, length = target[1]
             shape[axis] = length
         return tuple(shape)
+
+
+def _key(target: Target) -> str:
+    return target if isinstance(target, str) else target[0]
 
 
 @dataclass
