@@ -7,11 +7,13 @@ import argparse
 import copy
 import json
 import shutil
+import signal
 import sys
 import time
 from pathlib import Path
 
 import numpy as np
+from PIL import Image
 
 from . import comfyui, digits
 from .picture import grid
@@ -33,6 +35,7 @@ def main() -> int:
     parser.add_argument("--port", type=int, help="where ComfyUI listens (8188 with --ui, else any free one)")
     parser.add_argument("--out", type=Path, default=comfyui.CACHE / "demo.png", help="the grid picture")
     args = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # leave by the exits that stop the server
     try:
         folder = comfyui.find()
         print(f"ComfyUI: {folder}")
@@ -109,7 +112,7 @@ def grey(sweeps: dict[int, Sweep]) -> list[tuple[int, Sweep]]:
     return [(digit, [p.mean(axis=3) / 255 for p in by_strength]) for digit, by_strength in sweeps.items()]
 
 
-def draw(sweeps: dict[int, Sweep], seeds: int = 4) -> "object":
+def draw(sweeps: dict[int, Sweep], seeds: int = 4) -> Image.Image:
     """The grid: columns are strengths, rows the first pictures of each batch."""
     rows, labels = [], []
     for digit, by_strength in sweeps.items():

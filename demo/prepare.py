@@ -1,6 +1,7 @@
 """Make the demo's two files, a checkpoint and a LoHa, unless they are there and up to date."""
 
 import hashlib
+import logging
 from pathlib import Path
 
 from safetensors import safe_open
@@ -28,6 +29,7 @@ def prepare(server: Server) -> tuple[Path, Path]:
     stale_checkpoint, stale_loha = _made_from(checkpoint) != checkpoint_key, _made_from(loha) != loha_key
     if stale_checkpoint or stale_loha:
         importable()
+        logging.getLogger().setLevel(logging.ERROR)  # ComfyUI warns of parts of it that are not used here
         from . import model, train_loha  # they need ComfyUI on the path
 
         weights = model.load_int8(BASE)
