@@ -72,4 +72,6 @@ def save_adapter(
     """
     if format not in _WRITERS:
         raise LoHaError(f"format is {format!r}; expected one of {', '.join(map(repr, _WRITERS))}")
+    if dtype is not None and not dtype.is_floating_point:
+        raise LoHaError(f"{path}: LoHa factors are floating point; they cannot be saved as {dtype}")
     _WRITERS[format](adapter, Path(path), dtype)

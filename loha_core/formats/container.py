@@ -53,10 +53,33 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
     """
     for key, tensor in tensors.items():
         check_finite(tensor, f"{path}: refusing to save {key}")
+    with atomic(path) as temporary:
+        save_tensors(temporary, tensors, metadata)
+
+
+def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """Write to ``path`` itself, unchecked."""
     # safetensors refuses tensors that share memory; a copy makes each its own.
     own = {key: tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for key, tensor in tensors.items()}
-    with atomic(path) as temporary:
-        save_file(own, temporary, dict(metadata))
+    save_file(own, path, dict(metadata))
+
+
+def cast(tensors: Mapping[str, Tensor], dtype: torch.dtype | None, what: Path) -> dict[str, Tensor]:
+    """The floating-point tensors in ``dtype``, or all as they are.
+
+    Raises:
+        LoHaError: a value is too large for it. Not left to the cast, which may saturate in silence (8 bits).
+    """
+    if dtype is None:
+        return dict(tensors)
+    largest = torch.finfo(dtype).max
+    for key, tensor in tensors.items():
+        if tensor.is_floating_point() and (beyond := int((tensor.double().abs() > largest).sum())):
+            raise LoHaError(
+                f"{what}: {key}: {beyond} of {tensor.numel()} values are beyond {largest:g}, the largest of {dtype}; "
+                "save in a wider dtype"
+            )
+    return {key: tensor.to(dtype) if tensor.is_floating_point() else tensor for key, tensor in tensors.items()}
 
 
 class atomic:
@@ -69,7 +92,7 @@ class atomic:
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             handle, name = tempfile.mkstemp(prefix=f".{self.path.name}.", suffix=".tmp", dir=self.path.parent)
-        except OSError as error:
+        except (OSError, ValueError) as error:
             raise LoHaError(f"{self.path}: cannot be written ({error})") from error
         os.close(handle)
         self.temporary = Path(name)
@@ -106,9 +129,9 @@ def check_finite(tensor: Tensor, what: str) -> None:
 
 
 def _check_is_safetensors(path: Path) -> None:
-    if path.is_dir():
+    if os.path.isdir(path):
         raise LoHaError(f"{path}: a folder without adapter_config.json; expected a .safetensors file or a PEFT folder")
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise LoHaError(f"{path}: no such file")
     if path.suffix.lower() not in SUFFIXES:
         raise LoHaError(f"{path}: only {' and '.join(SUFFIXES)} files are read, since other formats can run code")

@@ -57,7 +57,7 @@ def group(
     modules: dict[str, dict[str, Tensor]] = defaultdict(dict)
     for key, tensor in tensors.items():
         module, _, part = key.rpartition(".")
-        if part in _PARTS:
+        if module and part in _PARTS:
             modules[module][_PARTS[part]] = tensor
 
     layers: dict[str, LoHaFactors] = {}

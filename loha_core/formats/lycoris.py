@@ -7,6 +7,7 @@ module; `names` resolves that. What is left to each is data.
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from torch import Tensor
 from .. import names
 from ..adapter import Adapter
 from ..errors import LoHaError
-from .container import SUFFIXES, write_tensors
+from .container import SUFFIXES, cast, write_tensors
 
 # Dialect -> what its keys begin with; the first that fits names the dialect.
 PREFIXES: dict[str, tuple[str, ...]] = {
@@ -38,17 +39,19 @@ def detect(tensors: Mapping[str, Tensor]) -> str:
 
 def write(adapter: Adapter, path: Path, dtype: torch.dtype | None) -> None:
     """Save as LyCORIS/kohya: names and metadata that kohya's, A1111's and ComfyUI's readers expect."""
-    if path.suffix.lower() not in SUFFIXES or path.is_dir():
+    if path.suffix.lower() not in SUFFIXES or os.path.isdir(path):
         raise LoHaError(f"{path}: a LyCORIS adapter is one file; give a name that ends in {' or '.join(SUFFIXES)}")
-    tensors = {key: _cast(tensor, dtype) for key, tensor in adapter.extras.items()}
+    tensors, alphas = dict(adapter.extras), {}
     spelled = kohya_names(adapter.layers)
     for name, factors in adapter.layers.items():
         module = spelled[name]
+        if f"{module}.alpha" in alphas:
+            raise LoHaError(f"{path}: {name} would be a second {module}; leave out or rename one")
         for field, tensor in factors.tensors().items():
             key = field if field == "dora_scale" else f"hada_{field}"
-            tensors[f"{module}.{key}"] = _cast(tensor, dtype)
-        tensors[f"{module}.alpha"] = _alpha(factors.alpha, dtype or factors.dtype)
-    write_tensors(path, tensors, _metadata(adapter, dtype))
+            tensors[f"{module}.{key}"] = tensor
+        alphas[f"{module}.alpha"] = _alpha(factors.alpha, dtype or factors.dtype)
+    write_tensors(path, cast(tensors, dtype, path) | alphas, _metadata(adapter, dtype))
 
 
 def kohya_names(layers: Iterable[str]) -> dict[str, str]:
@@ -78,10 +81,6 @@ def _alpha(alpha: float, dtype: torch.dtype) -> Tensor:
         if float(torch.tensor(alpha, dtype=candidate)) == alpha:
             return torch.tensor(alpha, dtype=candidate)
     return torch.tensor(alpha, dtype=torch.float64)
-
-
-def _cast(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
-    return tensor.to(dtype) if dtype is not None and tensor.is_floating_point() else tensor
 
 
 def _metadata(adapter: Adapter, dtype: torch.dtype | None) -> dict[str, str]:

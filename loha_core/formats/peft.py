@@ -7,9 +7,11 @@ The tensors carry no alpha: it comes from the configuration, with ``rank_pattern
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +22,7 @@ from .. import names
 from ..adapter import Adapter
 from ..errors import LoHaError
 from ..factors import LoHaFactors
-from .container import atomic, check_finite, read_tensors, write_tensors
+from .container import atomic, cast, check_finite, read_tensors, save_tensors
 from .grouping import group
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -30,11 +32,11 @@ _COMPONENTS = {"unet": "unet", "te1": "text_encoder", "te2": "text_encoder_2", "
 
 def folders(path: Path) -> list[tuple[str, Path]]:
     """(component prefix, folder) of each PEFT adapter in ``path``: itself, or its sub-folders unet, text_encoder, …"""
-    if (path / CONFIG).is_file():
+    if os.path.isfile(path / CONFIG):
         return [("", path)]
-    if not path.is_dir():
+    if not os.path.isdir(path):
         return []
-    return [(f"{child.name}.", child) for child in sorted(path.iterdir()) if (child / CONFIG).is_file()]
+    return [(f"{child.name}.", child) for child in sorted(path.iterdir()) if os.path.isfile(child / CONFIG)]
 
 
 def read(path: Path) -> Adapter:
@@ -57,7 +59,7 @@ def read_file(path: Path, prefix: str = "") -> Adapter:
 
 def from_tensors(tensors: Mapping[str, Tensor], metadata: dict[str, str], path: Path, prefix: str = "") -> Adapter:
     config_path = path.parent / CONFIG
-    config = _read_config(config_path) if config_path.is_file() else None
+    config = _read_config(config_path) if os.path.isfile(config_path) else None
 
     def name_of(module: str) -> str:
         return prefix + module.removeprefix(names.WRAPPER)
@@ -119,37 +121,61 @@ def write(adapter: Adapter, path: Path, dtype: torch.dtype | None) -> None:
     """Save as PEFT does: into ``path`` itself, or into unet/ and text_encoder…/ where the names tell networks apart.
 
     Raises:
-        LoHaError: the adapter holds what PEFT's LoHa cannot: DoRA, other kinds of layers, Tucker beside flat
-            convolutions. Nothing is written then.
+        LoHaError: the adapter holds what PEFT's LoHa cannot: DoRA, other kinds of layers, kernels of three axes,
+            names of which only some tell their network. Nothing is written then.
     """
     if path.suffix.lower() in (".safetensors", ".sft"):
         raise LoHaError(f"{path}: PEFT saves into a folder, since alpha lives in {CONFIG}; give a folder's name")
-    dora = [name for name, factors in adapter.layers.items() if factors.dora_scale is not None]
-    if dora or adapter.extras:
-        what = f"DoRA ({dora[0]})" if dora else f"{next(iter(adapter.extras))}"
-        raise LoHaError(f"{path}: PEFT's LoHa format cannot hold {what}; save as format='lycoris'")
+    if beyond := next(_beyond_peft(adapter), None):
+        raise LoHaError(f"{path}: PEFT's LoHa format cannot hold {beyond}; save as format='lycoris'")
     parts: dict[str, dict[str, LoHaFactors]] = defaultdict(dict)
     for name, factors in adapter.layers.items():
-        prefix = names.prefix_of(name)
-        folder = _COMPONENTS.get(names.PREFIXES[prefix], "") if prefix else ""
-        parts[folder][names.dotted(name.removeprefix(prefix or ""))] = factors
-    prepared = {folder: (_tensors(layers, dtype), _config(layers)) for folder, layers in parts.items()}
+        folder, module = _place(name)
+        if module in parts[folder]:
+            raise LoHaError(f"{path}: {name} would be a second {folder}/{module}; leave out or rename one")
+        parts[folder][module] = factors
+    if "" in parts and len(parts) > 1:
+        nameless = next(name for name in adapter.layers if not _place(name)[0])
+        raise LoHaError(f"{path}: {nameless} doesn't say which network it is for, while other layers do; rename it")
+    prepared = {
+        path / folder: (cast(_tensors(layers), dtype, path / folder), _config(layers))
+        for folder, layers in parts.items()
+    }
     for folder, (tensors, _) in prepared.items():
         for key, tensor in tensors.items():
-            check_finite(tensor, f"{path / folder}: refusing to save {key}")
-    for folder, (tensors, config) in prepared.items():
-        write_tensors(path / folder / WEIGHTS, tensors, adapter.metadata | {"format": "pt"})
-        with atomic(path / folder / CONFIG) as temporary:
-            temporary.write_text(json.dumps(config, indent=2, sort_keys=True), "utf-8")
+            check_finite(tensor, f"{folder}: refusing to save {key}")
+    # All are written before the first is renamed: new tensors beside an old configuration are another adapter.
+    with ExitStack() as stack:
+        for folder, (tensors, config) in prepared.items():
+            save_tensors(stack.enter_context(atomic(folder / WEIGHTS)), tensors, adapter.metadata | {"format": "pt"})
+            text = json.dumps(config, indent=2, sort_keys=True)
+            stack.enter_context(atomic(folder / CONFIG)).write_text(text, "utf-8")
 
 
-def _tensors(layers: Mapping[str, LoHaFactors], dtype: torch.dtype | None) -> dict[str, Tensor]:
+def _beyond_peft(adapter: Adapter) -> Iterator[str]:
+    """What PEFT's format has no place for."""
+    yield from adapter.extras
+    for name, factors in adapter.layers.items():
+        if factors.dora_scale is not None:
+            yield f"DoRA ({name})"
+        if factors.t1 is not None and factors.t1.dim() > 4:
+            yield f"a kernel of {factors.t1.dim() - 2} axes ({name})"
+
+
+def _place(name: str) -> tuple[str, str]:
+    """Layer name -> (folder, module name as PEFT spells it)."""
+    prefix = names.prefix_of(name)
+    folder = _COMPONENTS.get(names.PREFIXES[prefix], "") if prefix else ""
+    return folder, names.dotted(name.removeprefix(prefix or ""))
+
+
+def _tensors(layers: Mapping[str, LoHaFactors]) -> dict[str, Tensor]:
     tensors = {}
     for name, factors in layers.items():
         for field, tensor in factors.tensors().items():
             if field.startswith("t") and tensor.dim() == 3:
                 tensor = tensor.unsqueeze(3)
-            tensors[f"{names.WRAPPER}{name}.hada_{field}"] = tensor.to(dtype or tensor.dtype)
+            tensors[f"{names.WRAPPER}{name}.hada_{field}"] = tensor
     return tensors
 
 
