@@ -1,0 +1,52 @@
+"""Shapes and first values of an adapter's parameters."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from .config import LoHaConfig
+
+
+def create(shape: tuple[int, ...], rank: int, tucker: bool, config: LoHaConfig) -> dict[str, Tensor]:
+    """New float32 factors for a weight of ``shape`` (o, i, *k), by parameter name.
+
+    On the default device. They are drawn in PEFT's order, or in LyCORIS', so that the same seed gives the same
+    values there and here.
+    """
+    out, inner, kernel = shape[0], shape[1], shape[2:]
+    a, b = ((rank, out), (rank, inner)) if tucker else ((out, rank), (rank, inner * math.prod(kernel)))
+    new = {f"hada_w{half}_{side}": torch.empty(s) for half in (1, 2) for side, s in (("a", a), ("b", b))}
+    if tucker:
+        new |= {f"hada_t{half}": torch.empty(rank, rank, *kernel) for half in (1, 2)}
+    if config.init_weights == "lycoris":
+        _lycoris(new, config.use_scalar)
+    else:
+        # A scalar of zero and a factor of zero would both wait for the other to move.
+        _peft(new, zero=config.init_weights is not False and not config.use_scalar)
+    if config.use_scalar:
+        new["scalar"] = torch.zeros(()) if config.init_weights is not False else torch.ones(())
+    return new
+
+
+def _peft(new: dict[str, Tensor], zero: bool) -> None:
+    """Kaiming uniform as for nn.Linear; w2_b is zero."""
+    for name, tensor in new.items():
+        if zero and name == "hada_w2_b":
+            nn.init.zeros_(tensor)
+        else:
+            nn.init.kaiming_uniform_(tensor, a=math.sqrt(5))
+
+
+def _lycoris(new: dict[str, Tensor], scalar: bool) -> None:
+    """Standard deviation 0.1 outside and in the core, 1 inside; w2_a is zero."""
+    deviations = {"hada_t1": 0.1, "hada_t2": 0.1, "hada_w1_b": 1.0, "hada_w1_a": 0.1, "hada_w2_b": 1.0}
+    for name, std in deviations.items():
+        if name in new:
+            nn.init.normal_(new[name], std=std)
+    if scalar:
+        nn.init.normal_(new["hada_w2_a"], std=0.1)
+    else:
+        nn.init.zeros_(new["hada_w2_a"])
