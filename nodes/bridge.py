@@ -12,10 +12,11 @@ import comfy.lora
 import comfy.lora_convert
 import torch
 from comfy.weight_adapter import WeightAdapterBase
+from torch import Tensor
+
 from loha_core import Adapter, LoHaError, LoHaFactors, Network, Report, add_delta_, algebra, bind
 from loha_core.bind import Target, reason
 from loha_core.formats.grouping import split_other
-from torch import Tensor
 
 MODEL, CLIP = "MODEL", "CLIP"
 
@@ -67,7 +68,9 @@ def _is_identity(function: Callable[[Tensor], Tensor]) -> bool:
     return function(probe) is probe
 
 
-def apply(model: Any, clip: Any, adapter: Adapter, strength_model: float, strength_clip: float) -> tuple[Any, Any, Report]:
+def apply(
+    model: Any, clip: Any, adapter: Adapter, strength_model: float, strength_clip: float
+) -> tuple[Any, Any, Report]:
     """Clones of ``model`` and ``clip`` (either may be None) with the adapter's patches, and what matched.
 
     Raises:
@@ -147,7 +150,9 @@ def _native_patches(parts: Mapping[str, Tensor], target: Target) -> tuple[dict[T
     """ComfyUI's patches for one module's tensors, and why some or all of the tensors gave none."""
     if not isinstance(target, str) and any(suffix in parts for suffix in ("b_norm", "diff_b")):
         return {}, "a bias for a part of a fused weight, which ComfyUI cannot patch"
-    native = comfy.lora.load_lora({f"x.{name}": tensor for name, tensor in parts.items()}, {"x": target}, log_missing=False)
+    native = comfy.lora.load_lora(
+        {f"x.{name}": tensor for name, tensor in parts.items()}, {"x": target}, log_missing=False
+    )
     if not native:
         return {}, f"ComfyUI has no adapter made of {', '.join(sorted(parts))}"
     return native, None

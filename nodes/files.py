@@ -7,6 +7,7 @@ from functools import lru_cache
 from pathlib import Path
 
 import folder_paths
+
 from loha_core import Adapter, LoHaError, load_adapter
 
 FOLDER = "loras"
@@ -42,7 +43,9 @@ def resolve(name: str) -> Path:
     Raises:
         LoHaError: no such file, or it lies (perhaps through a link) outside.
     """
-    path = None if "\0" in name or Path(name).is_absolute() or ".." in Path(name).parts else _locate(Path(name))
+    parts = Path(name).parts
+    leads_out = not parts or ".." in parts or "\0" in name or Path(name).is_absolute()
+    path = None if leads_out else _locate(Path(name))
     if path is None:
         raise LoHaError(f"{name!r}: no such adapter in ComfyUI's {FOLDER} folders; refresh the list and choose again")
     real = path.resolve()

@@ -9,8 +9,9 @@ from collections import defaultdict
 import numpy as np
 import torch
 from comfy_api.latest import io, ui
-from loha_core import Adapter, describe, names
 from PIL import Image, ImageDraw, ImageFont
+
+from loha_core import Adapter, describe, names
 
 from .loader import LOHA
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from comfy_api.latest import io
+
 from loha_core import Adapter
 
 from . import bridge, files

@@ -11,6 +11,7 @@ from types import ModuleType
 
 import pytest
 import torch
+
 from demo import comfyui
 
 comfyui.importable()  # before anything imports comfy

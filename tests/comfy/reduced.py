@@ -136,7 +136,11 @@ def _kohya_ldm(name: str, key: str, models: Models) -> str:
 
 def _standalone(name: str, key: str, models: Models) -> str:
     # A standalone file adapts one network and doesn't say which; text encoders keep kohya's names.
-    return "lycoris_" + name.removeprefix("unet.").replace(".", "_") if name.startswith("unet.") else _kohya(name, key, models)
+    return (
+        "lycoris_" + name.removeprefix("unet.").replace(".", "_")
+        if name.startswith("unet.")
+        else _kohya(name, key, models)
+    )
 
 
 def _native(name: str, key: str, models: Models) -> str:
@@ -198,7 +202,9 @@ def write(models: Models, dialect: str, folder: Path, rank: int = 3) -> tuple[Pa
     names, wanted = diffusers_names(models), {}
     parts: dict[str, dict[str, Tensor]] = {}
     for (label, key), shape in layers(models).items():
-        tensors = random_layer(shape, rank, dialect, tucker=dialect == "kohya" and "resblocks" not in key and len(shape) == 4)
+        tensors = random_layer(
+            shape, rank, dialect, tucker=dialect == "kohya" and "resblocks" not in key and len(shape) == 4
+        )
         wanted[label, key] = delta64(tensors, shape)
         module = SPELLINGS[dialect](names[label, key], key, models)
         part = ""

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from loha_core import LoHaError, load_adapter
 from safetensors.torch import save_file
+
+from loha_core import LoHaError, load_adapter
 
 from . import reduced
 from .test_patching import loaded
@@ -52,7 +53,10 @@ def test_every_kind_is_applied_or_named(bridge, models, tmp_path):
         exact = 0.5 * update.double()
         assert (change[f"{BLOCK}.{key}"] - exact).norm() < 1e-5 * exact.norm(), key
 
-    close("attn1.to_q.weight", reduced.delta64({k.rpartition(".")[2]: v for k, v in tensors.items() if "to_q" in k}, (width, width)))
+    close(
+        "attn1.to_q.weight",
+        reduced.delta64({k.rpartition(".")[2]: v for k, v in tensors.items() if "to_q" in k}, (width, width)),
+    )
     up, down = (tensors[f"{ATTENTION}_to_k.lora_{which}.weight"].double() for which in ("up", "down"))
     close("attn1.to_k.weight", up @ down / 2)
     close("attn1.to_v.weight", torch.kron(*(tensors[f"{ATTENTION}_to_v.lokr_w{n}"].double() for n in (1, 2))))
@@ -66,7 +70,11 @@ def test_every_kind_is_applied_or_named(bridge, models, tmp_path):
 
 @pytest.mark.parametrize(
     "suffixes",
-    [{".lora_up.weight": (64, 2), ".lora_down.weight": (2, 99)}, {".lokr_w1": (2, 2), ".lokr_w2": (5, 7)}, {".diff": (3, 3)}],
+    [
+        {".lora_up.weight": (64, 2), ".lora_down.weight": (2, 99)},
+        {".lokr_w1": (2, 2), ".lokr_w2": (5, 7)},
+        {".diff": (3, 3)},
+    ],
     ids=["LoRA", "LoKr", "diff"],
 )
 def test_wrong_shapes_of_other_adapters_are_errors_too(bridge, models, suffixes, tmp_path):
@@ -78,7 +86,10 @@ def test_wrong_shapes_of_other_adapters_are_errors_too(bridge, models, suffixes,
 
 
 def test_a_file_of_which_nothing_matches_is_an_error(bridge, models, tmp_path):
-    save_file({f"lora_unet_nowhere_7.{k}": v for k, v in reduced.random_layer((8, 8), 2, "kohya").items()}, tmp_path / "x.safetensors")
+    save_file(
+        {f"lora_unet_nowhere_7.{k}": v for k, v in reduced.random_layer((8, 8), 2, "kohya").items()},
+        tmp_path / "x.safetensors",
+    )
     with pytest.raises(LoHaError, match="nothing in this file fits(.|\n)*lora_unet_nowhere_7: no such layer"):
         bridge.apply(models.model, models.clip, load_adapter(tmp_path / "x.safetensors"), 1.0, 1.0)
 

@@ -10,8 +10,9 @@ import comfy.sd
 import pytest
 import torch
 from comfy.weight_adapter import LoHaAdapter
-from loha_core import LoHaFactors, load_adapter
 from safetensors.torch import load_file, save_file
+
+from loha_core import LoHaFactors, load_adapter
 
 from . import reduced
 from .test_patching import loaded

