@@ -30,7 +30,7 @@ class LoHaInfo(io.ComfyNode):
             node_id="LoHaInfo",
             display_name="LoHa Info",
             category="LoHa",
-            description="Shows what is in a LoHa adapter: dialect, ranks, trigger words, and where it changes the model.",
+            description="Shows what is in a LoHa: dialect, ranks, trigger words, and where it changes the model.",
             inputs=[LOHA.Input("loha", tooltip="The adapter to look into.")],
             outputs=[
                 io.String.Output(display_name="text", tooltip="The summary that the node shows."),

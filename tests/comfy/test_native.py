@@ -153,7 +153,7 @@ def test_a_wrong_shape_is_an_error_not_a_log_line(bridge, tmp_path, say, caplog)
     assert torch.equal(silent, weight) and "loha" in caplog.text
     say(f"wrong shape: native leaves the weight as it is and logs '{caplog.messages[0][:50]}'; ours raises")
     models = reduced.build("sd15")
-    path, wanted = reduced.write(models, "kohya", tmp_path)
+    path, _ = reduced.write(models, "kohya", tmp_path)
     broken = load_file(path)
     key = next(k for k in broken if k.endswith("attn2_to_k.hada_w1_b"))
     for half in "12":
