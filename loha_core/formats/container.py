@@ -36,9 +36,11 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
             # Cloned: the file may be replaced while its tensors are in use.
             tensors = {key: file.get_tensor(key).clone() for key in file.keys()}
             metadata = dict(file.metadata() or {})
-    except (SafetensorError, OSError, UnicodeError) as error:
+    # TypeError and RuntimeError are torch's, of axes beyond 2⁶³, with a stack trace below the first line.
+    except (SafetensorError, OSError, UnicodeError, TypeError, RuntimeError) as error:
+        why = str(error).partition("\n")[0]
         raise LoHaError(
-            f"{path}: not a readable safetensors file ({error}). It may be truncated: download or save it again."
+            f"{path}: not a readable safetensors file ({why}). It may be truncated: download or save it again."
         ) from error
     for key, tensor in tensors.items():
         check_finite(tensor, f"{path}: {key}")

@@ -90,7 +90,7 @@ def _factors(parts: Mapping[str, Tensor], alpha_of: Callable[[int], float | None
     for name in ("alpha", "scalar"):
         if name in parts and parts[name].numel() != 1:
             raise LoHaError(f"{name} has shape {tuple(parts[name].shape)}; expected one number")
-    rank = tensors["w1_b"].shape[0]
+    rank = next(iter(tensors["w1_b"].shape), 0)  # LoHaFactors refuses what has no axes
     # A file without alpha has scale 1.
     alpha = float(parts["alpha"]) if "alpha" in parts else alpha_of(rank)
     factors = LoHaFactors(

@@ -110,10 +110,11 @@ def _by_pattern(config: Mapping[str, Any], field: str, module: str, default: Any
         raise LoHaError(f"{CONFIG}: {field} is {type(patterns).__name__}; expected an object of pattern: number")
     try:
         value = next((v for p, v in patterns.items() if re.match(rf"(.*\.)?({p})$", module)), default)
-        return float(value)
-    except (re.error, RecursionError) as error:
+    except (re.error, RecursionError, OverflowError) as error:
         raise LoHaError(f"{CONFIG}: {field} holds a pattern that is no regular expression ({error})") from error
-    except (TypeError, ValueError) as error:
+    try:
+        return float(value)
+    except (TypeError, ValueError, OverflowError) as error:
         raise LoHaError(f"{CONFIG}: {field} or alpha gives {module} a value that is no number ({error})") from error
 
 
