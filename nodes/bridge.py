@@ -122,8 +122,8 @@ def _bind_extras(
     patches: dict[str, dict[Target, Any]] = {label: {} for label in networks}
     modules: dict[str, dict[str, Tensor]] = defaultdict(dict)
     for key, tensor in comfy.lora_convert.convert_lora(dict(adapter.extras)).items():
-        if parts := split_other(key):
-            modules[parts[0]][parts[1]] = tensor
+        if place := split_other(key):
+            modules[place[0]][place[1]] = tensor
         elif key.startswith("bundle_emb."):
             report.unmatched[key] = "an embedding packed into the file; save it to the embeddings folder to use it"
         else:

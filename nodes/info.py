@@ -73,8 +73,8 @@ def norm_chart(adapter: Adapter) -> torch.Tensor:
     largest = max((value for row in table.values() for value in row.values()), default=0.0)
     image = Image.new("RGB", (MARGIN + CELL * len(kinds) + 16, TOP + ROW * max(1, len(table)) + 16), BACKGROUND)
     draw, font, small = ImageDraw.Draw(image), ImageFont.load_default(14), ImageFont.load_default(12)
-    draw.text((12, 10), f"Size of the update at strength 1 — {adapter.source}", INK, font)
-    draw.text((12, 30), "Frobenius norm; brighter is more, the largest is 100 %", FAINT, small)
+    draw.text((12, 10), f"Size of the update at strength 1: {adapter.source}", INK, font)
+    draw.text((12, 30), "Frobenius norm; brighter is more", FAINT, small)
     for column, kind in enumerate(kinds):
         draw.text((MARGIN + CELL * column + CELL // 2, TOP - 14), kind, INK, small, anchor="mm")
     for line, (block, row) in enumerate(table.items()):

@@ -26,7 +26,7 @@ app.registerExtension({
       text.addEventListener(event, (e) => e.stopPropagation());
     }
     node.addDOMWidget("summary", "loha_text", text, { serialize: false, getMinHeight: () => 200 });
-    node.setSize([Math.max(node.size[0], 420), node.size[1]]);
+    node.setSize([Math.max(node.size[0], 420), Math.max(node.size[1], 520)]); // room for the picture below
 
     const onExecuted = node.onExecuted;
     node.onExecuted = function (output) {
