@@ -31,14 +31,9 @@ class Network:
         self.shapes = dict(shapes)
         # ComfyUI's tables also name weights that a particular model lacks.
         targets = {name: target for name, target in targets.items() if _key(target) in self.shapes}
-        self._exact = {names.flat(name): target for name, target in targets.items()}
-        paths: dict[tuple[str, str], Target] = {}
-        for name, target in targets.items():
-            key = names.split(name)
-            # Two weights behind one shortened name: neither may be guessed.
-            paths[key] = target if paths.get(key, target) == target else None
-        self._paths = paths
-        self._components = sorted({component for component, _ in paths}, key=lambda c: (c != "unet", c))
+        self._exact = _unambiguous((names.flat(name), target) for name, target in targets.items())
+        self._paths = _unambiguous((names.split(name), target) for name, target in targets.items())
+        self._components = sorted({component for component, _ in self._paths}, key=lambda c: (c != "unet", c))
 
     def find(self, name: str) -> Target | None:
         """The weight that a file's module name means, or None."""
@@ -62,6 +57,14 @@ class Network:
 
 def _key(target: Target) -> str:
     return target if isinstance(target, str) else target[0]
+
+
+def _unambiguous(pairs: Iterable[tuple[Any, Target]]) -> dict[Any, Target | None]:
+    """As a dictionary; two weights behind one shortened name are None, since neither may be guessed."""
+    found: dict[Any, Target | None] = {}
+    for key, target in pairs:
+        found[key] = target if found.get(key, target) == target else None
+    return found
 
 
 @dataclass
@@ -150,7 +153,9 @@ def misfit(factors: LoHaFactors, shape: tuple[int, ...]) -> str | None:
     found = factors.shape
     fits = found[0] == out and prod(found[1:]) == prod(inner)
     if factors.is_tucker:
-        fits = fits and found[1] == (inner[0] if inner else 1)
+        # PEFT drops an axis of 1 from a kernel.
+        kernel, wanted = ([k for k in axes if k != 1] for axes in (found[2:], inner[1:]))
+        fits = fits and found[1] == (inner[0] if inner else 1) and kernel == wanted
     if not fits:
         return f"an update of shape {found} for a weight of shape {tuple(shape)}"
     if factors.dora_scale is not None:

@@ -6,7 +6,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from .describe import describe
+from .describe import describe, printable
 from .errors import LoHaError
 from .formats import load_adapter
 
@@ -22,8 +22,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     options = parser.parse_args(arguments)
     try:
-        print(describe(load_adapter(options.file, legacy_tucker=options.legacy_tucker)))
+        text = describe(load_adapter(options.file, legacy_tucker=options.legacy_tucker))
     except LoHaError as error:
-        print(f"loha: {error}", file=sys.stderr)
+        print(printable(f"loha: {error}"), file=sys.stderr)
         return 1
+    encoding = sys.stdout.encoding or "utf-8"
+    print(text.encode(encoding, "replace").decode(encoding))  # not every terminal has every letter
     return 0

@@ -43,7 +43,7 @@ def trigger_words(adapter: Adapter, limit: int = 20) -> list[str]:
         counts: Counter[str] = Counter()
         for tags in folders.values():
             counts.update({str(tag).strip(): int(count) for tag, count in tags.items()})
-    except (ValueError, AttributeError, TypeError, RecursionError):
+    except (ValueError, AttributeError, TypeError, OverflowError, RecursionError):
         return []
     return [tag for tag, _ in counts.most_common(limit)]
 
@@ -52,7 +52,7 @@ def suspicious(adapter: Adapter) -> list[str]:
     """What a user should know before trusting the file."""
     found = list(adapter.notes)
     for name, factors in adapter.layers.items():
-        if any(t.abs().max() == 0 for t in (factors.w1_a, factors.w1_b, factors.w2_a, factors.w2_b)):
+        if any(not t.float().any() for part, t in factors.tensors().items() if part != "dora_scale"):
             found.append(f"{name}: a factor is all zero, so this layer does nothing (untrained?)")
         elif factors.rank >= min(factors.shape[:2]):
             found.append(f"{name}: rank {factors.rank} is no smaller than the weight {factors.shape}")
@@ -85,7 +85,12 @@ def describe(adapter: Adapter, limit: int = 10) -> str:
     lines += [f"suspicious    {line}" for line in odd[:limit]]
     if len(odd) > limit:
         lines.append(f"suspicious    … and {len(odd) - limit} more")
-    return "\n".join(lines)
+    return "\n".join(map(printable, lines))
+
+
+def printable(text: str) -> str:
+    """A file's own words may hold line breaks and a terminal's control sequences; here they are only text."""
+    return "".join(letter if letter.isprintable() else "\N{REPLACEMENT CHARACTER}" for letter in text)
 
 
 def _counts(counter: Counter) -> str:  # type: ignore[type-arg]
