@@ -131,16 +131,15 @@ def write(adapter: Adapter, path: Path, dtype: torch.dtype | None) -> None:
         raise LoHaError(f"{path}: PEFT's LoHa format cannot hold {beyond}; save as format='lycoris'")
     parts: dict[str, dict[str, LoHaFactors]] = defaultdict(dict)
     for name, factors in adapter.layers.items():
-        folder, module = _place(name)
-        if module in parts[folder]:
-            raise LoHaError(f"{path}: {name} would be a second {folder}/{module}; leave out or rename one")
-        parts[folder][module] = factors
+        part, module = _place(name)
+        if module in parts[part]:
+            raise LoHaError(f"{path}: {name} would be a second {part}/{module}; leave out or rename one")
+        parts[part][module] = factors
     if "" in parts and len(parts) > 1:
         nameless = next(name for name in adapter.layers if not _place(name)[0])
         raise LoHaError(f"{path}: {nameless} doesn't say which network it is for, while other layers do; rename it")
     prepared = {
-        path / folder: (cast(_tensors(layers), dtype, path / folder), _config(layers))
-        for folder, layers in parts.items()
+        path / part: (cast(_tensors(layers), dtype, path / part), _config(layers)) for part, layers in parts.items()
     }
     for folder, (tensors, _) in prepared.items():
         for key, tensor in tensors.items():
