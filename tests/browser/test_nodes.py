@@ -55,8 +55,10 @@ def test_info_on_the_node(page: Page, adapter: str, request: pytest.FixtureReque
     # Metadata is text, never markup.
     expect(text).to_contain_text("<img src=x onerror=window.hacked=1>")
     assert page.evaluate("window.hacked") is None
+    # LiteGraph draws the picture on its canvas, Nodes 2.0 shows an element.
     page.wait_for_function(
-        "app.graph._nodes.find(n => n.comfyClass === 'LoHaInfo').imgs?.length || document.querySelector('.image-preview img, [data-node-id] img')",
+        "!!(app.graph._nodes.some(n => n.comfyClass === 'LoHaInfo' && n.imgs?.length) ||"
+        " document.querySelector('[data-node-id] img'))",
         timeout=30_000,
     )
     shoot(page, "info", request)
