@@ -4,15 +4,16 @@
 >>> add_delta_(w, LoHaFactors(a, b, a, b, alpha=2), 0.5)[0, 0]     # 0.5 · (1+1) · (1+1)
 tensor(2.)
 >>> print(plan((1280, 1280), LoHaFactors(*[torch.ones(1280, 4), torch.ones(4, 1280)] * 2, alpha=4)))
-khatri_rao: 1280x1280, rank 4: khatri_rao 52.4 MFLOP + 13.4 MB = 73.9, tiles 26.2 MFLOP + 39.3 MB = 89.1 \
-(1 byte = 1.6 FLOP)
+khatri_rao: cost in MFLOP: tiles 99.1 (26.2 MFLOP, 39.3 MB); khatri_rao 83.9 (52.4 MFLOP, 13.4 MB)
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from itertools import groupby
 from math import prod
-from typing import get_args
+from typing import cast, get_args
 
 import torch
 from torch import Tensor
@@ -22,9 +23,11 @@ from .bind import misfit
 from .errors import LoHaError
 from .factors import LoHaFactors
 from .kernels import cost, tiles
-from .kernels.cost import Backend, Plan
+from .kernels.cost import Backend, Choice, Plan
 
 __all__ = ["Plan", "add_delta_", "plan"]
+
+_BACKENDS = ("auto", *get_args(Backend))
 
 
 def add_delta_(
@@ -45,7 +48,7 @@ def add_delta_(
         factors: one update or a stack of them, on any device.
         strength: one for all, or one for each update; 0 leaves the weight as it is, bit for bit.
         source: where W is read, a backup for instance; the weight itself by default. Its shape is the weight's.
-        backend: "auto", "tiles", "khatri_rao" or "triton".
+        backend: "auto", or one of "whole", "tiles", "khatri_rao" or "triton".
 
     Returns:
         weight.
@@ -58,20 +61,22 @@ def add_delta_(
     if len(strengths) != len(stack):
         raise LoHaError(f"{len(stack)} updates but {len(strengths)} strengths; give one for all or one for each")
     _check(weight, source, stack)
-    acting = [(f, float(s)) for f, s in zip(stack, strengths, strict=True) if s != 0]
-    # An inference tensor may only be written in inference mode; any other must not record a gradient.
-    with torch.inference_mode() if weight.is_inference() else torch.no_grad():
+    with _writing(weight):
+        acting = [(_on(weight.device, f), float(s)) for f, s in zip(stack, strengths, strict=True) if s != 0]
         if not acting or weight.numel() == 0:
             return weight if source is None else weight.copy_(source)
-        acting = [(f.to(device=weight.device), s) for f, s in acting]
-        chosen = _choose(weight.shape, [f for f, _ in acting], weight.device, weight.dtype, backend)
-        if chosen[0] == "triton":
+        shape = tuple(weight.shape)
+        choices = _choose(shape, [f for f, _ in acting], weight.device, weight.dtype, backend)
+        if choices[0].backend == "triton":
             from .kernels import triton_merge
 
             triton_merge.merge(weight, weight if source is None else source, acting)
+        elif choices[0].backend == "whole" and source is None:
+            [(f, s)] = acting
+            tiles.add_whole_(weight, f, f.scale * s)
         else:
             dtype = algebra.compute_dtype(weight)
-            steps = _steps(tuple(weight.shape), acting, chosen, dtype)
+            steps = _steps(shape, acting, choices, dtype)
             tiles.merge(weight, weight if source is None else source, steps, dtype)
     return weight
 
@@ -88,15 +93,22 @@ def plan(
         LoHaError: an update does not fit the shape.
     """
     stack = [factors] if isinstance(factors, LoHaFactors) else list(factors)
-    device, shape = torch.device(device), tuple(shape)
     for f in stack:
-        if problem := misfit(f, shape):
+        if problem := misfit(f, tuple(shape)):
             raise LoHaError(problem)
-    chosen = _choose(shape, stack, device, dtype, "auto")
-    if chosen and chosen[0] == "triton":
-        return Plan(chosen, tuple("one read and one write of W" for _ in stack))
-    size = 8 if dtype == torch.float64 else 4
-    return Plan(chosen, tuple(cost.explain(shape[0], prod(shape[1:]), f.rank, device.type, size) for f in stack))
+    return Plan(tuple(_choose(shape, stack, torch.device(device), dtype, "auto")))
+
+
+def _writing(weight: Tensor) -> AbstractContextManager[object]:
+    """No gradient is recorded; and an inference tensor may only be written in inference mode."""
+    if torch.is_inference_mode_enabled():
+        return nullcontext()
+    return torch.inference_mode() if weight.is_inference() else torch.no_grad()
+
+
+def _on(device: torch.device, f: LoHaFactors) -> LoHaFactors:
+    tensors = (f.w1_a, f.w1_b, f.w2_a, f.w2_b, f.t1, f.t2, f.dora_scale)
+    return f if all(t is None or t.device == device for t in tensors) else f.to(device)
 
 
 def _check(weight: Tensor, source: Tensor | None, stack: Sequence[LoHaFactors]) -> None:
@@ -113,38 +125,43 @@ def _check(weight: Tensor, source: Tensor | None, stack: Sequence[LoHaFactors]) 
 
 def _choose(
     shape: Sequence[int], stack: Sequence[LoHaFactors], device: torch.device, dtype: torch.dtype, backend: str
-) -> tuple[Backend, ...]:
+) -> list[Choice]:
     """One back end for each update; "triton" takes all of them or none."""
-    if backend != "auto" and backend not in get_args(Backend):
-        raise LoHaError(f"no back end {backend!r}; there are: auto, {', '.join(get_args(Backend))}")
-    if backend in ("tiles", "khatri_rao"):
-        return (backend,) * len(stack)  # type: ignore[return-value]
+    if backend not in _BACKENDS:
+        raise LoHaError(f"no back end {backend!r}; there are: {', '.join(_BACKENDS)}")
+    plain = len(stack) == 1 and _is_plain(stack[0], dtype)
+    if backend == "whole" and not plain:
+        raise LoHaError("the back end 'whole' takes one flat update without DoRA, in the weight's float32 or float64")
+    if backend != "auto":
+        return [Choice(cast(Backend, backend))] * len(stack)
     out, n = (shape[0], prod(shape[1:])) if shape else (1, 1)
     size = 8 if dtype == torch.float64 else 4
-    return tuple(cost.choose(out, n, f.rank, device.type, size) for f in stack)
+    return [cost.choose(out, n, f.rank, device.type, size, plain) for f in stack]
+
+
+def _is_plain(f: LoHaFactors, dtype: torch.dtype) -> bool:
+    same = f.w1_a.dtype == f.w1_b.dtype == f.w2_a.dtype == f.w2_b.dtype == dtype
+    return same and dtype in (torch.float32, torch.float64) and f.t1 is None and f.dora_scale is None
 
 
 def _steps(
-    shape: tuple[int, ...], stack: Sequence[tuple[LoHaFactors, float]], chosen: Sequence[Backend], dtype: torch.dtype
+    shape: tuple[int, ...], stack: Sequence[tuple[LoHaFactors, float]], choices: Sequence[Choice], dtype: torch.dtype
 ) -> list[tiles.Step]:
     """Neighbours without DoRA become one sum, and those of them that go by Khatri–Rao one product."""
     steps: list[tiles.Step] = []
-    wide: list[tuple[LoHaFactors, float]] = []
-    for (f, strength), backend in zip(stack, chosen, strict=True):
-        by_rows = backend == "tiles"
-        if f.dora_scale is not None:
-            term = tiles.Products(f, f.scale, dtype) if by_rows else tiles.KhatriRao([(f, f.scale)], dtype)
+    for is_dora, run in groupby(zip(stack, choices, strict=True), lambda entry: entry[0][0].dora_scale is not None):
+        if not is_dora:
+            steps.append(tiles.Sum(_terms([(f, f.scale * s, choice.backend) for (f, s), choice in run], dtype)))
+            continue
+        for (f, strength), choice in run:
+            assert f.dora_scale is not None
+            [term] = _terms([(f, f.scale, choice.backend)], dtype)
             axis = algebra.dora_axis(f.dora_scale, shape)
             steps.append(tiles.Dora(term, strength, f.dora_scale, axis, prod(shape[2:])))
-            continue
-        if not steps or isinstance(steps[-1], tiles.Dora):
-            wide = []
-            steps.append(tiles.Sum([]))
-        terms = steps[-1].terms
-        if by_rows:
-            terms.append(tiles.Products(f, f.scale * strength, dtype))
-        else:
-            if not wide:
-                terms.append(tiles.KhatriRao(wide, dtype))
-            wide.append((f, f.scale * strength))
     return steps
+
+
+def _terms(updates: Sequence[tuple[LoHaFactors, float, Backend]], dtype: torch.dtype) -> list[tiles.Term]:
+    wide = [(f, scale) for f, scale, backend in updates if backend == "khatri_rao"]
+    terms: list[tiles.Term] = [tiles.KhatriRao(wide, dtype)] if wide else []
+    return terms + [tiles.Products(f, scale, dtype) for f, scale, backend in updates if backend != "khatri_rao"]

@@ -3,87 +3,95 @@
 Per element of W, an update of rank r costs
 
     tiles        4r FLOPs for both products;  the products are written and read, W read and written
+    whole        the same as a single tile with nothing to prepare: one plain update on a small weight
     khatri_rao   2r² FLOPs in one addmm;      W read and written;  r² numbers per row and column for U and V
+    triton       4r FLOPs;                    W read and written;  on a GPU always the cheapest
 
-and a byte costs as much as BALANCE floating-point operations. Where the two cross (r ≈ 5 on a CPU for a large
-matrix, lower for a small one, far higher on a GPU) follows from that.
+A byte costs as much as BALANCE floating-point operations, and preparing U and V or tiles as much as PREPARATION.
+Where tiles and khatri_rao cross (r ≈ 5 on a CPU for a large weight, lower for a small one, far higher on a GPU)
+follows from that.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Literal, NamedTuple
 
-Backend = Literal["tiles", "khatri_rao", "triton"]
+Backend = Literal["whole", "tiles", "khatri_rao", "triton"]
 
 # FLOP/s of a matrix product over bytes/s of an element-wise operation that finds its operands in cache.
-# CPU: measured, 190 GFLOP/s on 120 GB/s. GPU: a data sheet's float32, 60 TFLOP/s on 3 TB/s.
+# CPU: measured on 2 cores, 190 GFLOP/s over 120 GB/s. GPU: a data sheet's float32, 60 TFLOP/s over 3 TB/s.
 BALANCE = {"cpu": 1.6, "cuda": 20.0}
-# U and V of khatri_rao are memory beside the weight; past this, tiles.
+# FLOPs in the 50 µs of Python before the first tile; measured on the same CPU.
+PREPARATION = 10e6
+# The most numbers in a weight that is merged whole: its two products are the memory that takes.
+WHOLE = 1 << 20
+# The most bytes that U and V may take.
 KHATRI_RAO_BYTES = 32 << 20
 
 
 class Cost(NamedTuple):
+    """``total`` is in FLOPs: what else they could have been."""
+
+    backend: Backend
     flops: float
     bytes: float
-    balance: float
-
-    @property
-    def total(self) -> float:
-        """In FLOPs."""
-        return self.flops + self.balance * self.bytes
+    total: float
+    extra: int = 0
 
     def __str__(self) -> str:
-        return f"{self.flops / 1e6:.1f} MFLOP + {self.bytes / 1e6:.1f} MB = {self.total / 1e6:.1f}"
+        limit = f", but {self.extra >> 20} MiB of U and V" if self.extra > KHATRI_RAO_BYTES else ""
+        work = f"{self.flops / 1e6:.1f} MFLOP, {self.bytes / 1e6:.1f} MB"
+        return f"{self.backend} {self.total / 1e6:.1f} ({work}){limit}"
+
+
+class Choice(NamedTuple):
+    """One update's back end, and what was compared."""
+
+    backend: Backend
+    costs: tuple[Cost, ...] = ()
+
+    def __str__(self) -> str:
+        if not self.costs:
+            return f"{self.backend}: factors in, one read and one write of W"
+        return f"{self.backend}: cost in MFLOP: " + "; ".join(map(str, self.costs))
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Which back end a merge takes, update by update, and why. ``print`` it.
+    """How a merge is done, update by update, and why: ``print`` it."""
 
-    Attributes:
-        backends: one for each update of the stack.
-        why: one line for each update.
-    """
-
-    backends: tuple[Backend, ...]
-    why: tuple[str, ...]
+    choices: tuple[Choice, ...]
 
     @property
     def backend(self) -> str:
-        return "+".join(dict.fromkeys(self.backends))
+        return "+".join(dict.fromkeys(choice.backend for choice in self.choices))
 
     def __str__(self) -> str:
-        return "\n".join(f"{backend}: {why}" for backend, why in zip(self.backends, self.why, strict=True))
+        return "\n".join(map(str, self.choices))
 
 
-def tiles(out: int, n: int, rank: int, device: str, size: int) -> Cost:
-    """Both products of a tile, multiplied into W; ``size`` is the bytes of a number."""
-    return Cost(4.0 * rank * out * n, 6.0 * size * out * n, _balance(device, size))
+@lru_cache(maxsize=4096)  # a model has few shapes and very many layers
+def choose(out: int, n: int, rank: int, device: str, size: int, plain: bool) -> Choice:
+    """The cheapest back end that runs anywhere.
 
-
-def khatri_rao(out: int, n: int, rank: int, device: str, size: int) -> Cost:
-    """W.addmm_(U, V): U and V are made (one write, one read), W is read and written."""
-    traffic = 2.0 * size * (out * n + rank**2 * (out + n))
-    return Cost(2.0 * rank**2 * out * n, traffic, _balance(device, size))
-
-
-def choose(out: int, n: int, rank: int, device: str, size: int) -> Backend:
-    """The cheaper of the two that run anywhere."""
-    if rank**2 * (out + n) * size > KHATRI_RAO_BYTES:
-        return "tiles"
-    cheaper = khatri_rao(out, n, rank, device, size).total < tiles(out, n, rank, device, size).total
-    return "khatri_rao" if cheaper else "tiles"
-
-
-def explain(out: int, n: int, rank: int, device: str, size: int) -> str:
-    """The comparison that ``choose`` makes, in words."""
-    a, b = khatri_rao(out, n, rank, device, size), tiles(out, n, rank, device, size)
-    spare = rank**2 * (out + n) * size
-    limit = f"; U and V take {spare >> 20} MiB, too many" if spare > KHATRI_RAO_BYTES else ""
-    return f"{out}x{n}, rank {rank}: khatri_rao {a}, tiles {b} (1 byte = {a.balance:g} FLOP){limit}"
-
-
-def _balance(device: str, size: int) -> float:
+    Args:
+        out, n: rows of W and the rest of it.
+        device: "cpu", "cuda", …
+        size: bytes of a number while computing, 4 or 8.
+        plain: this flat update is all there is to do, in one dtype.
+    """
     # Twice the bytes a number is half the FLOPs a second.
-    return BALANCE.get(device, BALANCE["cuda"]) * 4 / size
+    balance = BALANCE.get(device, BALANCE["cuda"]) * 4 / size
+    whole = plain and out * n <= WHOLE
+    flops, traffic = 4.0 * rank * out * n, 6.0 * size * out * n
+    total = flops + balance * traffic + (0 if whole else PREPARATION)
+    products = Cost("whole" if whole else "tiles", flops, traffic, total)
+
+    extra = rank**2 * (out + n) * size
+    flops, traffic = 2.0 * rank**2 * out * n, 2.0 * (size * out * n + extra)
+    single = Cost("khatri_rao", flops, traffic, flops + balance * traffic + PREPARATION, extra)
+
+    best = single if single.total < products.total and extra <= KHATRI_RAO_BYTES else products
+    return Choice(best.backend, (products, single))

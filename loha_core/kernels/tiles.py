@@ -17,12 +17,13 @@ from torch import Tensor
 from .. import algebra
 from ..factors import LoHaFactors
 
-# Numbers per tile. CPU, per thread: both products and the tile of W then lie in a core's L2. GPU: enough to fill it.
-CPU_TILE, GPU_TILE = 128 << 10, 2 << 20
-# Columns per tile on a CPU: a panel of B (r, 768) stays in L1 or L2 during the product, which is 2x faster than wider.
-CPU_WIDTH = 768
-# Numbers of stacked row factors at a time, so that they stay small beside W even for an enormous rank.
-BAND = 2 << 20
+# Numbers per tile. CPU: both products stay in L2 and L3, and starting the threads costs little. GPU: enough to fill it.
+CPU_TILE, GPU_TILE = 1 << 20, 2 << 20
+# Rows of a product are this many numbers apart from ending where the next begins: where a row is a multiple of 4 KiB
+# (1024, 3072, 5120 columns), rows that follow each other compete for the same few lines of cache; 2x slower, measured.
+PADDING = 16
+# Numbers of prepared row factors, and of column factors: small beside W even where the rank is enormous.
+PREPARED = 2 << 20
 
 
 class Term(Protocol):
@@ -51,7 +52,7 @@ class Products:
         self.b = torch.stack(right(self.factors, columns, self.dtype))
 
     def add_(self, x: Tensor, rows: slice, scratch: Tensor) -> None:
-        m = scratch[: 2 * x.numel()].view(2, *x.shape)
+        m = scratch[:, : x.shape[0], : x.shape[1]]
         torch.bmm(self.a[:, rows], self.b, out=m)
         x.addcmul_(m[0], m[1], value=self.scale)
 
@@ -144,6 +145,14 @@ class Dora:
 Step = Sum | Dora
 
 
+def add_whole_(weight: Tensor, f: LoHaFactors, scale: float) -> None:
+    """W += scale·(A₁B₁)∘(A₂B₂) for flat factors of W's dtype, by three calls: a small weight needs no tiles."""
+    m1, m2 = torch.mm(f.w1_a, f.w1_b), torch.mm(f.w2_a, f.w2_b)
+    if weight.dim() > 2:
+        m1, m2 = m1.view(weight.shape), m2.view(weight.shape)
+    weight.addcmul_(m1, m2, value=scale)
+
+
 def merge(weight: Tensor, source: Tensor, steps: Sequence[Step], dtype: torch.dtype) -> None:
     """weight ← the steps applied to source, computed in ``dtype`` and rounded once. The two may be one tensor."""
     for index, step in enumerate(steps):
@@ -168,13 +177,11 @@ def _walk(
     # BLAS has tiles of its own, and writes into W where rows or columns are contiguous.
     whole = in_place and target is not None and 1 in target.stride() and all(isinstance(t, KhatriRao) for t in terms)
     whole = whole and not dora
-    height, width = (out, n) if whole else tile_shape(out, n, kernel, weight.device, matrices)
-    size = height * width
-    products, x_buffer, y_buffer = (
-        torch.empty(count * size, dtype=dtype, device=weight.device)
-        for count in (0 if whole else 2, 0 if in_place else 1, 1 if dora else 0)
-    )
-    for band in _slices(out, max(height, BAND // _rank(terms) // height * height)):
+    height, width = (out, n) if whole else tile_shape(out, n, kernel, _rank(terms), weight.device, matrices)
+    new = torch.empty(0, dtype=dtype, device=weight.device).new_empty
+    products = new(0 if whole else 2, height, width + PADDING)
+    x_buffer, y_buffer = new(0 if in_place else height * width), new(height * width if dora else 0)
+    for band in _slices(out, max(height, PREPARED // _rank(terms) // height * height)):
         for term in terms:
             term.rows(band)
         for columns in _slices(n, width):
@@ -209,16 +216,12 @@ def _apply(step: Step, x: Tensor, y: Tensor, rows: slice, columns: slice, inner:
     step.apply_(x, y, rows, columns)
 
 
-def tile_shape(out: int, n: int, kernel: int, device: torch.device, matrix: bool = True) -> tuple[int, int]:
-    """Rows and columns of a tile; columns are a multiple of the kernel's size, all of them if not ``matrix``."""
-    if device.type == "cpu":
-        numbers, wanted = CPU_TILE * torch.get_num_threads(), CPU_WIDTH
-    else:
-        numbers, wanted = GPU_TILE, n
-    inputs = n // kernel
-    panels = -(-n // wanted) if matrix else 1
-    width = min(inputs, -(-inputs // panels + 15) // 16 * 16 if panels > 1 else inputs) * kernel
-    bands = -(-out * width // numbers)
+def tile_shape(out: int, n: int, kernel: int, rank: int, device: torch.device, matrix: bool) -> tuple[int, int]:
+    """Rows and columns of a tile: whole rows if their factors are small, else a multiple of the kernel's size."""
+    inputs = max(1, PREPARED // (rank * kernel))
+    width = min(n, inputs * kernel) if matrix else n
+    height = max(1, (CPU_TILE if device.type == "cpu" else GPU_TILE) // width)
+    bands = -(-out // height)
     return -(-out // bands), width
 
 
