@@ -94,12 +94,10 @@ class LoHaConfig:
         for name, f in known.items():
             default = f.default_factory() if callable(f.default_factory) else f.default
             setattr(self, name, values.get(name, default))
-        self.rank_pattern = dict(self.rank_pattern or {})
-        self.alpha_pattern = dict(self.alpha_pattern or {})
-        self._normalise_names()
+        self._normalise()
         self._check()
 
-    def _normalise_names(self) -> None:
+    def _normalise(self) -> None:
         for name in ("target_modules", "exclude_modules", "modules_to_save"):
             value = getattr(self, name)
             if isinstance(value, (set, frozenset)):
@@ -109,6 +107,11 @@ class LoHaConfig:
         for name in ("layers_to_transform", "layers_pattern"):
             if isinstance(getattr(self, name), (tuple, range)):
                 setattr(self, name, list(getattr(self, name)))
+        for name in ("rank_pattern", "alpha_pattern"):
+            value = getattr(self, name)
+            if value is not None and not isinstance(value, Mapping):
+                raise LoHaError(f"{name} is {value!r}; expected pattern: number pairs")
+            setattr(self, name, dict(value or {}))
         # Enums of other libraries (PeftType, TaskType) are strings with a value.
         self.task_type = getattr(self.task_type, "value", self.task_type)
         self.peft_type = getattr(self.peft_type, "value", self.peft_type)

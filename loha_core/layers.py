@@ -20,6 +20,10 @@ from .factors import LoHaFactors
 from .targets import is_transformers_conv1d
 
 
+# A ParameterDict keeps its entries as attributes.
+_TAKEN = frozenset(dir(nn.ParameterDict()))
+
+
 class LoHaLayer(nn.Module):
     """A frozen layer and its adapters: y = base(x) + Σ over the active ones of ΔW ∗ x.
 
@@ -126,7 +130,7 @@ class LoHaLayer(nn.Module):
         self._register(adapter_name, parameters, config)
 
     def _record(self, adapter_name: str, r: int, alpha: float, scale: float, config: LoHaConfig) -> None:
-        if "." in adapter_name or hasattr(nn.ParameterDict, adapter_name):
+        if "." in adapter_name or adapter_name in _TAKEN:
             raise LoHaError(f"{adapter_name!r} cannot be an adapter's name: it is a path or an attribute of torch's")
         self.r[adapter_name], self.alpha[adapter_name] = r, alpha
         self._full_scale[adapter_name] = self.scaling[adapter_name] = scale
