@@ -72,14 +72,19 @@ def demonstrate(server: comfyui.Server, out: Path) -> int:
 
     out.parent.mkdir(parents=True, exist_ok=True)
     draw(sweeps).save(out)
-    shares = {digit: [float(np.mean(judge.read(p) == digit)) for p in by_strength] for digit, by_strength in grey(sweeps)}
+    shares = {
+        digit: [float(np.mean(judge.read(p) == digit)) for p in by_strength] for digit, by_strength in grey(sweeps)
+    }
     report(judge, shares)
     print(f"\nThe grid: {out.resolve()}")
 
     without, with_loha = shares[digits.TARGET][STRENGTHS.index(0)], shares[digits.TARGET][STRENGTHS.index(1)]
     kept = without <= AT_MOST_WITHOUT and with_loha >= AT_LEAST_WITH
     if not kept:
-        print(f"Expected at most {AT_MOST_WITHOUT:.0%} at strength 0 and at least {AT_LEAST_WITH:.0%} at 1.", file=sys.stderr)
+        print(
+            f"Expected at most {AT_MOST_WITHOUT:.0%} at strength 0 and at least {AT_LEAST_WITH:.0%} at 1.",
+            file=sys.stderr,
+        )
     return 0 if kept else 1
 
 
@@ -103,7 +108,9 @@ def sweep(server: comfyui.Server, prompt: comfyui.Json, digit: int) -> Sweep:
         job[positive]["inputs"]["text"] = digits.prompt(digit)
         started = time.monotonic()
         pictures.append(server.images(server.queue(job)))
-        print(f'"{digits.prompt(digit)}" at strength {strength:4.2f}: {SAMPLES} pictures in {time.monotonic() - started:.1f} s')
+        print(
+            f'"{digits.prompt(digit)}" at strength {strength:4.2f}: {SAMPLES} pictures in {time.monotonic() - started:.1f} s'
+        )
     return pictures
 
 
@@ -127,7 +134,7 @@ def draw(sweeps: dict[int, Sweep], seeds: int = 4) -> Image.Image:
 def report(judge: digits.Judge, shares: dict[int, list[float]]) -> None:
     """Print the table: strength against the share of pictures that show what was asked for."""
     print(f"\nThe judge reads {judge.accuracy:.1%} of held-out real digits correctly. Of {SAMPLES} pictures, it sees")
-    print(f"{'strength':>10}" + "".join(f'{digits.WORDS[d] + " when asked for":>24}' for d in shares))
+    print(f"{'strength':>10}" + "".join(f"{digits.WORDS[d] + ' when asked for':>24}" for d in shares))
     for row, strength in enumerate(STRENGTHS):
         print(f"{strength:>10.2f}" + "".join(f"{share[row]:>24.0%}" for share in shares.values()))
 

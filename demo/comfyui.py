@@ -23,7 +23,7 @@ import urllib.parse
 import urllib.request
 import zipfile
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -148,7 +148,7 @@ class Server:
         path.parent.mkdir(parents=True, exist_ok=True)
         return path
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> "Server":
         for name in ("models/checkpoints", "models/loras", "custom_nodes", "input", "output", "user"):
             (self.base / name).mkdir(parents=True, exist_ok=True)
         _link(self.base / "custom_nodes" / "ComfyUI-LoHa", REPOSITORY)

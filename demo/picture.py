@@ -8,7 +8,9 @@ from PIL import Image, ImageDraw, ImageFont
 _MARGIN, _GAP = 12, 4
 
 
-def grid(rows: Sequence[np.ndarray], row_labels: Sequence[str], column_labels: Sequence[str], title: str, zoom: int = 3) -> Image.Image:
+def grid(
+    rows: Sequence[np.ndarray], row_labels: Sequence[str], column_labels: Sequence[str], title: str, zoom: int = 3
+) -> Image.Image:
     """Draw pictures with labels at the left of the rows and above the columns.
 
     Args:

@@ -21,7 +21,6 @@ from . import model  # noqa: E402  (needs ComfyUI on the path)
 from .prepare import BASE  # noqa: E402
 
 
-
 def fast_bfloat16() -> bool:
     """Whether this machine multiplies bfloat16 matrices clearly faster than float32 ones."""
 

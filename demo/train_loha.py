@@ -15,8 +15,8 @@ from .train_base import noise_loss
 
 RANK = 8
 ALPHA = 8.0
-STEPS = 200
-BATCH = 48
+STEPS = 150
+BATCH = 32
 LEARNING_RATE = 3e-3
 SHARE_OF_TARGET = 0.6
 """Share of each batch that shows the new digit; the rest keeps the known ones in memory."""
@@ -57,9 +57,7 @@ class WithLoHa(nn.Module):
         )
 
     def forward(self, latents: Tensor, step: Tensor, context: Tensor) -> Tensor:
-        weights = {
-            name: self.unet.get_parameter(name) + self.updates[short]() for name, short in self.names.items()
-        }
+        weights = {name: self.unet.get_parameter(name) + self.updates[short]() for name, short in self.names.items()}
         return functional_call(self.unet, weights, (latents, step, context))
 
 
