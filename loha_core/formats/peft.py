@@ -69,17 +69,14 @@ def from_tensors(tensors: Mapping[str, Tensor], metadata: dict[str, str], path: 
             return None
         return _by_pattern(config, "alpha_pattern", module.removeprefix(names.WRAPPER), config.get("alpha", rank))
 
-    tensors = {prefix_extra(key, prefix): _squeeze_conv1d(key, tensor) for key, tensor in tensors.items()}
+    tensors = {key: _squeeze_conv1d(key, tensor) for key, tensor in tensors.items()}
     adapter = group(tensors, str(path), name_of=name_of, alpha_of=alpha_of)
     adapter.dialect, adapter.metadata = "peft", metadata
+    # Several folders become one adapter, so that what is not LoHa has to say its network too.
+    adapter.extras = {prefix + key: tensor for key, tensor in adapter.extras.items()}
     if config is None and adapter.layers:
         adapter.notes.append(f"no {CONFIG} beside the file, and PEFT files hold no alpha: scale 1 is assumed")
     return adapter
-
-
-def prefix_extra(key: str, prefix: str) -> str:
-    """Tensors that are not LoHa keep their network's name, since several folders become one adapter."""
-    return key if ".hada_" in key or not prefix else prefix + key
 
 
 def _squeeze_conv1d(key: str, tensor: Tensor) -> Tensor:
