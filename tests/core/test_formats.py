@@ -19,7 +19,11 @@ from loha_core.formats import DIALECTS
 
 from . import oracle, samples
 
-METADATA = {"ss_network_dim": "2", "ss_tag_frequency": '{"1_x": {"cat": 3}}', "modelspec.title": "Katze 猫"}
+METADATA = {
+    "ss_network_dim": "the trainer's own word",
+    "ss_tag_frequency": '{"1_x": {"cat": 3}}',
+    "modelspec.title": "Katze 猫",
+}
 
 
 def load(tmp_path, tensors, metadata=None, name="a.safetensors", **options) -> Adapter:
@@ -123,6 +127,14 @@ def test_peft_extras_tell_their_networks_apart(tmp_path):
     adapter = load_adapter(tmp_path)
     assert len(adapter.layers) == 4 and len(adapter.extras) == 2
     assert {key.split(".")[0] for key in adapter.extras} == {"unet", "text_encoder"}
+
+
+def test_notes_of_every_peft_folder_are_kept(tmp_path):
+    silent = samples.WRAPPED | {"base_model.model.down_blocks.0.attentions.0.proj_in.alpha": torch.tensor(0.0)}
+    samples.write_peft(tmp_path / "unet", silent)
+    samples.write_peft(tmp_path / "text_encoder", samples.WRAPPED_TEXT)
+    (note,) = load_adapter(tmp_path).notes
+    assert "proj_in" in note and "alpha is 0" in note
 
 
 def test_loaded_tensors_do_not_hang_on_the_file(tmp_path):
