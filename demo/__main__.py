@@ -108,9 +108,8 @@ def sweep(server: comfyui.Server, prompt: comfyui.Json, digit: int) -> Sweep:
         job[positive]["inputs"]["text"] = digits.prompt(digit)
         started = time.monotonic()
         pictures.append(server.images(server.queue(job)))
-        print(
-            f'"{digits.prompt(digit)}" at strength {strength:4.2f}: {SAMPLES} pictures in {time.monotonic() - started:.1f} s'
-        )
+        seconds = time.monotonic() - started
+        print(f'"{digits.prompt(digit)}" at strength {strength:4.2f}: {SAMPLES} pictures in {seconds:.1f} s')
     return pictures
 
 
