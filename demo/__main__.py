@@ -5,6 +5,7 @@
 
 import argparse
 import copy
+import io
 import json
 import shutil
 import signal
@@ -35,6 +36,8 @@ def main() -> int:
     parser.add_argument("--port", type=int, help="where ComfyUI listens (8188 with --ui, else any free one)")
     parser.add_argument("--out", type=Path, default=comfyui.CACHE / "demo.png", help="the grid picture")
     args = parser.parse_args()
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(line_buffering=True)  # in a pipe too, progress is for watching
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # leave by the exits that stop the server
     try:
         folder = comfyui.find()
