@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
+from importlib.util import find_spec
 from itertools import groupby
 from math import prod
 from typing import cast, get_args
@@ -65,19 +66,21 @@ def add_delta_(
         acting = [(_on(weight.device, f), float(s)) for f, s in zip(stack, strengths, strict=True) if s != 0]
         if not acting or weight.numel() == 0:
             return weight if source is None else weight.copy_(source)
+        reading = weight if source is None else source
+        if backend == "auto" and _fused(weight.device, [f for f, _ in acting], weight, reading):
+            backend = "triton"
         shape = tuple(weight.shape)
         choices = _choose(shape, [f for f, _ in acting], weight.device, weight.dtype, backend)
         if choices[0].backend == "triton":
             from .kernels import triton_merge
 
-            triton_merge.merge(weight, weight if source is None else source, acting)
-        elif choices[0].backend == "whole" and source is None:
+            triton_merge.merge(weight, reading, acting)
+        elif choices[0].backend == "whole":
             [(f, s)] = acting
-            tiles.add_whole_(weight, f, f.scale * s)
+            tiles.add_whole_(weight if source is None else weight.copy_(source), f, f.scale * s)
         else:
             dtype = algebra.compute_dtype(weight)
-            steps = _steps(shape, acting, choices, dtype)
-            tiles.merge(weight, weight if source is None else source, steps, dtype)
+            tiles.merge(weight, reading, _steps(shape, acting, choices, dtype), dtype)
     return weight
 
 
@@ -96,7 +99,19 @@ def plan(
     for f in stack:
         if problem := misfit(f, tuple(shape)):
             raise LoHaError(problem)
-    return Plan(tuple(_choose(shape, stack, torch.device(device), dtype, "auto")))
+    device = torch.device(device)
+    like = torch.empty(tuple(shape), dtype=dtype, device="meta")
+    backend = "triton" if _fused(device, stack, like, like) else "auto"
+    return Plan(tuple(_choose(shape, stack, device, dtype, backend)))
+
+
+def _fused(device: torch.device, stack: Sequence[LoHaFactors], weight: Tensor, source: Tensor) -> bool:
+    """Whether the GPU's kernel can do it: on a GPU it is always the cheapest."""
+    if device.type != "cuda" or find_spec("triton") is None:
+        return False
+    from .kernels import triton_merge
+
+    return triton_merge.refusal(weight, source, stack) is None and triton_merge.works(device)
 
 
 def _writing(weight: Tensor) -> AbstractContextManager[object]:
