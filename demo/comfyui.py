@@ -386,7 +386,12 @@ def _widget_values(node: Json, info: Json) -> Json:
             kind, *rest = info["input"][section][name]
             options = rest[0] if rest else {}
             is_widget = isinstance(kind, list) or kind in _WIDGETS
-            if not is_widget or options.get("forceInput") or not values:
+            if not is_widget or options.get("forceInput"):
+                continue
+            if not values:  # the node has gained a widget since: its default, as in the front end
+                choices = kind if isinstance(kind, list) else options.get("options", [])
+                if "default" in options or choices:
+                    inputs[name] = options.get("default", choices[0] if choices else None)
                 continue
             inputs[name] = values.pop(0)
             # The front end puts "fixed", "randomize", … behind each seed; it is not an input.
