@@ -55,123 +55,154 @@ def apply_weight_backward(
     return gx, gw
 
 
-def rowwise(a1: Tensor, a2: Tensor) -> Tensor:
-    """U (o, r²) from a1, a2 (o, r): U[o, (p, q)] = a1[o, p]·a2[o, q]."""
-    return (a1.unsqueeze(2) * a2.unsqueeze(1)).flatten(1)
-
-
-def rowwise_backward(gu: Tensor, a1: Tensor, a2: Tensor) -> tuple[Tensor, Tensor]:
-    gu = gu.unflatten(1, (a1.shape[1], a2.shape[1]))
-    return torch.einsum("opq,oq->op", gu, a2), torch.einsum("opq,op->oq", gu, a1)
-
-
 def columnwise_backward(gv: Tensor, b1: Tensor, b2: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradients of `algebra.columnwise` with respect to b1 and b2, from gv (r², n)."""
     gv = gv.unflatten(0, (b1.shape[0], b2.shape[0]))
     return (gv * b2.unsqueeze(0)).sum(1), (gv * b1.unsqueeze(1)).sum(0)
+
+
+def _uv(a1: Tensor, b1: Tensor, a2: Tensor, b2: Tensor, scale: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Uᵀ (r², o), which holds the scale, and V (r², n). Uᵀ, since its rows are then contiguous like V's."""
+    ut = columnwise((a1 * scale).T.contiguous(), a2.T.contiguous())
+    return ut.to(dtype), columnwise(b1, b2).to(dtype)
+
+
+def _uv_backward(
+    gut: Tensor, gv: Tensor, a1: Tensor, b1: Tensor, a2: Tensor, b2: Tensor, scale: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of `_uv` with respect to a1, b1, a2, b2."""
+    gut = gut.to(a1.dtype).mul_(scale)
+    ga1, ga2 = columnwise_backward(gut, a1.T.contiguous(), a2.T.contiguous())
+    gb1, gb2 = columnwise_backward(gv.to(b1.dtype), b1, b2)
+    return ga1.T, gb1, ga2.T, gb2
 
 
 class KhatriRaoLinear(torch.autograd.Function):
     """y = x·Wᵀ + b + (x·Vᵀ)·Uᵀ with U = s·A₁ ⊙ A₂, V = B₁ ⊙ B₂; U and V are rebuilt in the backward.
 
-    x (n, i); weight (o, i) and bias (o,), both frozen, or None. Saved: x, x·Vᵀ (n, r²) and the inputs.
+    x (n, i); weight (o, i) and bias (o,), both frozen, or None. Saved: the inputs, and x·Vᵀ (n, r²) unless ``fold``.
+
+    With ``fold``, y and ∂x come from W + U·V, which costs two products of that size less where there are more tokens
+    than channels; W + U·V is made twice and never kept.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, a1: Tensor, b1: Tensor, a2: Tensor, b2: Tensor, scale: float,
+        ctx: Any, x: Tensor, a1: Tensor, b1: Tensor, a2: Tensor, b2: Tensor, scale: float, fold: bool,
         weight: Tensor | None, bias: Tensor | None,
     ) -> Tensor:  # fmt: skip
-        u, v = rowwise(a1 * scale, a2).to(x.dtype), columnwise(b1, b2).to(x.dtype)
+        ut, v = _uv(a1, b1, a2, b2, scale, x.dtype)
+        ctx.scale, ctx.fold = scale, fold
+        if fold:
+            assert weight is not None
+            ctx.save_for_backward(x, None, a1, b1, a2, b2, weight)
+            return F.linear(x, torch.addmm(weight, ut.T, v), bias)
         h = x @ v.T
         ctx.save_for_backward(x, h, a1, b1, a2, b2, weight)
-        ctx.scale = scale
         if weight is None:
-            return h @ u.T
-        return F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype)).addmm_(h, u.T)
+            return h @ ut
+        return F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype)).addmm_(h, ut)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         x, h, a1, b1, a2, b2, weight = ctx.saved_tensors
-        u, v = rowwise(a1 * ctx.scale, a2).to(x.dtype), columnwise(b1, b2).to(x.dtype)
-        gh = g @ u
-        gx = None
+        ut, v = _uv(a1, b1, a2, b2, ctx.scale, x.dtype)
+        gh, gx = g @ ut.T, None
+        if ctx.fold:
+            h = x @ v.T
         if ctx.needs_input_grad[0]:
-            gx = gh @ v if weight is None else (g @ weight.to(x.dtype)).addmm_(gh, v)
-        ga1, ga2 = rowwise_backward((g.T @ h).to(a1.dtype).mul_(ctx.scale), a1, a2)
-        gb1, gb2 = columnwise_backward((gh.T @ x).to(b1.dtype), b1, b2)
-        return gx, ga1, gb1, ga2, gb2, None, None, None
+            if ctx.fold:
+                gx = g @ torch.addmm(weight, ut.T, v)
+            else:
+                gx = gh @ v if weight is None else (g @ weight.to(x.dtype)).addmm_(gh, v)
+        grads = _uv_backward(h.T @ g, gh.T @ x, a1, b1, a2, b2, ctx.scale)
+        return gx, *grads, *[None] * 4
 
 
 class KhatriRaoConv(torch.autograd.Function):
     """y = W∗x + b + U·(V∗x): V is an r²-channel convolution of W's kernel, U a 1×1 one.
 
     x (n, g·i, *size); b1, b2 (r, i·∏k); weight (o, i, *k). With groups, each has its own copy of V's channels.
+    ``fold`` as in `KhatriRaoLinear`; not with groups.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, a1: Tensor, b1: Tensor, a2: Tensor, b2: Tensor, scale: float,
+        ctx: Any, x: Tensor, a1: Tensor, b1: Tensor, a2: Tensor, b2: Tensor, scale: float, fold: bool,
         weight: Tensor | None, bias: Tensor | None, kernel: tuple[int, ...], geometry: Geometry,
     ) -> Tensor:  # fmt: skip
-        u, v = KhatriRaoConv._uv(x, a1, b1, a2, b2, scale, kernel, geometry)
-        h = apply_weight(x, v, None, geometry)
+        ut, v = _uv(a1, b1, a2, b2, scale, x.dtype)
+        ctx.scale, ctx.fold, ctx.kernel, ctx.geometry = scale, fold, kernel, geometry
+        if fold:
+            assert weight is not None
+            ctx.save_for_backward(x, None, a1, b1, a2, b2, weight)
+            return apply_weight(x, _folded(weight, ut, v), bias, geometry)
+        h = apply_weight(x, _filters(v, kernel, geometry), None, geometry)
         ctx.save_for_backward(x, h, a1, b1, a2, b2, weight)
-        ctx.scale, ctx.kernel, ctx.geometry = scale, kernel, geometry
         if weight is None:
-            return _channels(h, u, geometry.groups)
+            return mix_channels(h, ut.T, geometry.groups)
         y = apply_weight(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype), geometry)
-        return _add_channels_(y, h, u, geometry.groups)
-
-    @staticmethod
-    def _uv(
-        x: Tensor, a1: Tensor, b1: Tensor, a2: Tensor, b2: Tensor, scale: float,
-        kernel: tuple[int, ...], geometry: Geometry,
-    ) -> tuple[Tensor, Tensor]:  # fmt: skip
-        """U (o, r²) and V (groups·r², i, *k)."""
-        v = columnwise(b1, b2).to(x.dtype).unflatten(1, (-1, *kernel))
-        if geometry.groups > 1:
-            v = v.repeat(geometry.groups, *[1] * (v.dim() - 1))
-        return rowwise(a1 * scale, a2).to(x.dtype), v
+        return _add_mixed_(y, h, ut.T, geometry.groups)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         x, h, a1, b1, a2, b2, weight = ctx.saved_tensors
         geometry, need_x = ctx.geometry, ctx.needs_input_grad[0]
-        u, v = KhatriRaoConv._uv(x, a1, b1, a2, b2, ctx.scale, ctx.kernel, geometry)
-        gh, gu = _channels_backward(g, h, u, geometry.groups)
-        gx, gv = apply_weight_backward(gh, x, v, geometry, need_x, True)
+        ut, v = _uv(a1, b1, a2, b2, ctx.scale, x.dtype)
+        filters = _filters(v, ctx.kernel, geometry)
+        if ctx.fold:
+            h = apply_weight(x, filters, None, geometry)
+        gh, gut = _mixed_backward(g, h, ut, geometry.groups)
+        gx, gv = apply_weight_backward(gh, x, filters, geometry, need_x and not ctx.fold, True)
         if need_x and weight is not None:
-            base, _ = apply_weight_backward(g, x, weight.to(x.dtype), geometry, True, False)
-            gx = base.add_(gx)  # type: ignore[union-attr,arg-type]
+            whole = _folded(weight, ut, v) if ctx.fold else weight.to(x.dtype)
+            base, _ = apply_weight_backward(g, x, whole, geometry, True, False)
+            assert base is not None
+            gx = base if gx is None else base.add_(gx)
         assert gv is not None
         if geometry.groups > 1:
             gv = gv.unflatten(0, (geometry.groups, -1)).sum(0)
-        ga1, ga2 = rowwise_backward(gu.to(a1.dtype).mul_(ctx.scale), a1, a2)
-        gb1, gb2 = columnwise_backward(gv.flatten(1).to(b1.dtype), b1, b2)
-        return gx, ga1, gb1, ga2, gb2, *[None] * 5
+        grads = _uv_backward(gut, gv.flatten(1), a1, b1, a2, b2, ctx.scale)
+        return gx, *grads, *[None] * 6
 
 
-def _channels(h: Tensor, u: Tensor, groups: int) -> Tensor:
+def _filters(v: Tensor, kernel: tuple[int, ...], geometry: Geometry) -> Tensor:
+    """V (r², i·∏k) as filters, a copy for each group: (groups·r², i, *k)."""
+    filters = v.unflatten(1, (-1, *kernel))
+    return filters if geometry.groups == 1 else filters.repeat(geometry.groups, *[1] * (len(kernel) + 1))
+
+
+def _folded(weight: Tensor, ut: Tensor, v: Tensor) -> Tensor:
+    """W + U·V, shaped as W."""
+    return torch.addmm(weight.flatten(1), ut.T, v).view(weight.shape)
+
+
+def mix_channels(h: Tensor, u: Tensor, groups: int) -> Tensor:
     """U as a 1×1 convolution: h (n, groups·r², *size), u (o, r²)."""
     return apply_weight(h, u.reshape(*u.shape, *[1] * (h.dim() - 2)), None, _pointwise(h.dim() - 2, groups))
 
 
-def _add_channels_(y: Tensor, h: Tensor, u: Tensor, groups: int) -> Tensor:
+def _add_mixed_(y: Tensor, h: Tensor, u: Tensor, groups: int) -> Tensor:
+    """y += U·h."""
     if groups > 1 or not (y.is_contiguous() and h.is_contiguous()):
-        return y.add_(_channels(h, u, groups))
+        return y.add_(mix_channels(h, u, groups))
     n, o = y.shape[:2]
     y.view(n, o, -1).baddbmm_(u.expand(n, *u.shape), h.view(n, h.shape[1], -1))
     return y
 
 
-def _channels_backward(g: Tensor, h: Tensor, u: Tensor, groups: int) -> tuple[Tensor, Tensor]:
-    """Gradients of `_channels` with respect to h and u."""
-    weight = u.reshape(*u.shape, *[1] * (h.dim() - 2))
+def _mixed_backward(g: Tensor, h: Tensor, ut: Tensor, groups: int) -> tuple[Tensor, Tensor]:
+    """Gradients of `mix_channels` with respect to h, and to uᵀ."""
+    if groups == 1 and g.is_contiguous() and h.is_contiguous():
+        g3, h3 = g.flatten(2), h.flatten(2)
+        gut = h3[0] @ g3[0].T if g.shape[0] == 1 else torch.einsum("nql,nol->qo", h3, g3)
+        return (ut @ g3).view(h.shape), gut
+    weight = ut.T.reshape(ut.shape[1], ut.shape[0], *[1] * (h.dim() - 2))
     gh, gu = apply_weight_backward(g, h, weight, _pointwise(h.dim() - 2, groups), True, True)
     assert gh is not None and gu is not None
-    return gh, gu.flatten(1)
+    return gh, gu.flatten(1).T
 
 
 def _pointwise(axes: int, groups: int) -> Geometry:

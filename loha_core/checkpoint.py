@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
-from . import names
+from . import lowrank, names
 from .adapter import Adapter
 from .bind import Network, bind
 from .config import CONFIG_NAME, LoHaConfig
@@ -94,11 +94,11 @@ def read(model: nn.Module, path: Path, config: LoHaConfig | None) -> Loaded:
     weights = {n: w for n, m in modules.items() if isinstance(w := getattr(m, "weight", None), Tensor) and w.dim() > 1}
     shapes = {n: _shape(modules[n], w) for n, w in weights.items()}
     bound = bind(adapter, {"model": Network({name: name for name in shapes}, shapes)})
-    layers: dict[str, LoHaFactors] = {}
-    for name, stack in bound.layers["model"].items():
-        if len(stack) > 1:
-            raise LoHaError(f"{path}: {len(stack)} different updates for {name}; load such a file as two adapters")
-        layers[name] = stack[0]
+    stacks: dict[str, list[LoHaFactors]] = {}
+    for _, name, factors in bound.layers["model"]:
+        stacks.setdefault(name, []).append(factors)
+    # Two updates of one weight add up.
+    layers = {n: s[0] if len(s) == 1 else lowrank.exact_sum(s, [1.0] * len(s)) for n, s in stacks.items()}
     if not layers:
         raise LoHaError(f"{path}: nothing in it fits this model.\n{bound.report.text(limit=5)}")
     saved = _saved(adapter.extras, config)

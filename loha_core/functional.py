@@ -157,14 +157,17 @@ def adapted(
             kept = weight if apply_base or magnitude is not None else None
             return autograd.Rebuilt.apply(x, kept, base_bias, magnitude, apply_base, shape, geometry, scale, *factors)
         a1, b1, a2, b2, t1, _ = factors
+        fold = path == "fold" and apply_base and _full_precision(x)
         if t1 is not None:
             assert geometry is not None
             return _tucker(x, factors, scale, geometry, base_weight, base_bias)
         if geometry is not None:
             kernel = tuple(shape[2:])
-            return autograd.KhatriRaoConv.apply(x, a1, b1, a2, b2, scale, base_weight, base_bias, kernel, geometry)
+            return autograd.KhatriRaoConv.apply(
+                x, a1, b1, a2, b2, scale, fold, base_weight, base_bias, kernel, geometry
+            )
         flat = x.reshape(-1, x.shape[-1])
-        y = autograd.KhatriRaoLinear.apply(flat, a1, b1, a2, b2, scale, base_weight, base_bias)
+        y = autograd.KhatriRaoLinear.apply(flat, a1, b1, a2, b2, scale, fold, base_weight, base_bias)
         return y.view(*x.shape[:-1], shape[0])
 
 
@@ -184,8 +187,12 @@ def choose(
     return estimate(
         shape[0], shape[1], factors[1].shape[0], tokens, kernel,
         groups=groups, tucker=factors[4] is not None, training=training,
-        fused=fused and x.dtype in (torch.float32, torch.float64), itemsize=x.element_size(), device=x.device.type,
+        fused=fused and _full_precision(x), itemsize=x.element_size(), device=x.device.type,
     ).best  # fmt: skip
+
+
+def _full_precision(x: Tensor) -> bool:
+    return x.dtype in (torch.float32, torch.float64)
 
 
 def _tucker(
@@ -198,9 +205,9 @@ def _tucker(
     v = columnwise(b1, b2).to(x.dtype).repeat(groups, 1)
     core = torch.einsum("pq...,xy...->pxqy...", t1, t2).flatten(0, 1).flatten(1, 2).to(x.dtype)
     u = columnwise(a1 * scale, a2).T.to(x.dtype)
-    h = autograd._channels(x, v, groups)
+    h = autograd.mix_channels(x, v, groups)
     h = autograd.apply_weight(h, core.repeat(groups, *[1] * (axes + 1)), None, geometry)
-    y = autograd._channels(h, u, groups)
+    y = autograd.mix_channels(h, u, groups)
     if weight is None:
         return y
     bias = None if bias is None else bias.to(x.dtype)

@@ -11,14 +11,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from . import functional, init
-from .algebra import dora_norm
+from .algebra import compute_dtype, dora_norm
 from .apply import add_delta_
 from .autograd import Factors, Geometry
 from .config import LoHaConfig
 from .errors import LoHaError
 from .factors import LoHaFactors
 from .targets import is_transformers_conv1d
-
 
 # A ParameterDict keeps its entries as attributes.
 _TAKEN = frozenset(dir(nn.ParameterDict()))
@@ -316,21 +315,21 @@ class LoHaLayer(nn.Module):
         names = self._mergeable(adapter_names)
         if not names:
             return
+        if safe_merge:
+            self.check_merge(names)
         weight = self._base_weight()
-        with torch.no_grad():
-            result = self._merged(weight, names)
-            if safe_merge:
-                _check_finite(result, names)
-            if keep and self._kept_weight is None:
-                self._kept_weight = weight.detach().clone()
-            weight.copy_(result)
+        if keep and self._kept_weight is None:
+            self._kept_weight = weight.detach().clone()
+        self._merge_into(weight.detach(), names)
         self.merged_adapters += names
 
     def check_merge(self, adapter_names: list[str] | None = None) -> None:
         """Raises what `merge` with ``safe_merge`` would, and merges nothing."""
         if names := self._mergeable(adapter_names):
-            with torch.no_grad():
-                _check_finite(self._merged(self._base_weight(), names), names)
+            merged = self._base_weight().detach().clone()
+            self._merge_into(merged, names)
+            if not bool(torch.isfinite(merged).all()):
+                raise LoHaError(f"merging {', '.join(names)} gives NaN or infinity; nothing was merged")
 
     def _mergeable(self, adapter_names: list[str] | None) -> list[str]:
         wanted = self._active if adapter_names is None else adapter_names
@@ -340,13 +339,14 @@ class LoHaLayer(nn.Module):
             raise LoHaError(f"{type(self.base_layer).__name__} keeps its weight packed; it cannot be merged into")
         return names
 
-    def _merged(self, weight: Tensor, names: list[str]) -> Tensor:
+    def _merge_into(self, weight: Tensor, names: list[str]) -> None:
         stack = [self.factors(name) for name in names]
         if len(stack) == 1 or all(f.dora_scale is None for f in stack):
-            return add_delta_(weight.detach().clone(), stack)
-        # Each looks at the base weight, as it does in the forward.
-        wide = weight.detach().to(torch.float64 if weight.dtype == torch.float64 else torch.float32)
-        return (wide + sum(add_delta_(wide.clone(), f) - wide for f in stack)).to(weight.dtype)
+            add_delta_(weight, stack)
+            return
+        # With DoRA each looks at the base weight, as it does in the forward.
+        base = weight.to(compute_dtype(weight), copy=True)
+        weight.copy_(base + sum(add_delta_(base.clone(), f) - base for f in stack))
 
     def unmerge(self) -> None:
         """Give back the weight as it was before the first merge, bit for bit."""
@@ -361,11 +361,6 @@ class LoHaLayer(nn.Module):
 
     def extra_repr(self) -> str:
         return ", ".join(f"{name}: r={self.r[name]}, alpha={self.alpha[name]:g}" for name in self.adapters)
-
-
-def _check_finite(weight: Tensor, names: list[str]) -> None:
-    if not bool(torch.isfinite(weight).all()):
-        raise LoHaError(f"merging {', '.join(names)} gives NaN or infinity; nothing was merged")
 
 
 class LoHaLinear(LoHaLayer):

@@ -80,7 +80,7 @@ class LoHaModel(nn.Module):
         try:
             return super().__getattr__(name)
         except AttributeError:
-            if name == "model":
+            if name == "model" or name.startswith("__"):
                 raise
             return getattr(self.model, name)
 
@@ -393,7 +393,12 @@ class LoHaModel(nn.Module):
 
 
 def get_peft_model(model: nn.Module, peft_config: LoHaConfig, adapter_name: str = "default") -> LoHaModel:
-    """PEFT's function of this name, for LoHa."""
+    """PEFT's function of this name, for LoHa: a classifier's untrained head is trained and saved along."""
+    heads = targets.UNTRAINED_HEADS.get(peft_config.task_type or "", ())
+    missing = [name for name in heads if hasattr(model, name) and name not in (peft_config.modules_to_save or ())]
+    if missing:
+        peft_config = copy.deepcopy(peft_config)
+        peft_config.modules_to_save = [*(peft_config.modules_to_save or ()), *missing]
     return LoHaModel(model, peft_config, adapter_name)
 
 

@@ -40,6 +40,8 @@ DEFAULT_TARGETS: dict[str, list[str] | str] = {
 
 ALL_LINEAR = "all-linear"
 _CLASSIFIER_HEADS = ("score", "classifier")
+# Task -> heads that such a model gets anew, so that training them is part of the task.
+UNTRAINED_HEADS = {"SEQ_CLS": _CLASSIFIER_HEADS, "TOKEN_CLS": _CLASSIFIER_HEADS, "QUESTION_ANS": ("qa_outputs",)}
 
 
 def model_type(model: nn.Module) -> str | None:
