@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import os
 
+# Before anything imports Triton: its kernels then run on the CPU.
+os.environ.setdefault("TRITON_INTERPRET", "1")
+
 import torch
 from hypothesis import HealthCheck, settings
 
