@@ -30,7 +30,7 @@ class Network:
     def __init__(self, targets: Mapping[str, Target], shapes: Mapping[str, tuple[int, ...]]) -> None:
         self.shapes = dict(shapes)
         # ComfyUI's tables also name weights that a particular model lacks.
-        targets = {name: target for name, target in targets.items() if _key(target) in self.shapes}
+        targets = {name: target for name, target in targets.items() if weight_key(target) in self.shapes}
         self._exact = _unambiguous((names.flat(name), target) for name, target in targets.items())
         self._paths = _unambiguous((names.split(name), target) for name, target in targets.items())
         self._components = sorted({component for component, _ in self._paths}, key=lambda c: (c != "unet", c))
@@ -48,14 +48,15 @@ class Network:
         """The shape of a target: of the weight, or of the slice of it."""
         if isinstance(target, str):
             return tuple(self.shapes[target])
-        shape = list(self.shapes[_key(target)])
+        shape = list(self.shapes[weight_key(target)])
         if len(target) > 1 and target[1] is not None:
             axis, _, length = target[1]
             shape[axis] = length
         return tuple(shape)
 
 
-def _key(target: Target) -> str:
+def weight_key(target: Target) -> str:
+    """The key of the weight that a target is, or is a slice of."""
     return target if isinstance(target, str) else target[0]
 
 
@@ -92,9 +93,9 @@ class Report:
 
 @dataclass
 class Binding:
-    """Per network: target -> the layers that act on it, in the file's order."""
+    """Per network, in the file's order: (name in the file, weight, update). Two updates of one weight add up."""
 
-    layers: dict[str, dict[Target, list[LoHaFactors]]]
+    layers: dict[str, list[tuple[str, Target, LoHaFactors]]]
     report: Report
 
 
@@ -110,7 +111,8 @@ def bind(adapter: Adapter, networks: Mapping[str, Network], absent: Iterable[str
             of it would be wrong.
     """
     report = Report(adapter.source, adapter.dialect, notes=list(adapter.notes))
-    layers: dict[str, dict[Target, list[LoHaFactors]]] = {label: {} for label in networks}
+    layers: dict[str, list[tuple[str, Target, LoHaFactors]]] = {label: [] for label in networks}
+    acting: dict[tuple[str, Target], list[LoHaFactors]] = defaultdict(list)
     misfits: list[str] = []
     for name, factors in adapter.layers.items():
         for label, network in networks.items():
@@ -120,11 +122,11 @@ def bind(adapter: Adapter, networks: Mapping[str, Network], absent: Iterable[str
             if problem := misfit(factors, network.shape(target)):
                 misfits.append(f"{name}: {problem}")
                 break
-            same = layers[label].setdefault(target, [])
-            if any(_equal(factors, other) for other in same):
+            if any(_equal(factors, other) for other in acting[label, target]):
                 report.notes.append(f"{name} repeats another key for the same weight; applied once")
             else:
-                same.append(factors)
+                acting[label, target].append(factors)
+                layers[label].append((name, target, factors))
             report.matched[label].append(name)
             break
         else:

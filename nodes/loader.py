@@ -11,6 +11,8 @@ from loha_core import Adapter
 from . import bridge, files
 
 LOHA = io.Custom("LOHA")
+LOHA_BLOCKS = io.Custom("LOHA_BLOCKS")
+LOHA_SCHEDULE = io.Custom("LOHA_SCHEDULE")
 
 # How many unmatched keys a report lists before it counts the rest.
 REPORT_LIMIT = 100
@@ -50,14 +52,32 @@ def patched_outputs() -> list[Any]:
     ]
 
 
-def clip_input() -> Any:
-    return io.Clip.Input(
-        "clip", optional=True, tooltip="Text encoders. Leave empty to apply the adapter to the diffusion model alone."
+def mode_input() -> Any:
+    return io.Combo.Input(
+        "mode",
+        options=list(bridge.MODES),
+        default="auto",
+        tooltip="merge patches the weights: fastest sampling, and what save nodes need. live leaves them alone and "
+        "adds the update as layers run: a new strength costs nothing. auto is live where that is cheap.",
     )
 
 
-def _patched(model: Any, clip: Any, adapter: Adapter, strength_model: float, strength_clip: float) -> io.NodeOutput:
-    model, clip, report = bridge.apply(model, clip, adapter, strength_model, strength_clip)
+def optional_inputs() -> list[Any]:
+    return [
+        io.Clip.Input(
+            "clip",
+            optional=True,
+            tooltip="Text encoders. Leave empty to apply the adapter to the diffusion model alone.",
+        ),
+        LOHA_BLOCKS.Input("blocks", optional=True, tooltip="Multipliers per block, from LoHa Block Strength."),
+        LOHA_SCHEDULE.Input(
+            "schedule", optional=True, tooltip="Strength over the progress of sampling, from LoHa Schedule; needs live."
+        ),
+    ]
+
+
+def _patched(model: Any, clip: Any, adapter: Adapter, **options: Any) -> io.NodeOutput:
+    model, clip, report = bridge.apply(model, clip, adapter, **options)
     return io.NodeOutput(model, clip, report.text(REPORT_LIMIT))
 
 
@@ -75,7 +95,8 @@ class LoHaLoader(io.ComfyNode):
                 io.Model.Input("model", tooltip="The diffusion model to apply the adapter to."),
                 file_input(),
                 *strength_inputs(),
-                clip_input(),
+                mode_input(),
+                *optional_inputs(),
             ],
             outputs=patched_outputs(),
         )
@@ -85,10 +106,8 @@ class LoHaLoader(io.ComfyNode):
         return files.fingerprint(lora_name)
 
     @classmethod
-    def execute(
-        cls, model: Any, lora_name: str, strength_model: float, strength_clip: float, clip: Any = None
-    ) -> io.NodeOutput:
-        return _patched(model, clip, files.load(lora_name), strength_model, strength_clip)
+    def execute(cls, model: Any, lora_name: str, clip: Any = None, **options: Any) -> io.NodeOutput:
+        return _patched(model, clip, files.load(lora_name), **options)
 
 
 class LoHaLoadAdapter(io.ComfyNode):
@@ -135,13 +154,12 @@ class LoHaApply(io.ComfyNode):
                 io.Model.Input("model", tooltip="The diffusion model to apply the adapter to."),
                 LOHA.Input("loha", tooltip="The adapter, from Load LoHa Adapter."),
                 *strength_inputs(),
-                clip_input(),
+                mode_input(),
+                *optional_inputs(),
             ],
             outputs=patched_outputs(),
         )
 
     @classmethod
-    def execute(
-        cls, model: Any, loha: Adapter, strength_model: float, strength_clip: float, clip: Any = None
-    ) -> io.NodeOutput:
-        return _patched(model, clip, loha, strength_model, strength_clip)
+    def execute(cls, model: Any, loha: Adapter, clip: Any = None, **options: Any) -> io.NodeOutput:
+        return _patched(model, clip, loha, **options)

@@ -45,6 +45,16 @@ def bridge(pack: ModuleType) -> ModuleType:
 
 
 @pytest.fixture(scope="session")
+def patches(pack: ModuleType) -> ModuleType:
+    return sys.modules[f"{pack.__name__}.nodes.patches"]
+
+
+@pytest.fixture(scope="session")
+def live(pack: ModuleType) -> ModuleType:
+    return sys.modules[f"{pack.__name__}.nodes.live"]
+
+
+@pytest.fixture(scope="session")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[comfyui.Server]:
     """One ComfyUI for the whole run, with this pack in its custom_nodes."""
     with comfyui.Server(comfyui.find(), base=tmp_path_factory.mktemp("comfyui")) as running:

@@ -43,13 +43,13 @@ def patched(patch, weight, strength=1.0, function=None):
 
 
 @pytest.fixture
-def ours(bridge):
+def ours(patches):
     """Our patch for one module's tensors, from a file, as the nodes make it."""
 
     def make(tensors, tmp_path):
         save_file({f"lora_unet_w.{k}": v.contiguous() for k, v in tensors.items()}, tmp_path / "one.safetensors")
         [factors] = load_adapter(tmp_path / "one.safetensors").layers.values()
-        return bridge.LoHaPatch.from_factors(factors)
+        return patches.LoHaPatch.from_factors(factors)
 
     return make
 
@@ -59,7 +59,7 @@ def test_plain_files_give_what_the_native_loader_gives(bridge, name, tmp_path, s
     models = reduced.build(name)
     path, wanted = reduced.write(models, "kohya-ldm", tmp_path)
     native, native_clip = comfy.sd.load_lora_for_models(models.model, models.clip, load_file(path), 0.8, 0.6)
-    model, clip, _ = bridge.apply(models.model, models.clip, load_adapter(path), 0.8, 0.6)
+    model, clip, _ = bridge.apply(models.model, models.clip, load_adapter(path), 0.8, 0.6, mode="merge")
     with loaded(native, native_clip.patcher):
         theirs = models.weights()
     with loaded(model, clip.patcher):
@@ -126,7 +126,7 @@ def test_peft_folder(bridge, tmp_path, say):
     models = reduced.build("sd15")
     path, wanted = reduced.write(models, "peft", tmp_path)
     before = models.weights()
-    model, clip, _ = bridge.apply(models.model, models.clip, load_adapter(path), 1.0, 1.0)
+    model, clip, _ = bridge.apply(models.model, models.clip, load_adapter(path), 1.0, 1.0, mode="merge")
     with loaded(model, clip.patcher):
         after = models.weights()
     mine = max(relative(after[place], before[place].double() + update) for place, update in wanted.items())
@@ -137,10 +137,10 @@ def test_peft_folder(bridge, tmp_path, say):
     # A name that the native loader does match shows its second error: alpha is not in a PEFT file, so it takes 1.
     module, scale = "diffusion_model.input_blocks.0.0", json.loads((path / "unet/adapter_config.json").read_text())
     pieces = {k.partition(".hada_")[2]: v for k, v in tensors.items() if "conv_in." in k}
-    patches = comfy.lora.load_lora({f"x.hada_{k}": v for k, v in pieces.items()}, {"x": f"{module}.weight"})
+    native_patches = comfy.lora.load_lora({f"x.hada_{k}": v for k, v in pieces.items()}, {"x": f"{module}.weight"})
     weight = before["MODEL", f"{module}.weight"]
     exact = weight.double() + wanted["MODEL", f"{module}.weight"]
-    off = relative(patched(patches[f"{module}.weight"], weight), exact)
+    off = relative(patched(native_patches[f"{module}.weight"], weight), exact)
     say(f"the same factors by the native adapter: error {off:.1e} (scale 1 for {scale['alpha'] / scale['r']})")
     assert off > 1e-2
 
@@ -161,12 +161,12 @@ def test_a_wrong_shape_is_an_error_not_a_log_line(bridge, tmp_path, say, caplog)
         broken[name] = torch.randn(broken[name].shape[0], 2048)
     save_file(broken, path)
     with pytest.raises(ValueError, match=r"made for another model: 1 of \d+ layers(.|\n)*attn2_to_k") as raised:
-        bridge.apply(models.model, models.clip, load_adapter(path), 1.0, 1.0)
+        bridge.apply(models.model, models.clip, load_adapter(path), 1.0, 1.0, mode="merge")
     assert "768" in str(raised.value) and "2048" in str(raised.value)
     assert not models.model.patches and not models.clip.patcher.patches
 
 
-def test_reordered_weights(bridge):
+def test_reordered_weights(patches):
     """ComfyUI swaps the halves of some weights on the way (adaLN); the update and DoRA's magnitudes go with them."""
 
     def swap(x):
@@ -177,21 +177,21 @@ def test_reordered_weights(bridge):
     tensors = reduced.random_layer(shape, 3, "kohya")
     update = swap(reduced.delta64(tensors, shape))
     factors = {k.removeprefix("hada_"): v for k, v in tensors.items()}
-    patch = bridge.LoHaPatch.from_factors(LoHaFactors(**factors))
+    patch = patches.LoHaPatch.from_factors(LoHaFactors(**factors))
     assert relative(patched(patch, weight, 0.7, swap), weight.double() + 0.7 * update) < 1e-6
     magnitude = torch.rand(12, 1) + 0.5
-    patch = bridge.LoHaPatch.from_factors(LoHaFactors(**factors, dora_scale=magnitude))
+    patch = patches.LoHaPatch.from_factors(LoHaFactors(**factors, dora_scale=magnitude))
     adapted = weight.double() + update
     exact = torch.lerp(weight.double(), swap(magnitude).double() * adapted / adapted.norm(dim=1, keepdim=True), 0.7)
     assert relative(patched(patch, weight, 0.7, swap), exact) < 1e-6
 
 
-def test_slices_of_fused_weights(bridge):
+def test_slices_of_fused_weights(patches):
     """ComfyUI hands us a view of a fused weight (Flux's q, k, v); only that view may change."""
     torch.manual_seed(0)
     weight = torch.randn(24, 8)
     tensors = reduced.random_layer((8, 8), 3, "kohya")
-    patch = bridge.LoHaPatch.from_factors(LoHaFactors(**{k.removeprefix("hada_"): v for k, v in tensors.items()}))
+    patch = patches.LoHaPatch.from_factors(LoHaFactors(**{k.removeprefix("hada_"): v for k, v in tensors.items()}))
     result = comfy.lora.calculate_weight([(1.0, patch, 1.0, (0, 8, 8), None)], weight.clone(), "w.weight")
     exact = weight.double()
     exact[8:16] += reduced.delta64(tensors, (8, 8))
@@ -199,10 +199,10 @@ def test_slices_of_fused_weights(bridge):
     assert torch.equal(result[:8], weight[:8]) and torch.equal(result[16:], weight[16:])
 
 
-def test_newer_comfyui_can_rebuild_the_patch(bridge):
+def test_newer_comfyui_can_rebuild_the_patch(patches):
     """0.33 moves adapters as type(a)(a.loaded_keys, moved a.weights)."""
     tensors = reduced.random_layer((6, 5), 2, "kohya")
-    patch = bridge.LoHaPatch.from_factors(LoHaFactors(**{k.removeprefix("hada_"): v for k, v in tensors.items()}))
+    patch = patches.LoHaPatch.from_factors(LoHaFactors(**{k.removeprefix("hada_"): v for k, v in tensors.items()}))
     again = type(patch)(patch.loaded_keys, tuple(patch.weights))
     assert isinstance(patch.weights, tuple) and not isinstance(patch, LoHaAdapter)
     weight = torch.randn(6, 5)

@@ -39,7 +39,9 @@ def test_every_layer_of_every_dialect(bridge, family, dialect, tmp_path):
     before = family.weights()
     adapter = load_adapter(path)
     assert len(adapter.layers) == len(wanted)
-    model, clip, report = bridge.apply(family.model, family.clip, adapter, STRENGTHS["MODEL"], STRENGTHS["CLIP"])
+    model, clip, report = bridge.apply(
+        family.model, family.clip, adapter, STRENGTHS["MODEL"], STRENGTHS["CLIP"], mode="merge"
+    )
     assert not report.unmatched
     assert {label: len(found) for label, found in report.matched.items()} == {
         label: sum(1 for where, _ in wanted if where == label) for label in ("MODEL", "CLIP")
@@ -63,7 +65,7 @@ def test_rounding_to_the_weights_dtype(bridge, name, dtype, tmp_path):
     models = reduced.build(name, dtype)
     path, wanted = reduced.write(models, "kohya", tmp_path)
     before = models.weights()
-    model, clip, _ = bridge.apply(models.model, models.clip, load_adapter(path), 1.0, 1.0)
+    model, clip, _ = bridge.apply(models.model, models.clip, load_adapter(path), 1.0, 1.0, mode="merge")
     with loaded(model, clip.patcher):
         after = models.weights()
     for (label, key), update in wanted.items():
@@ -86,8 +88,8 @@ def test_stacked_loaders_add_up(bridge, family, tmp_path):
     path, wanted = reduced.write(family, "kohya", tmp_path)
     before = family.weights()
     adapter = load_adapter(path)
-    once, _, _ = bridge.apply(family.model, None, adapter, 0.5, 1.0)
-    twice, _, _ = bridge.apply(once, None, adapter, 0.25, 1.0)
+    once, _, _ = bridge.apply(family.model, None, adapter, 0.5, 1.0, mode="merge")
+    twice, _, _ = bridge.apply(once, None, adapter, 0.25, 1.0, mode="merge")
     with loaded(twice):
         after = family.weights()
     for (label, key), update in wanted.items():
@@ -97,7 +99,7 @@ def test_stacked_loaders_add_up(bridge, family, tmp_path):
 
 def test_without_clip_the_report_says_so(bridge, family, tmp_path):
     path, wanted = reduced.write(family, "kohya", tmp_path)
-    model, clip, report = bridge.apply(family.model, None, load_adapter(path), 1.0, 1.0)
+    model, clip, report = bridge.apply(family.model, None, load_adapter(path), 1.0, 1.0, mode="merge")
     assert clip is None and model is not family.model
     assert len(report.unmatched) == sum(1 for label, _ in wanted if label == "CLIP")
     assert set(report.unmatched.values()) == {"belongs to the CLIP, and none is connected"}
@@ -105,5 +107,5 @@ def test_without_clip_the_report_says_so(bridge, family, tmp_path):
 
 def test_strength_zero_returns_what_came_in(bridge, family, tmp_path):
     path, _ = reduced.write(family, "kohya", tmp_path)
-    model, clip, _ = bridge.apply(family.model, family.clip, load_adapter(path), 0.0, 0.0)
+    model, clip, _ = bridge.apply(family.model, family.clip, load_adapter(path), 0.0, 0.0, mode="merge")
     assert model is family.model and clip is family.clip

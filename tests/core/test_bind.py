@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
+
 import pytest
 import torch
 
-from loha_core import Adapter, LoHaError, Network, bind
+from loha_core import Adapter, Binding, LoHaError, LoHaFactors, Network, bind
 
 from . import samples
 
@@ -88,6 +90,13 @@ def test_text_encoders_are_told_apart(name, key):
     assert clip().find(name.format(path=TEXT, flat=TEXT.replace(".", "_"))) == key
 
 
+def test_a_name_or_a_model_that_does_not_say_its_network():
+    bare = Network({"a.b": "w"}, {"w": (4, 4)})
+    assert {bare.find(name) for name in ("a.b", "unet.a.b", "lora_te_a_b", "lycoris_a_b")} == {"w"}
+    both = Network({"text_encoder.a": "t", "unet.a": "u", "text_encoder.b": "t"}, {"t": (4, 4), "u": (4, 4)})
+    assert (both.find("lycoris_a"), both.find("lycoris_b")) == ("u", "t")
+
+
 @pytest.mark.parametrize("name", ["lora_unet_mid_block_resnets_0_conv2", "unet.mid_block", "", "lora_unet_", "."])
 def test_no_weight_is_guessed(name):
     assert unet().find(name) is None
@@ -110,7 +119,7 @@ def test_slices_of_a_fused_weight():
     assert network.shape(network.find("unet.attn.to_k")) == (8, 6) and network.shape("qkv.weight") == (24, 6)
     layers = {name: samples.factors((8, 6), seed=i) for i, name in enumerate(names)}
     bound = bind(Adapter(layers), {"UNet": network})
-    assert list(bound.layers["UNet"]) == list(targets.values()) and not bound.report.unmatched
+    assert [target for _, target, _ in bound.layers["UNet"]] == list(targets.values()) and not bound.report.unmatched
     with pytest.raises(LoHaError, match=r"to_q.*\(24, 6\) for a weight of shape \(8, 6\)"):
         bind(Adapter({names[0]: samples.factors((24, 6))}), {"UNet": network})
 
@@ -118,6 +127,14 @@ def test_slices_of_a_fused_weight():
 @pytest.mark.parametrize("target", [("w",), ("w", None), ("w", None, abs)], ids=str)
 def test_targets_that_slice_nothing(target):
     assert Network({"unet.a": target}, {"w": (3, 2)}).shape(target) == (3, 2)
+
+
+def acting(bound: Binding, label: str = "UNet") -> dict[object, list[LoHaFactors]]:
+    """weight -> the updates that act on it."""
+    found = defaultdict(list)
+    for _, target, factors in bound.layers[label]:
+        found[target].append(factors)
+    return found
 
 
 def adapter(**layers) -> Adapter:
@@ -131,13 +148,11 @@ def test_bind_puts_each_layer_on_its_weight():
         "lora_unet_mid_block_resnets_0_conv1": samples.factors((8, 4, 3, 5), tucker=True),
     }
     bound = bind(adapter(**layers), {"UNet": unet(), "CLIP": clip()})
-    assert bound.layers == {
-        "UNet": {
-            "time_embed.0.weight": [layers["lora_unet_time_embedding_linear_1"]],
-            "middle_block.0.in_layers.2.weight": [layers["lora_unet_mid_block_resnets_0_conv1"]],
-        },
-        "CLIP": {"clip_g.fc1.weight": [layers["lora_te2_text_model_encoder_layers_0_mlp_fc1"]]},
+    assert acting(bound) == {
+        "time_embed.0.weight": [layers["lora_unet_time_embedding_linear_1"]],
+        "middle_block.0.in_layers.2.weight": [layers["lora_unet_mid_block_resnets_0_conv1"]],
     }
+    assert acting(bound, "CLIP") == {"clip_g.fc1.weight": [layers["lora_te2_text_model_encoder_layers_0_mlp_fc1"]]}
     assert bound.report.matched == {
         "UNet": [n for n in layers if "unet" in n],
         "CLIP": [n for n in layers if "te2" in n],
@@ -151,7 +166,8 @@ def test_one_layer_under_two_names_is_applied_once():
     names = ["lora_unet_time_embedding_linear_1", "unet.time_embedding.linear_1", "lycoris_time_embedding_linear_1"]
     copies = {names[0]: same, names[1]: same.to(), names[2]: samples.factors((12, 8), seed=1)}
     bound = bind(adapter(**copies), {"UNet": unet()})
-    assert bound.layers["UNet"]["time_embed.0.weight"] == [same, copies[names[2]]]
+    kept = [(names[0], "time_embed.0.weight", same), (names[2], "time_embed.0.weight", copies[names[2]])]
+    assert bound.layers["UNet"] == kept
     assert any(names[1] in note and "once" in note for note in bound.report.notes)
     assert bound.report.matched["UNet"] == names and not bound.report.unmatched
 
@@ -164,7 +180,8 @@ def test_one_layer_under_two_names_is_applied_once():
 def test_layers_that_differ_at_all_are_both_applied(change):
     first, second = samples.factors((12, 8)), samples.factors((12, 8), **change)
     names = {"lora_unet_time_embedding_linear_1": first, "unet.time_embedding.linear_1": second}
-    assert bind(adapter(**names), {"UNet": unet()}).layers["UNet"]["time_embed.0.weight"] == [first, second]
+    found = bind(adapter(**names), {"UNet": unet()}).layers["UNet"]
+    assert [factors for _, _, factors in found] == [first, second]
 
 
 MISFITS = {
@@ -207,7 +224,7 @@ def test_pefts_convolution_of_width_one_fits():
     """(r, r, k) for a kernel (k, 1): the same numbers."""
     network = Network({"unet.a": "w"}, {"w": (6, 4, 3, 1)})
     f = samples.factors((6, 4, 3), tucker=True)
-    assert bind(Adapter({"unet.a": f}), {"UNet": network}).layers["UNet"] == {"w": [f]}
+    assert bind(Adapter({"unet.a": f}), {"UNet": network}).layers["UNet"] == [("unet.a", "w", f)]
 
 
 REASONS = {

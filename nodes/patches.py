@@ -1,0 +1,213 @@
+"""An adapter's updates as ComfyUI's patches: names to weights, factors to `WeightAdapterBase`."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from math import prod
+from typing import Any
+
+import comfy.lora
+import comfy.lora_convert
+import torch
+from comfy.weight_adapter import WeightAdapterBase
+from torch import Tensor
+
+from loha_core import Adapter, LoHaError, LoHaFactors, Network, Report, add_delta_, algebra, bind
+from loha_core.bind import Target, reason, weight_key
+from loha_core.formats.grouping import split_other
+
+MODEL, CLIP = "MODEL", "CLIP"
+
+
+class LoHaPatch(WeightAdapterBase):
+    """A LoHa as ComfyUI patches it into a weight, wherever and in whatever dtype ComfyUI loads that weight.
+
+    ``weights`` is the tuple of LoHaFactors' fields: newer ComfyUI rebuilds adapters as ``type(a)(keys, weights)``.
+    """
+
+    name = "loha"
+
+    def __init__(self, loaded_keys: set[str], weights: tuple[Any, ...]) -> None:
+        self.loaded_keys = loaded_keys
+        self.weights = weights
+
+    @classmethod
+    def from_factors(cls, f: LoHaFactors) -> LoHaPatch:
+        return cls(set(), (f.w1_a, f.w1_b, f.w2_a, f.w2_b, f.alpha, f.t1, f.t2, f.dora_scale))
+
+    def calculate_weight(
+        self,
+        weight: Tensor,
+        key: str,
+        strength: float,
+        strength_model: float,
+        offset: tuple[int, int, int] | None,
+        function: Callable[[Tensor], Tensor],
+        intermediate_dtype: torch.dtype = torch.float32,
+        original_weight: Any = None,
+    ) -> Tensor:
+        """Add strength·ΔW (or DoRA's interpolation) to ``weight`` in place and return it."""
+        factors = LoHaFactors(*self.weights).to(device=weight.device)
+        if _is_identity(function):
+            return add_delta_(weight, factors, strength)
+        # ComfyUI reorders the outputs of some weights (adaLN halves); magnitudes along the outputs go with them.
+        update = function(factors.delta().reshape(weight.shape))
+        wide = weight.to(update.dtype)
+        if factors.dora_scale is None:
+            return weight.copy_(wide.add_(update, alpha=strength))
+        magnitude = factors.dora_scale
+        if algebra.dora_axis(magnitude, tuple(weight.shape)) == 0:
+            magnitude = function(magnitude.reshape(-1, *[1] * (weight.dim() - 1)))
+        return weight.copy_(torch.lerp(wide, algebra.dora(wide, update, magnitude), strength))
+
+
+def _is_identity(function: Callable[[Tensor], Tensor]) -> bool:
+    probe = torch.empty(2, 1)
+    return function(probe) is probe
+
+
+@dataclass
+class Patch:
+    """One update of one weight: where ComfyUI's ``add_patches`` would put it, what it is, and how much of it."""
+
+    target: Target
+    update: Any  # LoHaPatch, or what comfy.lora.load_lora makes of other adapters
+    share: float  # of the network's strength: the multiplier of its block
+
+
+@dataclass
+class Bound:
+    """What an adapter does to each network, found and checked but not yet applied."""
+
+    patches: dict[str, list[Patch]]
+    report: Report
+
+
+def find(adapter: Adapter, model: Any, clip: Any, share: Callable[[str, str], float] = lambda key, name: 1.0) -> Bound:
+    """Where the adapter's updates belong in ``model`` and ``clip``, either of which may be None.
+
+    Args:
+        share: (weight key, name in the file) -> multiplier.
+
+    Raises:
+        LoHaError: nothing in the file matches, or a shape does not fit.
+    """
+    networks = {label: _network(label, patcher) for label, patcher in ((MODEL, model), (CLIP, clip)) if patcher}
+    absent = [label for label in (MODEL, CLIP) if label not in networks]
+    binding = bind(adapter, networks, absent)
+    found: dict[str, list[tuple[str, Target, Any]]] = {
+        label: [(name, target, LoHaPatch.from_factors(f)) for name, target, f in layers]
+        for label, layers in binding.layers.items()
+    }
+    for label, name, target, patch in _bind_extras(adapter, networks, absent, binding.report):
+        found[label].append((name, target, patch))
+    if not binding.report.matched:
+        raise LoHaError(f"nothing in this file fits the model; nothing was applied\n{binding.report.text(limit=20)}")
+    patches = {
+        label: [Patch(target, update, share(weight_key(target), name)) for name, target, update in layers]
+        for label, layers in found.items()
+    }
+    return Bound(patches, binding.report)
+
+
+def merge(patcher: Any, patches: Iterable[Patch], strength: float) -> Any:
+    """A clone of ``patcher`` whose weights ComfyUI patches when it loads them; ``patcher`` itself at strength 0."""
+    # ComfyUI takes one patch per weight and one strength per call; nearly always one round is all.
+    rounds: list[tuple[float, dict[Target, Any]]] = []
+    for patch in patches:
+        if strength * patch.share == 0:
+            continue
+        free = (taken for share, taken in rounds if share == patch.share and patch.target not in taken)
+        if (taken := next(free, None)) is None:
+            rounds.append((patch.share, taken := {}))
+        taken[patch.target] = patch.update
+    if not rounds:
+        return patcher
+    clone = patcher.clone()
+    for share, updates in rounds:
+        if lost := set(updates) - set(clone.add_patches(updates, strength * share)):
+            raise LoHaError(f"ComfyUI did not take the patches for {sorted(map(str, lost))[:3]}")
+    return clone
+
+
+def _network(label: str, patcher: Any) -> Network:
+    if label == MODEL:
+        module, keys = patcher.model, comfy.lora.model_lora_keys_unet
+    else:
+        module, keys = patcher.cond_stage_model, comfy.lora.model_lora_keys_clip
+    return Network(keys(module, {}), {key: tuple(weight.shape) for key, weight in module.state_dict().items()})
+
+
+def _bind_extras(
+    adapter: Adapter, networks: Mapping[str, Network], absent: list[str], report: Report
+) -> Iterator[tuple[str, str, Target, Any]]:
+    """(network, name, target, patch) for what is not LoHa, through ComfyUI's own adapters: LoRA, LoKr, norms, …"""
+    modules: dict[str, dict[str, Tensor]] = defaultdict(dict)
+    for key, tensor in comfy.lora_convert.convert_lora(dict(adapter.extras)).items():
+        if place := split_other(key):
+            modules[place[0]][place[1]] = tensor
+        elif key.startswith("bundle_emb."):
+            report.unmatched[key] = "an embedding packed into the file; save it to the embeddings folder to use it"
+        else:
+            report.unmatched[key] = "not the key of any adapter that ComfyUI or this pack knows"
+    for module, parts in modules.items():
+        label, target = next(((la, t) for la, n in networks.items() if (t := n.find(module)) is not None), ("", None))
+        if target is None:
+            report.unmatched[module] = reason(module, networks, absent)
+            continue
+        native, problem = _native_patches(parts, target)
+        if problem:
+            report.unmatched[module] = problem
+        for place, patch in native.items():
+            if misfit := _native_misfit(patch, networks[label], place):
+                raise LoHaError(f"{adapter.source}: made for another model: {module}: {misfit}. Nothing was applied.")
+            yield label, module, place, patch
+        if native:
+            report.matched[label].append(module)
+
+
+def _native_patches(parts: Mapping[str, Tensor], target: Target) -> tuple[dict[Target, Any], str | None]:
+    """ComfyUI's patches for one module's tensors, and why some or all of the tensors gave none."""
+    if not isinstance(target, str) and any(suffix in parts for suffix in ("b_norm", "diff_b")):
+        return {}, "a bias for a part of a fused weight, which ComfyUI cannot patch"
+    native = comfy.lora.load_lora(
+        {f"x.{name}": tensor for name, tensor in parts.items()}, {"x": target}, log_missing=False
+    )
+    if not native:
+        return {}, f"ComfyUI has no adapter made of {', '.join(sorted(parts))}"
+    return native, None
+
+
+def _native_misfit(patch: Any, network: Network, target: Target) -> str | None:
+    """Why one of ComfyUI's patches cannot act on its weight, or None. ComfyUI itself only logs this."""
+    key = weight_key(target)
+    if key not in network.shapes:
+        return f"the model has no {key}"
+    shape = network.shape(target)
+    if isinstance(patch, tuple):
+        found = tuple(patch[1][0].shape)
+        return None if found == shape else f"a difference of shape {found} for a weight of shape {shape}"
+    elements = _native_elements(patch)
+    if elements is None or elements == prod(shape):
+        return None
+    return f"a {patch.name} update of {elements} elements for a weight of shape {shape}"
+
+
+def _native_elements(patch: WeightAdapterBase) -> int | None:
+    """How many elements a LoRA's or LoKr's update has; None for kinds that this does not check."""
+    if patch.name == "lora":
+        up, down, _, mid, *_, reshape = patch.weights
+        if reshape is not None:
+            return None
+        return up.shape[0] * (down[0].numel() if mid is None else down.shape[1] * mid[0, 0].numel())
+    if patch.name == "lokr":
+        w1, w2, _, w1_a, w1_b, w2_a, w2_b, t2, *_ = patch.weights
+        first = w1.numel() if w1 is not None else w1_a.shape[0] * w1_b.shape[1]
+        if w2 is not None:
+            return first * w2.numel()
+        if t2 is None:
+            return first * w2_a.shape[0] * w2_b[0].numel()
+        return first * w2_a.shape[1] * w2_b.shape[1] * t2[0, 0].numel()
+    return None
