@@ -1,9 +1,11 @@
 """Merging a LoHa into a weight: ours, ComfyUI's `calculate_weight` in the same process, and the floor.
 
-    PYTHONPATH=. python -m benchmarks.delta [--quick] [--ranks 4,8,16,32] [--threads 2] [--repeats 7]
+    PYTHONPATH=. python -m benchmarks.delta [--quick] [--ranks 4,8,16,32] [--threads 2] [--seconds 1]
 
-The floor is one read and one write of W. The three take turns, so that a noisy machine disturbs all alike; figures are
-medians. ComfyUI is found as demo/comfyui.py finds it (COMFYUI_PATH first).
+The floor is one read and one write of W. The three take turns. Figures are the fastest of the samples, as timeit's are:
+on a machine with other work to do, each parallel region may wait for a whole time slice of somebody else's, and a
+median then measures the neighbours. The medians' ratio is given beside it; on a quiet machine the two agree.
+ComfyUI is found as demo/comfyui.py finds it (COMFYUI_PATH first).
 """
 
 from __future__ import annotations
@@ -27,16 +29,18 @@ from .shapes import MODELS, Shape, distinct
 
 QUICK: list[Shape] = [(320, 320), (640, 640, 1, 1), (1280, 1280), (320, 320, 3, 3), (3072, 3072), (10240, 1280)]
 SAMPLE_SECONDS = 2e-3
+LEAST, MOST = 5, 40  # samples
 
 
 class Row(NamedTuple):
-    """Milliseconds, and MiB of memory beside the weight and the factors."""
+    """Milliseconds (the fastest), ComfyUI / ours by medians, and MiB of memory beside the weight and the factors."""
 
     shape: Shape
     rank: int
     ours: float
     comfy: float
     floor: float
+    median_ratio: float
     backend: str
     memory: float
 
@@ -45,7 +49,7 @@ class Row(NamedTuple):
         return self.comfy / self.ours
 
 
-def measure(shape: Shape, rank: int, repeats: int) -> Row:
+def measure(shape: Shape, rank: int, seconds: float) -> Row:
     from comfy.lora import calculate_weight
     from comfy.weight_adapter.loha import LoHaAdapter
 
@@ -61,12 +65,14 @@ def measure(shape: Shape, rank: int, repeats: int) -> Row:
         lambda: weight.mul_(1.0),
     ]
     memory = extra_memory(ways[0])
-    ours, comfy, floor = take_turns(ways, repeats)
-    return Row(shape, rank, ours, comfy, floor, plan(shape, factors).backend, memory)
+    samples = take_turns(ways, seconds)
+    ours, comfy, floor = map(min, samples)
+    median_ratio = statistics.median(samples[1]) / statistics.median(samples[0])
+    return Row(shape, rank, ours, comfy, floor, median_ratio, plan(shape, factors).backend, memory)
 
 
-def take_turns(ways: list[Callable[[], object]], repeats: int) -> list[float]:
-    """The median milliseconds of each way; a sample lasts 2 ms or one call, whichever is longer."""
+def take_turns(ways: list[Callable[[], object]], seconds: float) -> list[list[float]]:
+    """Samples of each way, in milliseconds; one lasts 2 ms or one call, whichever is longer."""
     counts = []
     for way in ways:
         way()
@@ -74,13 +80,14 @@ def take_turns(ways: list[Callable[[], object]], repeats: int) -> list[float]:
         way()
         counts.append(max(1, math.ceil(SAMPLE_SECONDS / (time.perf_counter() - start))))
     samples: list[list[float]] = [[] for _ in ways]
-    for _ in range(repeats):
+    began = time.perf_counter()
+    while len(samples[0]) < LEAST or (len(samples[0]) < MOST and time.perf_counter() - began < seconds):
         for way, count, found in zip(ways, counts, samples, strict=True):
             start = time.perf_counter()
             for _ in range(count):
                 way()
             found.append((time.perf_counter() - start) / count * 1e3)
-    return [statistics.median(found) for found in samples]
+    return samples
 
 
 def extra_memory(call: Callable[[], object]) -> float:
@@ -117,6 +124,7 @@ def report(rows: list[Row]) -> None:
     print("\ngeometric mean of ComfyUI / ours, over distinct shapes")
     for rank in sorted({row.rank for row in rows}):
         print(f"  rank {rank:>2}: {geometric_mean([r.ratio for r in rows if r.rank == rank]):5.2f}x")
+    print(f"  by medians instead of the fastest: {geometric_mean([row.median_ratio for row in rows]):.2f}x")
     worst = min(rows, key=lambda row: row.ratio)
     print(f"  all    : {geometric_mean([row.ratio for row in rows]):5.2f}x over {len(rows)} (wanted: 4x)")
     print(f"worst: {name(worst.shape)} rank {worst.rank}, {worst.ratio:.2f}x (wanted: none below 1x)")
@@ -133,7 +141,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="six shapes, ranks 8 and 32")
     parser.add_argument("--ranks", default=None, help="comma-separated; 4,8,16,32 by default")
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--seconds", type=float, default=1.0, help="of samples per line; at least five in any case")
     options = parser.parse_args()
 
     from demo import comfyui
@@ -144,13 +152,13 @@ def main() -> None:
     ranks = [int(r) for r in (options.ranks or ("8,32" if options.quick else "4,8,16,32")).split(",")]
     shapes = QUICK if options.quick else list(distinct())
     print(f"{platform.machine()}, {os.cpu_count()} CPUs, {torch.get_num_threads()} threads, torch {torch.__version__}")
-    print("float32, medians in ms; memory in MiB")
+    print(f"float32; fastest in ms; memory in MiB; load average at the start {os.getloadavg()[0]:.1f}")
     print(f"{'weight':<16} rank     ours   ComfyUI    floor  ComfyUI/ours  ours/floor  memory  back end")
     rows = []
     with torch.inference_mode():
         for shape in shapes:
             for rank in ranks:
-                row = measure(shape, rank, options.repeats)
+                row = measure(shape, rank, options.seconds)
                 rows.append(row)
                 print(
                     f"{name(shape):<16} {rank:>4} {row.ours:8.3f} {row.comfy:9.3f} {row.floor:8.3f} "
