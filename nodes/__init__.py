@@ -6,8 +6,10 @@ from comfy_api.latest import ComfyExtension, io
 
 from .info import LoHaInfo
 from .loader import LoHaApply, LoHaLoadAdapter, LoHaLoader
+from .stack import LoHaStack
+from .strength import LoHaBlockStrength, LoHaSchedule
 
 
 class LoHaExtension(ComfyExtension):
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
-        return [LoHaLoader, LoHaLoadAdapter, LoHaApply, LoHaInfo]
+        return [LoHaLoader, LoHaLoadAdapter, LoHaApply, LoHaStack, LoHaBlockStrength, LoHaSchedule, LoHaInfo]

@@ -6,19 +6,15 @@ import math
 import re
 from collections import defaultdict
 
-import numpy as np
 import torch
 from comfy_api.latest import io, ui
-from PIL import Image, ImageDraw, ImageFont
 
 from loha_core import Adapter, describe, names
 
+from .charts import BACKGROUND, INK, Canvas, ramp
 from .loader import LOHA
 
 CELL, ROW, MARGIN, TOP = 118, 26, 150, 74
-BACKGROUND, INK, FAINT = (24, 26, 31), (225, 228, 232), (128, 134, 143)
-# A perceptual ramp from little to much.
-RAMP = np.array([(38, 42, 54), (40, 92, 130), (38, 152, 140), (140, 196, 90), (248, 226, 72)], dtype=np.float64)
 
 
 class LoHaInfo(io.ComfyNode):
@@ -71,28 +67,23 @@ def norm_chart(adapter: Adapter) -> torch.Tensor:
     table = norm_table(adapter)
     kinds = sorted({kind for row in table.values() for kind in row}) or ["no LoHa layers"]
     largest = max((value for row in table.values() for value in row.values()), default=0.0)
-    image = Image.new("RGB", (MARGIN + CELL * len(kinds) + 16, TOP + ROW * max(1, len(table)) + 16), BACKGROUND)
-    draw, font, small = ImageDraw.Draw(image), ImageFont.load_default(14), ImageFont.load_default(12)
-    draw.text((12, 10), f"Size of the update at strength 1: {adapter.source}", INK, font)
-    draw.text((12, 30), "Frobenius norm; brighter is more", FAINT, small)
+    canvas = Canvas(
+        MARGIN + CELL * len(kinds) + 16,
+        TOP + ROW * max(1, len(table)) + 16,
+        f"Size of the update at strength 1: {adapter.source}",
+        "Frobenius norm; brighter is more",
+    )
     for column, kind in enumerate(kinds):
-        draw.text((MARGIN + CELL * column + CELL // 2, TOP - 14), kind, INK, small, anchor="mm")
+        canvas.text((MARGIN + CELL * column + CELL // 2, TOP - 14), kind, anchor="mm")
     for line, (block, row) in enumerate(table.items()):
         y = TOP + ROW * line
-        draw.text((MARGIN - 10, y + ROW // 2), block, INK, small, anchor="rm")
+        canvas.text((MARGIN - 10, y + ROW // 2), block, anchor="rm")
         for column, kind in enumerate(kinds):
             box = (MARGIN + CELL * column, y, MARGIN + CELL * (column + 1) - 3, y + ROW - 3)
             if kind not in row:
                 continue
             share = row[kind] / largest if largest else 0.0
-            draw.rectangle(box, _color(share))
+            canvas.draw.rectangle(box, ramp(share))
             middle = ((box[0] + box[2]) // 2, (box[1] + box[3]) // 2)
-            draw.text(middle, f"{row[kind]:.3g}", BACKGROUND if share > 0.5 else INK, small, anchor="mm")
-    return torch.from_numpy(np.asarray(image, dtype=np.float32) / 255.0)[None]
-
-
-def _color(share: float) -> tuple[int, int, int]:
-    place = min(max(share, 0.0), 1.0) * (len(RAMP) - 1)
-    low = min(int(place), len(RAMP) - 2)
-    mixed = RAMP[low] + (place - low) * (RAMP[low + 1] - RAMP[low])
-    return int(mixed[0]), int(mixed[1]), int(mixed[2])
+            canvas.text(middle, f"{row[kind]:.3g}", BACKGROUND if share > 0.5 else INK, anchor="mm")
+    return canvas.image()
