@@ -1,0 +1,62 @@
+"""The examples run, and count what PEFT counts."""
+
+from __future__ import annotations
+
+import re
+import sys
+from pathlib import Path
+
+import pytest
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+# The import line, in the words of the documents that the examples come from.
+OURS = "from loha_core import LoHaConfig, LoHaModel"
+
+for module in ("transformers", "diffusers"):
+    pytest.importorskip(module)
+
+
+def run(source: str, path: Path, monkeypatch, capsys, steps: int = 8) -> str:
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    monkeypatch.setattr(sys, "argv", [str(path), "--steps", str(steps)])
+    exec(compile(source, str(path), "exec"), {"__name__": "__main__", "__doc__": path.stem})
+    return capsys.readouterr().out
+
+
+NAMES = ["language_model", "stable_diffusion", "layer_specific_ranks", "several_adapters", "dropout"]
+
+
+def test_every_example_is_tested():
+    assert sorted(NAMES) == sorted(p.stem for p in EXAMPLES.glob("*.py") if p.stem != "models")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_example_runs_and_learns(name, monkeypatch, capsys):
+    path = EXAMPLES / f"{name}.py"
+    printed = run(path.read_text("utf-8"), path, monkeypatch, capsys)
+    for before, after in re.findall(r"loss ([\d.]+) -> ([\d.]+)", printed):
+        assert float(after) < float(before)
+    for what, difference in re.findall(r"(loaded again|merged|as one LoHa|in use)[^\n]* by ([\d.e-]+)", printed):
+        assert float(difference) < 1e-4, what
+    for difference in re.findall(r"(?:without adapters|in training)[^\n]* by ([\d.e-]+)", printed):
+        assert float(difference) > 1e-3
+
+
+@pytest.mark.parametrize("name", [n for n in NAMES if n != "several_adapters"])
+def test_counts_are_pefts(name, monkeypatch, capsys):
+    """The same file with PEFT in the import line, up to where it prints its counts."""
+    peft = pytest.importorskip("peft")
+    path = EXAMPLES / f"{name}.py"
+    ours = counts(run(path.read_text("utf-8"), path, monkeypatch, capsys, steps=1))
+    # PEFT's LoHaModel alone prints nothing: its PeftModel does.
+    source = path.read_text("utf-8").split("\nids, wanted")[0].split("\nids = ")[0].split("\nsize, ")[0]
+    source = re.sub(r"for name, layer in model\.layers.*?\n\n", "\n", source + "\n\n", flags=re.S)
+    source = source.replace("lora_alpha=", "alpha=").replace(", get_peft_model", "")
+    source = source.replace(OURS, "from peft import LoHaConfig, get_peft_model")
+    source = source.replace("LoHaModel(", "get_peft_model(")
+    assert peft.__version__
+    assert ours and counts(run(source, path, monkeypatch, capsys)) == ours
+
+
+def counts(printed: str) -> list[str]:
+    return re.findall(r"trainable params: .*", printed)
