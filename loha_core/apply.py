@@ -127,8 +127,9 @@ def _on(device: torch.device, f: LoHaFactors) -> LoHaFactors:
 
 
 def _check(weight: Tensor, source: Tensor | None, stack: Sequence[LoHaFactors]) -> None:
-    if not weight.is_floating_point():
-        raise LoHaError(f"the weight has dtype {weight.dtype}; an update needs a floating-point weight")
+    if not weight.is_floating_point() or weight.dim() == 0:
+        found = f"{weight.dim()} dimensions and dtype {weight.dtype}"
+        raise LoHaError(f"the weight has {found}; an update needs a matrix or more, of floating point")
     if source is not None and (source.shape != weight.shape or source.device != weight.device):
         found = f"{tuple(source.shape)} on {source.device}"
         raise LoHaError(f"the source is {found}; the weight is {tuple(weight.shape)} on {weight.device}")

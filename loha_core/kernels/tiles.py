@@ -148,7 +148,7 @@ Step = Sum | Dora
 def add_whole_(weight: Tensor, f: LoHaFactors, scale: float) -> None:
     """W += scale·(A₁B₁)∘(A₂B₂) for flat factors of W's dtype, by three calls: a small weight needs no tiles."""
     m1, m2 = torch.mm(f.w1_a, f.w1_b), torch.mm(f.w2_a, f.w2_b)
-    if weight.dim() > 2:
+    if weight.dim() != 2:
         m1, m2 = m1.view(weight.shape), m2.view(weight.shape)
     weight.addcmul_(m1, m2, value=scale)
 

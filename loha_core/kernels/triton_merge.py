@@ -32,7 +32,7 @@ _ADD, _ROW_NORMS, _COLUMN_NORMS, _DORA_ROWS, _DORA_COLUMNS = range(5)
 
 
 @triton.jit
-def _merge_kernel(
+def _merge_kernel(  # type: ignore[no-untyped-def]
     weight, source, a1, b1, a2, b2, offsets, scales, vector,
     out, n, kernel, updates, rank, scale, strength,
     w_o, w_i, w_k, s_o, s_i, s_k,
@@ -43,7 +43,7 @@ def _merge_kernel(
     """One tile. A single update is (rank, scale), a stack is in the tables ``offsets`` and ``scales``; ``vector`` holds
     DoRA's ratios or takes its sums.
 
-    weight, source: element (o, i, k) lies at o·w_o + i·w_i + k·w_k; column n of the factors is (i, k) = divmod(n, kernel).
+    weight, source: element (o, i, k) lies at o·w_o + i·w_i + k·w_k; column c of the factors is (i, k), c = i·kernel + k.
     """
     blocks_n = tl.cdiv(n, BLOCK_N)
     block_o = tl.program_id(0) // blocks_n
@@ -93,7 +93,7 @@ def _merge_kernel(
             y = x + strength * (y * tl.load(vector + columns, mask=in_columns, other=0.0)[None, :] - x)
         written = weight + wide_rows[:, None] * w_o + (i * w_i + k * w_k)[None, :]
         if weight.dtype.element_ty == tl.bfloat16:
-            # To nearest, ties to even, by hand: the interpreter's own conversion cuts off. Exact, so the rest is a no-op.
+            # To nearest, ties to even, by hand: the interpreter's own conversion cuts off.
             bits = y.to(tl.uint32, bitcast=True)
             bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000
             y = bits.to(tl.float32, bitcast=True)
@@ -147,7 +147,8 @@ def works(device: torch.device) -> bool:
     """Whether a kernel can be built and run here: Triton also needs a C compiler and a GPU that it knows."""
     tiny = torch.ones(2, 2, device=device)
     try:
-        merge(tiny, tiny, [(LoHaFactors(*[tiny.clone() for _ in range(4)], alpha=2.0), 1.0)])
+        a = torch.ones(2, 2, device=device)
+        merge(tiny, tiny, [(LoHaFactors(a, a, a, a, 2.0), 1.0)])
         return bool((tiny == 5).all())
     except Exception as error:  # whatever a driver or a compiler throws; the other back ends need neither
         logging.getLogger(__name__).warning("Triton cannot be used on %s, merging without it: %s", device, error)

@@ -93,6 +93,13 @@ def test_dora_magnitudes_as_a_vector_and_a_row_of_zeros(backend):
     assert torch.equal(add_delta_(torch.zeros(shape), nothing, backend=backend), torch.zeros(shape))
 
 
+@pytest.mark.parametrize("backend", ["auto", "tiles", "khatri_rao"])
+def test_a_vector_is_a_weight_of_one_input(backend):
+    before = torch.zeros(5)
+    factors = update((5, 1)).factors
+    assert torch.allclose(add_delta_(before, factors, backend=backend), factors.delta().flatten())
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_strength_zero_is_bit_for_bit_nothing(dtype):
     before = weight((5, 3), dtype)
