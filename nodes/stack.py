@@ -72,6 +72,8 @@ class LoHaStack(io.ComfyNode):
     ) -> io.NodeOutput:
         entries = [*received(lora_stack), *chosen(slots)]
         if model is None and clip is None:
+            for name, _, _ in chosen(slots):
+                files.resolve(name)  # other packs load by these names: no others may leave here
             return io.NodeOutput(None, None, entries, f"{len(entries)} adapters in the list; none applied here")
         reports = []
         for name, strength_model, strength_clip in entries:
