@@ -6,6 +6,7 @@ one walk over the tiles with all steps, after one walk without writing for each 
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from math import prod
@@ -22,6 +23,8 @@ CPU_TILE, GPU_TILE = 1 << 20, 2 << 20
 # Rows of a product are this many numbers apart from ending where the next begins: where a row is a multiple of 4 KiB
 # (1024, 3072, 5120 columns), rows that follow each other compete for the same few lines of cache; 2x slower, measured.
 PADDING = 16
+# The most bytes of tiles that are kept for the next call.
+KEPT = 32 << 20
 # Numbers of prepared row factors, and of column factors: small beside W even where the rank is enormous.
 PREPARED = 2 << 20
 
@@ -147,10 +150,32 @@ Step = Sum | Dora
 
 def add_whole_(weight: Tensor, f: LoHaFactors, scale: float) -> None:
     """W += scale·(A₁B₁)∘(A₂B₂) for flat factors of W's dtype, by three calls: a small weight needs no tiles."""
-    m1, m2 = torch.mm(f.w1_a, f.w1_b), torch.mm(f.w2_a, f.w2_b)
+    out, n = weight.shape[0], f.w1_b.shape[1]
+    m1, m2 = scratch((out, n), (out, n), dtype=weight.dtype, device=weight.device)
+    torch.mm(f.w1_a, f.w1_b, out=m1)
+    torch.mm(f.w2_a, f.w2_b, out=m2)
     if weight.dim() != 2:
         m1, m2 = m1.view(weight.shape), m2.view(weight.shape)
     weight.addcmul_(m1, m2, value=scale)
+
+
+_kept = threading.local()
+
+
+def scratch(*shapes: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> list[Tensor]:
+    """Uninitialised tensors for the length of a call. On a CPU they lie in the same memory each time: a system gives
+    new memory page by page, and for 8 MiB that takes twice as long as what is then computed there."""
+    sizes = [-(-prod(shape) // 16) * 16 for shape in shapes]  # each on a cache line of its own
+    size = sum(sizes) * dtype.itemsize
+    if device.type != "cpu" or size > KEPT:
+        memory = torch.empty(sum(sizes), dtype=dtype, device=device)
+    else:
+        if getattr(_kept, "memory", None) is None or _kept.memory.numel() < size:
+            with torch.inference_mode(False):  # usable in both modes
+                _kept.memory = torch.empty(size, dtype=torch.uint8)
+        memory = _kept.memory[:size].view(dtype)
+    parts = memory.split(sizes)
+    return [part[: prod(shape)].view(shape) for part, shape in zip(parts, shapes, strict=True)]
 
 
 def merge(weight: Tensor, source: Tensor, steps: Sequence[Step], dtype: torch.dtype) -> None:
@@ -178,9 +203,12 @@ def _walk(
     whole = in_place and target is not None and 1 in target.stride() and all(isinstance(t, KhatriRao) for t in terms)
     whole = whole and not dora
     height, width = (out, n) if whole else tile_shape(out, n, kernel, _rank(terms), weight.device, matrices)
-    new = torch.empty(0, dtype=dtype, device=weight.device).new_empty
-    products = new(0 if whole else 2, height, width + PADDING)
-    x_buffer, y_buffer = new(0 if in_place else height * width), new(height * width if dora else 0)
+    shapes = (
+        (0 if whole else 2, height, width + PADDING),
+        (0 if in_place else height * width,),
+        (dora * height * width,),
+    )
+    products, x_buffer, y_buffer = scratch(*shapes, dtype=dtype, device=weight.device)
     for band in _slices(out, max(height, PREPARED // _rank(terms) // height * height)):
         for term in terms:
             term.rows(band)

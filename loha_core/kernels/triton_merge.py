@@ -43,7 +43,7 @@ def _merge_kernel(  # type: ignore[no-untyped-def]
     """One tile. A single update is (rank, scale), a stack is in the tables ``offsets`` and ``scales``; ``vector`` holds
     DoRA's ratios or takes its sums.
 
-    weight, source: element (o, i, k) lies at o·w_o + i·w_i + k·w_k; column c of the factors is (i, k), c = i·kernel + k.
+    weight, source: element (o, i, k) lies at o·w_o + i·w_i + k·w_k; column c of the factors is c = i·kernel + k.
     """
     blocks_n = tl.cdiv(n, BLOCK_N)
     block_o = tl.program_id(0) // blocks_n
