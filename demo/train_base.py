@@ -85,9 +85,9 @@ def train(steps: int, batch: int, lr: float, seed: int = 0) -> model.StateDict:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--steps", type=int, default=2500)
+    parser.add_argument("--steps", type=int, default=1600)
     parser.add_argument("--batch", type=int, default=64, help="pictures per step")
-    parser.add_argument("--lr", type=float, default=6e-4, help="peak learning rate")
+    parser.add_argument("--lr", type=float, default=8e-4, help="peak learning rate")
     parser.add_argument("--out", type=Path, default=BASE)
     args = parser.parse_args()
     weights = train(args.steps, args.batch, args.lr)

@@ -55,6 +55,7 @@ def patched_outputs() -> list[Any]:
 def mode_input() -> Any:
     return io.Combo.Input(
         "mode",
+        optional=True,
         options=list(bridge.MODES),
         default="auto",
         tooltip="merge patches the weights: fastest sampling, and what save nodes need. live leaves them alone and "
@@ -64,6 +65,7 @@ def mode_input() -> Any:
 
 def optional_inputs() -> list[Any]:
     return [
+        mode_input(),
         io.Clip.Input(
             "clip",
             optional=True,
@@ -95,7 +97,6 @@ class LoHaLoader(io.ComfyNode):
                 io.Model.Input("model", tooltip="The diffusion model to apply the adapter to."),
                 file_input(),
                 *strength_inputs(),
-                mode_input(),
                 *optional_inputs(),
             ],
             outputs=patched_outputs(),
@@ -154,7 +155,6 @@ class LoHaApply(io.ComfyNode):
                 io.Model.Input("model", tooltip="The diffusion model to apply the adapter to."),
                 LOHA.Input("loha", tooltip="The adapter, from Load LoHa Adapter."),
                 *strength_inputs(),
-                mode_input(),
                 *optional_inputs(),
             ],
             outputs=patched_outputs(),
