@@ -171,6 +171,7 @@ def scratch(*shapes: tuple[int, ...], dtype: torch.dtype, device: torch.device) 
         memory = torch.empty(sum(sizes), dtype=dtype, device=device)
     else:
         if getattr(_kept, "memory", None) is None or _kept.memory.numel() < size:
+            _kept.memory = None
             with torch.inference_mode(False):  # usable in both modes
                 _kept.memory = torch.empty(size, dtype=torch.uint8)
         memory = _kept.memory[:size].view(dtype)

@@ -205,22 +205,23 @@ class Peak(TorchDispatchMode):
 
 
 def peak(before: Tensor, updates, backend: str) -> int:
+    tiles._kept.memory = None  # the memory of tiles counts, too
     with Peak() as watch:
         add_delta_(before, [u.factors for u in updates], backend=backend)
     return watch.peak
 
 
-@pytest.mark.parametrize("backend", ["auto", "tiles", "khatri_rao"])
-@pytest.mark.parametrize("dora", [None, 0, 1])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
-def test_extra_memory_is_at_most_64_mib(backend, dora, dtype):
-    shape = (8192, 3072)
-    updates = [update(shape, 8, dora_axis=dora)]
-    assert peak(torch.zeros(shape, dtype=dtype), updates, backend) <= 32 << 20  # the weight takes 96 in float32
+@pytest.mark.parametrize("backend", ["tiles", "khatri_rao"])
+@pytest.mark.parametrize(
+    ("dora", "dtype"), [(None, torch.float32), (None, torch.float16), (0, torch.float32), (1, torch.float16)], ids=str
+)
+def test_extra_memory_is_a_few_tiles(backend, dora, dtype):
+    shape = (5120, 3072)  # 60 MiB in float32
+    assert 0 < peak(torch.zeros(shape, dtype=dtype), [update(shape, 8, dora_axis=dora)], backend) <= 24 << 20
 
 
 def test_extra_memory_of_an_enormous_rank():
-    shape = (2048, 512, 3, 3)
+    shape = (1024, 512, 3, 3)
     assert peak(torch.zeros(shape), [update(shape, 512, size=0.01)], "auto") <= 64 << 20
     assert plan((8192, 8192), samples.factors((8192, 8192), 64)).backend == "tiles"
 
