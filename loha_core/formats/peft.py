@@ -101,10 +101,21 @@ def _read_config(path: Path) -> dict[str, Any]:
     return config
 
 
+def _check_terminates(pattern: str) -> None:
+    """Refuse patterns whose matching can take forever: a file must not hang the reader.
+
+    Repeated groups backtrack exponentially, and k repetitions of single characters take up to n^k steps.
+    """
+    if len(pattern) > 1000 or re.search(r"\)\s*[*+?{]", pattern) or len(re.findall(r"[*+{]", pattern)) > 4:
+        raise LoHaError(f"{CONFIG}: the pattern {pattern[:80]!r} is too long or repeats too much to be matched safely")
+
+
 def _by_pattern(config: Mapping[str, Any], field: str, module: str, default: Any) -> float:
     patterns = config.get(field) or {}
     if not isinstance(patterns, dict):
         raise LoHaError(f"{CONFIG}: {field} is {type(patterns).__name__}; expected an object of pattern: number")
+    for pattern in patterns:
+        _check_terminates(pattern)
     try:
         value = next((v for p, v in patterns.items() if re.match(rf"(.*\.)?({p})$", module)), default)
     except (re.error, RecursionError, OverflowError) as error:

@@ -39,9 +39,10 @@ def adapter(request, models, tmp_path_factory):
     return load_adapter(path)
 
 
-def run(model, sigma: float = 3.0, size: int = 8) -> torch.Tensor:
+def run(model, sigma: float = 3.0, size: int = 8, load: bool = True) -> torch.Tensor:
     """One call of the diffusion model, as samplers make it, with the patcher's wrappers."""
-    comfy.model_management.load_models_gpu([model])
+    if load:
+        comfy.model_management.load_models_gpu([model])
     base = model.model
     torch.manual_seed(5)
     config = base.model_config.unet_config

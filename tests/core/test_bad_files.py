@@ -224,7 +224,9 @@ CONFIGS = {
     "a pattern that is no pattern": ({"alpha_pattern": {"(": 1}}, "no regular expression"),
     "a pattern that repeats nothing": ({"alpha_pattern": {"*": 1}}, "no regular expression"),
     "a pattern that repeats too often": ({"alpha_pattern": {f"a{{{10**12}}}": 1}}, "no regular expression"),
-    "a pattern nested too deep": ({"alpha_pattern": {"(" * 5000 + ")" * 5000: 1}}, "no regular expression"),
+    "a pattern that backtracks forever": ({"alpha_pattern": {"(a+)+b": 1}}, "too long or repeats"),
+    "a pattern that backtracks for years": ({"alpha_pattern": {".*a.*b.*c.*d.*e": 1}}, "too long or repeats"),
+    "a pattern nested too deep": ({"alpha_pattern": {"(" * 5000 + ")" * 5000: 1}}, "too long or repeats"),
 }
 
 
