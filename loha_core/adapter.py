@@ -10,7 +10,7 @@ from torch import Tensor
 from .factors import LoHaFactors
 
 
-@dataclass
+@dataclass(eq=False)
 class Adapter:
     """LoHa layers by module name, and everything else that the file held.
 

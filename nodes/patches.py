@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import weakref
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from typing import Any
 
@@ -19,6 +20,9 @@ from loha_core.bind import Target, reason, weight_key
 from loha_core.formats.grouping import split_other
 
 MODEL, CLIP = "MODEL", "CLIP"
+# What ComfyUI knows of the names that files use.
+_KEYS = (comfy.lora.model_lora_keys_unet, comfy.lora.model_lora_keys_clip)
+Layer = tuple[str, Target, Any]  # name in the file, weight, update
 
 
 class LoHaPatch(WeightAdapterBase):
@@ -94,10 +98,35 @@ def find(adapter: Adapter, model: Any, clip: Any, share: Callable[[str, str], fl
     Raises:
         LoHaError: nothing in the file matches, or a shape does not fit.
     """
-    networks = {label: _network(label, patcher) for label, patcher in ((MODEL, model), (CLIP, clip)) if patcher}
+    modules = (None if model is None else model.model, None if clip is None else clip.cond_stage_model)
+    known = _bound.get(adapter)
+    if known is None or any(ref() is not module for ref, module in zip(known[0], modules, strict=True)):
+        known = _bound[adapter] = (tuple(map(_reference, modules)), *_find(adapter, modules))
+    _, found, report = known
+    patches = {
+        label: [Patch(target, update, share(weight_key(target), name)) for name, target, update in layers]
+        for label, layers in found.items()
+    }
+    return Bound(patches, replace(report, notes=list(report.notes)))
+
+
+# Adapter -> the modules it was last bound to, and what was found: a slider moves much more often than they change.
+_bound: weakref.WeakKeyDictionary[Adapter, tuple[Any, dict[str, list[Layer]], Report]] = weakref.WeakKeyDictionary()
+
+
+def _reference(module: Any) -> Callable[[], Any]:
+    return (lambda: None) if module is None else weakref.ref(module)
+
+
+def _find(adapter: Adapter, modules: tuple[Any, Any]) -> tuple[dict[str, list[Layer]], Report]:
+    networks = {
+        label: Network(keys(module, {}), {key: tuple(weight.shape) for key, weight in module.state_dict().items()})
+        for label, module, keys in zip((MODEL, CLIP), modules, _KEYS, strict=True)
+        if module is not None
+    }
     absent = [label for label in (MODEL, CLIP) if label not in networks]
     binding = bind(adapter, networks, absent)
-    found: dict[str, list[tuple[str, Target, Any]]] = {
+    found: dict[str, list[Layer]] = {
         label: [(name, target, LoHaPatch.from_factors(f)) for name, target, f in layers]
         for label, layers in binding.layers.items()
     }
@@ -105,11 +134,7 @@ def find(adapter: Adapter, model: Any, clip: Any, share: Callable[[str, str], fl
         found[label].append((name, target, patch))
     if not binding.report.matched:
         raise LoHaError(f"nothing in this file fits the model; nothing was applied\n{binding.report.text(limit=20)}")
-    patches = {
-        label: [Patch(target, update, share(weight_key(target), name)) for name, target, update in layers]
-        for label, layers in found.items()
-    }
-    return Bound(patches, binding.report)
+    return found, binding.report
 
 
 def merge(patcher: Any, patches: Iterable[Patch], strength: float) -> Any:
@@ -130,14 +155,6 @@ def merge(patcher: Any, patches: Iterable[Patch], strength: float) -> Any:
         if lost := set(updates) - set(clone.add_patches(updates, strength * share)):
             raise LoHaError(f"ComfyUI did not take the patches for {sorted(map(str, lost))[:3]}")
     return clone
-
-
-def _network(label: str, patcher: Any) -> Network:
-    if label == MODEL:
-        module, keys = patcher.model, comfy.lora.model_lora_keys_unet
-    else:
-        module, keys = patcher.cond_stage_model, comfy.lora.model_lora_keys_clip
-    return Network(keys(module, {}), {key: tuple(weight.shape) for key, weight in module.state_dict().items()})
 
 
 def _bind_extras(

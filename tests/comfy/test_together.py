@@ -1,4 +1,4 @@
-"""Live adapters beside what else people put on a model: ControlNet, conditioning hooks, torch.compile, other forwards."""
+"""Live adapters beside what else people put on a model: ControlNet, hooks, torch.compile, other packs' forwards."""
 
 from __future__ import annotations
 
