@@ -30,6 +30,11 @@ _KEY = re.compile(r"(?:model\.)?diffusion_model\." + _LIST)
 _SELECTOR = re.compile(r"([a-z_]+?)(?:(\d+)(?:-(?:([a-z_]+?))?(\d+))?)?", re.IGNORECASE)
 _NO_END = 10**6
 
+# A rule of a workflow must not hang the server: repeated groups, and many repetitions, options or alternatives in one
+# expression, make a search backtrack for ever.
+_LONGEST_RULE = 200
+_MOST_IN_A_RULE = ((r"[*+{]", 3, "repetitions"), (r"(?<!\()\?", 6, "optional parts"), (r"\|", 12, "alternatives"))
+
 # Settings to start from, written as a user would write them.
 PRESETS = {
     "ALL": "ALL=1",
@@ -87,7 +92,7 @@ class Layout:
         return [*known, *([] if full in known else [full])]
 
     def __str__(self) -> str:
-        return ", ".join(f"{part}00…{part}{count - 1:02d}" for part, count in self.parts)
+        return ", ".join(f"{part}00…{part}{count - 1:02d}" if count > 1 else f"{part}00" for part, count in self.parts)
 
 
 LAYOUTS = {
@@ -259,11 +264,23 @@ def _rule(number: int, line: str) -> Rule:
     if not colon or not pattern.strip():
         raise LoHaError(f"rule in line {number}: expected 'expression: number' such as 'attn2.*: 0.3', found {line!r}")
     multiplier = _number(value, f"rule in line {number}")
+    pattern = pattern.strip()
+    _check_terminates(pattern, f"rule in line {number}")
     try:
-        return Rule(re.compile(pattern.strip()), multiplier)
-    except re.error as error:
-        message = f"rule in line {number}: {pattern.strip()!r} is not a regular expression: {error}"
-        raise LoHaError(message) from error
+        return Rule(re.compile(pattern), multiplier)
+    except (re.error, OverflowError) as error:
+        raise LoHaError(f"rule in line {number}: {pattern!r} is not a regular expression: {error}") from error
+
+
+def _check_terminates(pattern: str, where: str) -> None:
+    """Refuse what could take for ever to search for."""
+    if len(pattern) > _LONGEST_RULE:
+        raise LoHaError(f"{where}: {len(pattern)} characters; at most {_LONGEST_RULE}")
+    if re.search(r"\)\s*[*+{]", pattern):
+        raise LoHaError(f"{where}: {pattern!r} repeats a group, which can take for ever; spell it without")
+    for sign, most, what in _MOST_IN_A_RULE:
+        if len(re.findall(sign, pattern)) > most:
+            raise LoHaError(f"{where}: {pattern!r} has more than {most} {what}; write several rules")
 
 
 def _meaning(layout: Layout | None, length: int) -> tuple[Layout, tuple[str, ...]]:

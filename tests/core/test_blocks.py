@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import doctest
+import time
 
 import pytest
 from hypothesis import given
@@ -211,11 +212,25 @@ def test_rules_multiply_the_block_and_the_last_that_matches_counts():
         (": 0.3", "rule in line 1: expected 'expression: number'"),
         ("attn2: strong", "rule in line 1: expected a number such as 0.5, found 'strong'"),
         ("attn2: inf", "rule in line 1: expected a number"),
+        ("a{99999999999}: 1", r"rule in line 1: 'a\{9+\}' is not a regular expression"),
+        ("x" * 201 + ": 1", "rule in line 1: 201 characters; at most 200"),
+        ("(a+)+b: 1", r"rule in line 1: '\(a\+\)\+b' repeats a group"),
+        (".*.*.*.*b: 1", "rule in line 1: .* has more than 3 repetitions; write several rules"),
+        ("a?" * 7 + "b: 1", "has more than 6 optional parts"),
+        ("(a|a)" * 13 + "b: 1", "has more than 12 alternatives"),
     ],
 )
 def test_errors_in_rules(rules, message):
     with pytest.raises(LoHaError, match=message):
         BlockStrength.parse("SD1.5", "", rules)
+
+
+@pytest.mark.parametrize("rule", [".*.*.*z", "a?a?a?a?a?a?a*z", "(a|a)(a|a)(a|a)(a|a)(a|a)(a|a)(a|a)(a|a)(a|a)(a|a)z"])
+def test_no_rule_takes_long(rule):
+    strength = BlockStrength.parse("SD1.5", "", rule + ": 1")
+    started = time.perf_counter()
+    strength(f"{UNET}input_blocks.4." + "a" * 60, "a" * 100)
+    assert time.perf_counter() - started < 1
 
 
 @given(vector=st.text(alphabet="INOUT01=,-.:R \n", max_size=40), rules=st.text(alphabet="ab(*:.1\n# ", max_size=40))
