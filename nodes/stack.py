@@ -68,7 +68,7 @@ class LoHaStack(io.ComfyNode):
 
     @classmethod
     def execute(
-        cls, mode: str, model: Any = None, clip: Any = None, lora_stack: Any = None, **slots: Any
+        cls, model: Any = None, clip: Any = None, lora_stack: Any = None, mode: str = "auto", **slots: Any
     ) -> io.NodeOutput:
         entries = [*received(lora_stack), *chosen(slots)]
         if model is None and clip is None:
