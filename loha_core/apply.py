@@ -67,10 +67,10 @@ def add_delta_(
         if not acting or weight.numel() == 0:
             return weight if source is None else weight.copy_(source)
         reading = weight if source is None else source
-        if backend == "auto" and _fused(weight.device, [f for f, _ in acting], weight, reading):
+        shape, updates = tuple(weight.shape), [f for f, _ in acting]
+        if backend == "auto" and weight.is_cuda and _fused(weight.device, updates, weight, reading):
             backend = "triton"
-        shape = tuple(weight.shape)
-        choices = _choose(shape, [f for f, _ in acting], weight.device, weight.dtype, backend)
+        choices = _choose(shape, updates, weight.device, weight.dtype, backend)
         if choices[0].backend == "triton":
             from .kernels import triton_merge
 

@@ -23,6 +23,8 @@ CPU_TILE, GPU_TILE = 1 << 20, 2 << 20
 # Rows of a product are this many numbers apart from ending where the next begins: where a row is a multiple of 4 KiB
 # (1024, 3072, 5120 columns), rows that follow each other compete for the same few lines of cache; 2x slower, measured.
 PADDING = 16
+# So few numbers that the allocator has memory for them at hand.
+FRESH = 128 << 10
 # The most bytes of tiles that are kept for the next call.
 KEPT = 32 << 20
 # Numbers of prepared row factors, and of column factors: small beside W even where the rank is enormous.
@@ -150,13 +152,18 @@ Step = Sum | Dora
 
 def add_whole_(weight: Tensor, f: LoHaFactors, scale: float) -> None:
     """W += scale·(A₁B₁)∘(A₂B₂) for flat factors of W's dtype, by three calls: a small weight needs no tiles."""
-    out, n = weight.shape[0], f.w1_b.shape[1]
-    m1, m2 = scratch((out, n), (out, n), dtype=weight.dtype, device=weight.device)
-    torch.mm(f.w1_a, f.w1_b, out=m1)
-    torch.mm(f.w2_a, f.w2_b, out=m2)
-    if weight.dim() != 2:
-        m1, m2 = m1.view(weight.shape), m2.view(weight.shape)
-    weight.addcmul_(m1, m2, value=scale)
+    if weight.numel() <= FRESH:
+        m1, m2 = torch.mm(f.w1_a, f.w1_b), torch.mm(f.w2_a, f.w2_b)
+    else:
+        shape = (weight.shape[0], f.w1_b.shape[1])
+        m1, m2 = scratch(shape, shape, dtype=weight.dtype, device=weight.device)
+        torch.mm(f.w1_a, f.w1_b, out=m1)
+        torch.mm(f.w2_a, f.w2_b, out=m2)
+    matrix = _matrix(weight)
+    if matrix is None:
+        weight.addcmul_(m1.view(weight.shape), m2.view(weight.shape), value=scale)
+    else:
+        matrix.addcmul_(m1, m2, value=scale)
 
 
 _kept = threading.local()
