@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
+from demo import comfyui
 from demo.comfyui import ComfyUIError, Server
 from loha_core import LoHaError
 from loha_core.blocks import BlockStrength, Layout, block_of_key
 
 from . import reduced
+from .test_sampling import draw, ready  # noqa: F401  (the demo's model in the server, and what it draws)
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 BLOCKS: dict[str, Any] = {"preset": "ALL", "vector": "", "rules": "", "family": "auto"}
@@ -45,11 +49,11 @@ def loras(server: Server) -> list[str]:
     """Two adapters in the server's folder and, by the same names, in this process's."""
     models = reduced.build("sd15")
     folder = server.path("models", "loras", "x").parent
-    for rank, name in ((2, "first.safetensors"), (3, "second.safetensors")):
+    for rank, name in ((2, "stack_one.safetensors"), (3, "stack_two.safetensors")):
         path, _ = reduced.write(models, "kohya", folder, rank)
         path.rename(folder / name)
     server.object_info("LoHaStack")
-    return ["first.safetensors", "second.safetensors"]
+    return ["stack_one.safetensors", "stack_two.safetensors"]
 
 
 @pytest.fixture
@@ -195,6 +199,86 @@ def test_schedule_shows_its_curve(server, inputs):
 def test_schedule_errors_reach_the_user(server, inputs, message):
     with pytest.raises(ComfyUIError, match=f"LoHaSchedule.*{message}"):
         run(server, "LoHaSchedule", **SCHEDULE | inputs)
+
+
+@pytest.fixture
+def sample(ready: Server) -> Any:  # noqa: F811
+    """Pictures of an example workflow in 4 steps, with other values of its nodes' inputs, by class of node."""
+
+    def run(name: str, **changes: dict[str, Any]) -> np.ndarray:
+        workflow = json.loads((REPOSITORY / "example_workflows" / f"{name}.json").read_text())
+        prompt = comfyui.to_api(workflow, ready.object_info())
+        for node in prompt.values():
+            node["inputs"] |= changes.get(node["class_type"], {})
+            node["inputs"] |= {"steps": 4} if node["class_type"] == "KSampler" else {}
+        saved = [key for key, node in prompt.items() if node["class_type"] == "SaveImage"]
+        return pictures(ready, prompt, saved)
+
+    return run
+
+
+def pictures(server: Server, prompt: dict, saved: list[str]) -> np.ndarray:
+    outputs = server.queue(prompt)["outputs"]
+    return server.images({"outputs": {key: outputs[key] for key in saved}}).astype(int)
+
+
+def test_a_schedule_is_what_two_samplings_after_each_other_are(ready, sample):  # noqa: F811
+    """A step from 0.3 to 1 half way, against merged models in a sampler for each half."""
+    settings = {"sampler_name": "euler", "steps": 4}  # euler has no memory of earlier steps
+    nothing = {"preset": "ALL", "vector": "", "rules": ""}
+    # In the "normal" scheduler 4 steps begin at 0, a quarter, half and three quarters of the timesteps.
+    step = {"keyframes": "0: 0.3, 0.4: 1", "interpolation": "step"}
+    found = sample("loha_blocks_and_schedule", LoHaSchedule=step, LoHaBlockStrength=nothing, KSampler=settings)
+
+    workflow = json.loads((REPOSITORY / "example_workflows" / "loha_loader.json").read_text())
+    prompt = comfyui.to_api(workflow, ready.object_info())
+    by_class = {node["class_type"]: key for key, node in prompt.items()}
+    loader, sampling = prompt[by_class["LoHaLoader"]], prompt.pop(by_class["KSampler"])["inputs"] | settings
+    prompt = {key: node for key, node in prompt.items() if node["class_type"] != "PreviewAny"}
+    shared = {name: sampling[name] for name in ("cfg", "scheduler", "positive", "negative")} | settings
+    halves = (("a", 0.3, sampling["latent_image"], 0, 2), ("b", 1.0, ["sample a", 0], 2, 4))
+    for half, strength, latent, start, end in halves:
+        changed = {"mode": "merge", "strength_model": strength}
+        prompt[f"load {half}"] = {"class_type": "LoHaLoader", "inputs": loader["inputs"] | changed}
+        leftover = {"add_noise": "enable", "return_with_leftover_noise": "enable"}
+        if half == "b":
+            leftover = dict.fromkeys(leftover, "disable")
+        place = {"model": [f"load {half}", 0], "latent_image": latent, "start_at_step": start, "end_at_step": end}
+        inputs = shared | leftover | place | {"noise_seed": sampling["seed"]}
+        prompt[f"sample {half}"] = {"class_type": "KSamplerAdvanced", "inputs": inputs}
+    prompt[by_class["VAEDecode"]]["inputs"]["samples"] = ["sample b", 0]
+    wanted = pictures(ready, prompt, [by_class["SaveImage"]])
+    assert np.abs(found - wanted).max() <= 1
+
+
+def test_blocks_and_schedules_that_are_zero_draw_what_no_adapter_draws(sample):
+    plain = sample("loha_stack", LoHaStack={"on_1": False, "on_2": False})
+    assert np.abs(sample("loha_stack") - plain).max() > 10
+    no_blocks = {"LoHaBlockStrength": {"preset": "NONE", "vector": ""}}
+    # A schedule is about sampling; text encoders are done by then.
+    never = {"LoHaSchedule": {"keyframes": "0: 0"}, "LoHaLoader": {"strength_clip": 0.0}}
+    for changes in (no_blocks, never):
+        assert np.abs(sample("loha_blocks_and_schedule", **changes) - plain).max() == 0
+
+
+@pytest.mark.parametrize("sampler", ["heun", "dpmpp_2m_sde"])
+def test_schedules_act_under_other_samplers(sample, sampler):
+    settings = {"KSampler": {"sampler_name": sampler}, "LoHaBlockStrength": {"vector": "", "rules": ""}}
+    run = lambda keyframes, strength: sample(  # noqa: E731
+        "loha_blocks_and_schedule",
+        LoHaSchedule={"keyframes": keyframes},
+        LoHaLoader={"strength_model": strength},
+        **settings,
+    )
+    half = run("0: 0.5", 1.0)
+    assert np.abs(half - run("", 0.5)).max() <= 1
+    assert np.abs(half - run("0: 0.5, 0.6: 0", 1.0)).max() > 5
+
+
+def test_stacked_shares_of_one_adapter_are_the_whole(sample, draw):  # noqa: F811
+    for mode in ("merge", "live"):
+        whole = draw(mode=mode, strength_model=1.0, strength_clip=1.0)
+        assert np.abs(sample("loha_stack", LoHaStack={"mode": mode}) - whole).max() <= 1
 
 
 # --- stacks -----------------------------------------------------------------------------------
