@@ -7,7 +7,7 @@ Per element of W, an update of rank r costs
     khatri_rao   2r² FLOPs in one addmm;      W read and written;  r² numbers per row and column for U and V
     triton       4r FLOPs;                    W read and written;  on a GPU always the cheapest
 
-A byte costs as much as BALANCE floating-point operations, and preparing U and V or tiles as much as PREPARATION.
+A byte costs as much as BALANCE floating-point operations, and what a back end prepares as much as PREPARATION.
 Where tiles and khatri_rao cross (r ≈ 5 on a CPU for a large weight, lower for a small one, far higher on a GPU)
 follows from that.
 """
@@ -23,8 +23,8 @@ Backend = Literal["whole", "tiles", "khatri_rao", "triton"]
 # FLOP/s of a matrix product over bytes/s of an element-wise operation that finds its operands in cache.
 # CPU: measured on 2 cores, 190 GFLOP/s over 120 GB/s. GPU: a data sheet's float32, 60 TFLOP/s over 3 TB/s.
 BALANCE = {"cpu": 1.6, "cuda": 20.0}
-# FLOPs in the 50 µs of Python before the first tile; measured on the same CPU.
-PREPARATION = 10e6
+# FLOPs in the time before the first of them: 20 µs for U and V, 50 µs for tiles. Measured on the same CPU.
+PREPARATION: dict[Backend, float] = {"whole": 0.0, "khatri_rao": 4e6, "tiles": 10e6}
 # The most numbers in a weight that is merged whole: its two products are the memory that takes.
 WHOLE = 1 << 20
 # The most bytes that U and V may take.
@@ -86,12 +86,12 @@ def choose(out: int, n: int, rank: int, device: str, size: int, plain: bool) -> 
     balance = BALANCE.get(device, BALANCE["cuda"]) * 4 / size
     whole = plain and out * n <= WHOLE
     flops, traffic = 4.0 * rank * out * n, 6.0 * size * out * n
-    total = flops + balance * traffic + (0 if whole else PREPARATION)
-    products = Cost("whole" if whole else "tiles", flops, traffic, total)
+    name: Backend = "whole" if whole else "tiles"
+    products = Cost(name, flops, traffic, flops + balance * traffic + PREPARATION[name])
 
     extra = rank**2 * (out + n) * size
     flops, traffic = 2.0 * rank**2 * out * n, 2.0 * (size * out * n + extra)
-    single = Cost("khatri_rao", flops, traffic, flops + balance * traffic + PREPARATION, extra)
+    single = Cost("khatri_rao", flops, traffic, flops + balance * traffic + PREPARATION["khatri_rao"], extra)
 
     best = single if single.total < products.total and extra <= KHATRI_RAO_BYTES else products
     return Choice(best.backend, (products, single))

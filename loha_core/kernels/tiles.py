@@ -17,6 +17,7 @@ from torch import Tensor
 
 from .. import algebra
 from ..factors import LoHaFactors
+from .cost import KHATRI_RAO_BYTES
 
 # Numbers per tile. CPU: both products stay in L2 and L3, and starting the threads costs little. GPU: enough to fill it.
 CPU_TILE, GPU_TILE = 1 << 20, 2 << 20
@@ -188,11 +189,32 @@ def scratch(*shapes: tuple[int, ...], dtype: torch.dtype, device: torch.device) 
 
 def merge(weight: Tensor, source: Tensor, steps: Sequence[Step], dtype: torch.dtype) -> None:
     """weight ← the steps applied to source, computed in ``dtype`` and rounded once. The two may be one tensor."""
+    if _single_product(weight, source, steps, dtype):
+        return
     for index, step in enumerate(steps):
         if isinstance(step, Dora):
             _walk(weight, source, steps[:index], dtype, measured=step)
             step.settle(dtype)
     _walk(weight, source, steps, dtype)
+
+
+def _single_product(weight: Tensor, source: Tensor, steps: Sequence[Step], dtype: torch.dtype) -> bool:
+    """Whether the merge is one addmm into W, and if so, do it: BLAS has tiles of its own."""
+    match steps:
+        case [Sum(terms=[KhatriRao() as term])]:
+            matrix = _matrix(weight)
+        case _:
+            return False
+    if matrix is None or 1 not in matrix.stride() or weight.dtype != dtype:
+        return False
+    if _rank([term]) * sum(matrix.shape) * dtype.itemsize > KHATRI_RAO_BYTES:
+        return False
+    if source is not weight:
+        weight.copy_(source)
+    term.rows(slice(0, matrix.shape[0]))
+    term.columns(slice(0, matrix.shape[1]))
+    matrix.addmm_(term.u, term.v)
+    return True
 
 
 def _walk(
@@ -207,16 +229,15 @@ def _walk(
     if measured is not None:
         terms.append(measured.term)
     dora = any(isinstance(step, Dora) for step in steps)
-    # BLAS has tiles of its own, and writes into W where rows or columns are contiguous.
-    whole = in_place and target is not None and 1 in target.stride() and all(isinstance(t, KhatriRao) for t in terms)
-    whole = whole and not dora
-    height, width = (out, n) if whole else tile_shape(out, n, kernel, _rank(terms), weight.device, matrices)
-    shapes = (
-        (0 if whole else 2, height, width + PADDING),
+    height, width = tile_shape(out, n, kernel, _rank(terms), weight.device, matrices)
+    by_products = any(isinstance(term, Products) for term in terms)
+    products, x_buffer, y_buffer = scratch(
+        (2 * by_products, height, width + PADDING),
         (0 if in_place else height * width,),
         (dora * height * width,),
+        dtype=dtype,
+        device=weight.device,
     )
-    products, x_buffer, y_buffer = scratch(*shapes, dtype=dtype, device=weight.device)
     for band in _slices(out, max(height, PREPARED // _rank(terms) // height * height)):
         for term in terms:
             term.rows(band)
