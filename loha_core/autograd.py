@@ -14,8 +14,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from torch.nn import functional as F
 
+from . import gemm
 from .algebra import columnwise, dora_axis, dora_norm, tucker
 
 Factors = tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor | None]
@@ -33,7 +33,12 @@ class Geometry(NamedTuple):
 def apply_weight(x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry | None) -> Tensor:
     """weight ∗ x + bias."""
     if geometry is None:
-        return F.linear(x, weight, bias)
+        return gemm.linear(x.reshape(-1, x.shape[-1]), weight, bias).view(*x.shape[:-1], -1)
+    if _is_product(x, weight, geometry):
+        y = gemm.matmul(weight.flatten(1), x.flatten(2)[0])
+        if bias is not None:
+            y.add_(bias.unsqueeze(1))
+        return y.view(1, -1, *x.shape[2:])
     stride, padding, dilation, groups = geometry
     return torch.convolution(x, weight, bias, stride, padding, dilation, False, [0] * len(stride), groups)
 
@@ -43,16 +48,27 @@ def apply_weight_backward(
 ) -> tuple[Tensor | None, Tensor | None]:
     """Gradients of `apply_weight` with respect to x and weight, from g = ∂L/∂y."""
     if geometry is None:
-        gx = g @ weight if need_x else None
-        gw = g.reshape(-1, g.shape[-1]).T @ x.reshape(-1, x.shape[-1]) if need_weight else None
-        return gx, gw
-    stride, padding, dilation, groups = geometry
+        g2, x2 = g.reshape(-1, g.shape[-1]), x.reshape(-1, x.shape[-1])
+        gx = gemm.matmul(g2, weight).view(x.shape) if need_x else None
+        return gx, gemm.matmul(g2.T, x2) if need_weight else None
     if not (need_x or need_weight):
         return None, None
+    if _is_product(x, weight, geometry) and g.is_contiguous():
+        g2, x2 = g.flatten(2)[0], x.flatten(2)[0]
+        gx = gemm.matmul(weight.flatten(1).T, g2).view(x.shape) if need_x else None
+        return gx, gemm.matmul(g2, x2.T).view(weight.shape) if need_weight else None
+    stride, padding, dilation, groups = geometry
     gx, gw, _ = torch.ops.aten.convolution_backward(
         g, x, weight, None, stride, padding, dilation, False, [0] * len(stride), groups, [need_x, need_weight, False]
     )
     return gx, gw
+
+
+def _is_product(x: Tensor, weight: Tensor, geometry: Geometry) -> bool:
+    """A 1×1 convolution of one picture is a matrix product, and torch is slow to see it. Not where autograd looks."""
+    pointwise = x.shape[0] == 1 and weight[0, 0].numel() == 1 and geometry.groups == 1
+    plain = all(s == 1 for s in geometry.stride) and not any(geometry.padding)
+    return pointwise and plain and x.is_contiguous() and not torch.is_grad_enabled()
 
 
 def columnwise_backward(gv: Tensor, b1: Tensor, b2: Tensor) -> tuple[Tensor, Tensor]:
@@ -80,66 +96,53 @@ def _uv_backward(
 class KhatriRaoLinear(torch.autograd.Function):
     """y = x·Wᵀ + b + (x·Vᵀ)·Uᵀ with U = s·A₁ ⊙ A₂, V = B₁ ⊙ B₂; U and V are rebuilt in the backward.
 
-    x (n, i); weight (o, i) and bias (o,), both frozen, or None. Saved: the inputs, and x·Vᵀ (n, r²) unless ``fold``.
-
-    With ``fold``, y and ∂x come from W + U·V, which costs two products of that size less where there are more tokens
-    than channels; W + U·V is made twice and never kept.
+    x (n, i); weight (o, i) and bias (o,), both frozen, or None. Saved: the inputs and x·Vᵀ (n, r²).
     """
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, a1: Tensor, b1: Tensor, a2: Tensor, b2: Tensor, scale: float, fold: bool,
+        ctx: Any, x: Tensor, a1: Tensor, b1: Tensor, a2: Tensor, b2: Tensor, scale: float,
         weight: Tensor | None, bias: Tensor | None,
     ) -> Tensor:  # fmt: skip
         ut, v = _uv(a1, b1, a2, b2, scale, x.dtype)
-        ctx.scale, ctx.fold = scale, fold
-        if fold:
-            assert weight is not None
-            ctx.save_for_backward(x, None, a1, b1, a2, b2, weight)
-            return F.linear(x, torch.addmm(weight, ut.T, v), bias)
-        h = x @ v.T
+        h = gemm.linear(x, v)
         ctx.save_for_backward(x, h, a1, b1, a2, b2, weight)
+        ctx.scale = scale
         if weight is None:
-            return h @ ut
-        return F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype)).addmm_(h, ut)
+            return gemm.matmul(h, ut)
+        y = gemm.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
+        return gemm.addmm_(y, h, ut)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         x, h, a1, b1, a2, b2, weight = ctx.saved_tensors
         ut, v = _uv(a1, b1, a2, b2, ctx.scale, x.dtype)
-        gh, gx = g @ ut.T, None
-        if ctx.fold:
-            h = x @ v.T
+        gh, gx = gemm.linear(g, ut), None
         if ctx.needs_input_grad[0]:
-            if ctx.fold:
-                gx = g @ torch.addmm(weight, ut.T, v)
+            if weight is None:
+                gx = gemm.matmul(gh, v)
             else:
-                gx = gh @ v if weight is None else (g @ weight.to(x.dtype)).addmm_(gh, v)
-        grads = _uv_backward(h.T @ g, gh.T @ x, a1, b1, a2, b2, ctx.scale)
-        return gx, *grads, *[None] * 4
+                gx = gemm.addmm_(gemm.matmul(g, weight.to(x.dtype)), gh, v)
+        grads = _uv_backward(gemm.matmul(h.T, g), gemm.matmul(gh.T, x), a1, b1, a2, b2, ctx.scale)
+        return gx, *grads, *[None] * 3
 
 
 class KhatriRaoConv(torch.autograd.Function):
     """y = W∗x + b + U·(V∗x): V is an r²-channel convolution of W's kernel, U a 1×1 one.
 
     x (n, g·i, *size); b1, b2 (r, i·∏k); weight (o, i, *k). With groups, each has its own copy of V's channels.
-    ``fold`` as in `KhatriRaoLinear`; not with groups.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, a1: Tensor, b1: Tensor, a2: Tensor, b2: Tensor, scale: float, fold: bool,
+        ctx: Any, x: Tensor, a1: Tensor, b1: Tensor, a2: Tensor, b2: Tensor, scale: float,
         weight: Tensor | None, bias: Tensor | None, kernel: tuple[int, ...], geometry: Geometry,
     ) -> Tensor:  # fmt: skip
         ut, v = _uv(a1, b1, a2, b2, scale, x.dtype)
-        ctx.scale, ctx.fold, ctx.kernel, ctx.geometry = scale, fold, kernel, geometry
-        if fold:
-            assert weight is not None
-            ctx.save_for_backward(x, None, a1, b1, a2, b2, weight)
-            return apply_weight(x, _folded(weight, ut, v), bias, geometry)
         h = apply_weight(x, _filters(v, kernel, geometry), None, geometry)
         ctx.save_for_backward(x, h, a1, b1, a2, b2, weight)
+        ctx.scale, ctx.kernel, ctx.geometry = scale, kernel, geometry
         if weight is None:
             return mix_channels(h, ut.T, geometry.groups)
         y = apply_weight(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype), geometry)
@@ -151,32 +154,23 @@ class KhatriRaoConv(torch.autograd.Function):
         x, h, a1, b1, a2, b2, weight = ctx.saved_tensors
         geometry, need_x = ctx.geometry, ctx.needs_input_grad[0]
         ut, v = _uv(a1, b1, a2, b2, ctx.scale, x.dtype)
-        filters = _filters(v, ctx.kernel, geometry)
-        if ctx.fold:
-            h = apply_weight(x, filters, None, geometry)
         gh, gut = _mixed_backward(g, h, ut, geometry.groups)
-        gx, gv = apply_weight_backward(gh, x, filters, geometry, need_x and not ctx.fold, True)
+        gx, gv = apply_weight_backward(gh, x, _filters(v, ctx.kernel, geometry), geometry, need_x, True)
         if need_x and weight is not None:
-            whole = _folded(weight, ut, v) if ctx.fold else weight.to(x.dtype)
-            base, _ = apply_weight_backward(g, x, whole, geometry, True, False)
-            assert base is not None
-            gx = base if gx is None else base.add_(gx)
+            base, _ = apply_weight_backward(g, x, weight.to(x.dtype), geometry, True, False)
+            assert base is not None and gx is not None
+            gx = base.add_(gx)
         assert gv is not None
         if geometry.groups > 1:
             gv = gv.unflatten(0, (geometry.groups, -1)).sum(0)
         grads = _uv_backward(gut, gv.flatten(1), a1, b1, a2, b2, ctx.scale)
-        return gx, *grads, *[None] * 6
+        return gx, *grads, *[None] * 5
 
 
 def _filters(v: Tensor, kernel: tuple[int, ...], geometry: Geometry) -> Tensor:
     """V (r², i·∏k) as filters, a copy for each group: (groups·r², i, *k)."""
     filters = v.unflatten(1, (-1, *kernel))
     return filters if geometry.groups == 1 else filters.repeat(geometry.groups, *[1] * (len(kernel) + 1))
-
-
-def _folded(weight: Tensor, ut: Tensor, v: Tensor) -> Tensor:
-    """W + U·V, shaped as W."""
-    return torch.addmm(weight.flatten(1), ut.T, v).view(weight.shape)
 
 
 def mix_channels(h: Tensor, u: Tensor, groups: int) -> Tensor:
@@ -189,7 +183,10 @@ def _add_mixed_(y: Tensor, h: Tensor, u: Tensor, groups: int) -> Tensor:
     if groups > 1 or not (y.is_contiguous() and h.is_contiguous()):
         return y.add_(mix_channels(h, u, groups))
     n, o = y.shape[:2]
-    y.view(n, o, -1).baddbmm_(u.expand(n, *u.shape), h.view(n, h.shape[1], -1))
+    if n == 1:
+        gemm.addmm_(y.view(o, -1), u, h.view(h.shape[1], -1))
+    else:
+        y.view(n, o, -1).baddbmm_(u.expand(n, *u.shape), h.view(n, h.shape[1], -1))
     return y
 
 
@@ -197,8 +194,9 @@ def _mixed_backward(g: Tensor, h: Tensor, ut: Tensor, groups: int) -> tuple[Tens
     """Gradients of `mix_channels` with respect to h, and to uᵀ."""
     if groups == 1 and g.is_contiguous() and h.is_contiguous():
         g3, h3 = g.flatten(2), h.flatten(2)
-        gut = h3[0] @ g3[0].T if g.shape[0] == 1 else torch.einsum("nql,nol->qo", h3, g3)
-        return (ut @ g3).view(h.shape), gut
+        if g.shape[0] == 1:
+            return gemm.matmul(ut, g3[0]).view(h.shape), gemm.matmul(h3[0], g3[0].T)
+        return (ut @ g3).view(h.shape), torch.einsum("nql,nol->qo", h3, g3)
     weight = ut.T.reshape(ut.shape[1], ut.shape[0], *[1] * (h.dim() - 2))
     gh, gu = apply_weight_backward(g, h, weight, _pointwise(h.dim() - 2, groups), True, True)
     assert gh is not None and gu is not None
@@ -280,7 +278,7 @@ def _update(
 def _halves(factors: Any, shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:
     a1, b1, a2, b2, t1, t2 = factors
     if t1 is None:
-        return (a1 @ b1).view(shape), (a2 @ b2).view(shape)
+        return gemm.matmul(a1, b1).view(shape), gemm.matmul(a2, b2).view(shape)
     return tucker(t1, a1, b1).reshape(shape), tucker(t2, a2, b2).reshape(shape)
 
 
@@ -290,7 +288,8 @@ def _halves_backward(g: Tensor, m1: Tensor, m2: Tensor, factors: Any) -> list[Te
     g1, g2 = m2.mul_(g), m1.mul_(g)
     if t1 is None:
         g1, g2 = g1.flatten(1), g2.flatten(1)
-        return [g1 @ b1.T, a1.T @ g1, g2 @ b2.T, a2.T @ g2, None, None]
+        sides = gemm.matmul(g1, b1.T), gemm.matmul(a1.T, g1), gemm.matmul(g2, b2.T), gemm.matmul(a2.T, g2)
+        return [*sides, None, None]
     ga1, gb1, gt1 = tucker_backward(g1, t1, a1, b1)
     ga2, gb2, gt2 = tucker_backward(g2, t2, a2, b2)
     return [ga1, gb1, ga2, gb2, gt1, gt2]

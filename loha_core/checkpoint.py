@@ -52,8 +52,6 @@ def collect(model: LoHaModel, adapter_name: str) -> Adapter:
 
 def save(model: LoHaModel, adapter_name: str, folder: Path) -> None:
     """PEFT's two files. Nothing is written unless everything can be."""
-    from .model import described
-
     adapter = collect(model, adapter_name)
     config = copy.deepcopy(model.peft_config[adapter_name])
     if any(f.dora_scale is not None for f in adapter.layers.values()):
@@ -63,7 +61,7 @@ def save(model: LoHaModel, adapter_name: str, folder: Path) -> None:
         )
     if config.use_rslora:
         # PEFT's LoHa knows no rs-LoRA: what it does is written as alphas.
-        config = described(config, adapter.layers)
+        config = config.describing(adapter.layers)
     config.inference_mode = True
     config.use_scalar = False  # folded into w1_a
     tensors = dict(adapter.extras)

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 from .errors import LoHaError
+from .factors import LoHaFactors
 from .formats.container import atomic
 
 CONFIG_NAME = "adapter_config.json"
@@ -163,6 +166,22 @@ class LoHaConfig:
     def scale(self, rank: int, alpha: float) -> float:
         """What multiplies M₁∘M₂."""
         return alpha / (math.sqrt(rank) if self.use_rslora else rank)
+
+    def describing(self, layers: Mapping[str, LoHaFactors]) -> LoHaConfig:
+        """A copy whose targets, ranks and alphas are those of these layers."""
+        config = copy.deepcopy(self)
+        ranks, alphas = Counter(f.rank for f in layers.values()), Counter(f.alpha for f in layers.values())
+        # Longest name first: the first pattern that matches the end of a name counts.
+        ordered = sorted(layers, key=len, reverse=True)
+        config.r, config.alpha = ranks.most_common(1)[0][0], alphas.most_common(1)[0][0]
+        config.rank_pattern = {n: layers[n].rank for n in ordered} if len(ranks) > 1 else {}
+        config.alpha_pattern = {n: layers[n].alpha for n in ordered} if len(alphas) > 1 else {}
+        config.target_modules = sorted(layers)
+        config.layers_to_transform = config.layers_pattern = config.exclude_modules = None
+        config.use_effective_conv2d = any(f.is_tucker for f in layers.values())
+        config.use_dora = any(f.dora_scale is not None for f in layers.values())
+        config.use_rslora = config.use_scalar = False  # factors have both in alpha and w1_a
+        return config
 
     def to_dict(self) -> dict[str, Any]:
         """As `adapter_config.json` has it: what PEFT knows always, the rest where it is not the default."""

@@ -157,17 +157,14 @@ def adapted(
             kept = weight if apply_base or magnitude is not None else None
             return autograd.Rebuilt.apply(x, kept, base_bias, magnitude, apply_base, shape, geometry, scale, *factors)
         a1, b1, a2, b2, t1, _ = factors
-        fold = path == "fold" and apply_base and _full_precision(x)
         if t1 is not None:
             assert geometry is not None
             return _tucker(x, factors, scale, geometry, base_weight, base_bias)
         if geometry is not None:
             kernel = tuple(shape[2:])
-            return autograd.KhatriRaoConv.apply(
-                x, a1, b1, a2, b2, scale, fold, base_weight, base_bias, kernel, geometry
-            )
+            return autograd.KhatriRaoConv.apply(x, a1, b1, a2, b2, scale, base_weight, base_bias, kernel, geometry)
         flat = x.reshape(-1, x.shape[-1])
-        y = autograd.KhatriRaoLinear.apply(flat, a1, b1, a2, b2, scale, fold, base_weight, base_bias)
+        y = autograd.KhatriRaoLinear.apply(flat, a1, b1, a2, b2, scale, base_weight, base_bias)
         return y.view(*x.shape[:-1], shape[0])
 
 

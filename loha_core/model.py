@@ -307,7 +307,7 @@ class LoHaModel(nn.Module):
                     total = lowrank.as_loha(*lowrank.truncate(total.w1_a, total.w1_b, rank)[:2])
                 sums[name] = total
         config = copy.deepcopy(self.peft_config[adapters[0]])
-        self._add_by_factors(adapter_name, described(config, sums), sums)
+        self._add_by_factors(adapter_name, config.describing(sums), sums)
 
     def convert_to_lora(
         self, adapter_name: str = "default", rank: int | None = None, energy: float | None = None
@@ -386,7 +386,7 @@ class LoHaModel(nn.Module):
         """One more adapter, from a file or folder; see `from_pretrained`. What does not fit is warned of."""
         loaded = checkpoint.read(self.model, Path(path), config)
         loaded.config.inference_mode = not is_trainable
-        self._add_by_factors(adapter_name, described(loaded.config, loaded.layers), loaded.layers)
+        self._add_by_factors(adapter_name, loaded.config.describing(loaded.layers), loaded.layers)
         for name, module in self._saved_modules():
             if state := loaded.saved.get(name):
                 module.modules_to_save[adapter_name].load_state_dict(state)
@@ -400,22 +400,6 @@ def get_peft_model(model: nn.Module, peft_config: LoHaConfig, adapter_name: str 
         peft_config = copy.deepcopy(peft_config)
         peft_config.modules_to_save = [*(peft_config.modules_to_save or ()), *missing]
     return LoHaModel(model, peft_config, adapter_name)
-
-
-def described(config: LoHaConfig, layers: dict[str, LoHaFactors]) -> LoHaConfig:
-    """The configuration with ranks, alphas and targets as these layers have them."""
-    ranks, alphas = Counter(f.rank for f in layers.values()), Counter(f.alpha for f in layers.values())
-    # Longest name first: the first pattern that matches the end of a name counts.
-    ordered = sorted(layers, key=len, reverse=True)
-    config.r, config.alpha = ranks.most_common(1)[0][0], alphas.most_common(1)[0][0]
-    config.rank_pattern = {n: layers[n].rank for n in ordered} if len(ranks) > 1 else {}
-    config.alpha_pattern = {n: layers[n].alpha for n in ordered} if len(alphas) > 1 else {}
-    config.target_modules = sorted(layers)
-    config.layers_to_transform = config.layers_pattern = config.exclude_modules = None
-    config.use_effective_conv2d = any(f.is_tucker for f in layers.values())
-    config.use_dora = any(f.dora_scale is not None for f in layers.values())
-    config.use_rslora = config.use_scalar = False  # both are in alpha and w1_a by now
-    return config
 
 
 def _warn_unmatched_patterns(config: LoHaConfig, names: list[str]) -> None:

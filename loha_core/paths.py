@@ -5,8 +5,8 @@ Two ways give the same result (DESIGN §4): *khatri-rao* multiplies the activati
 where depends on the layer, so nobody should hard-code it:
 
 >>> print(estimate(out=1280, inner=1280, rank=8, tokens=1024))
-khatri-rao    1.0 GFLOP     18 MB
-rebuild       3.6 GFLOP     79 MB
+khatri-rao     1.0 GFLOP      8 MB
+rebuild        3.6 GFLOP    105 MB
 -> khatri-rao
 """
 
