@@ -24,6 +24,7 @@ from typing import NamedTuple
 import torch
 
 from loha_core import LoHaFactors, add_delta_, plan
+from loha_core.kernels import tiles
 
 from .shapes import MODELS, Shape, distinct
 
@@ -95,6 +96,7 @@ def extra_memory(call: Callable[[], object]) -> float:
     reset, status = Path("/proc/self/clear_refs"), Path("/proc/self/status")
     try:
         call()  # the libraries' own buffers
+        tiles._kept.memory = None  # what is kept from call to call counts
         ctypes.CDLL(None).malloc_trim(0)
         before = _status(status, "VmRSS")
         reset.write_text("5")  # peak := now
