@@ -4,6 +4,9 @@
 PYTHON ?= python3
 VENV := .venv
 PEERS := .venv-peers
+# Threads that wait asleep: waiting awake costs a busy machine more than it brings a quiet one.
+export OMP_WAIT_POLICY ?= PASSIVE
+
 PIP := -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
 .PHONY: demo ui test lint test-core test-comfy chromium clean
