@@ -19,6 +19,7 @@ import resource
 import statistics
 import subprocess
 import sys
+import threading
 import time
 import warnings
 from collections.abc import Callable
@@ -169,10 +170,33 @@ def peak(options: argparse.Namespace, label: str, r: int) -> float:
 
 def print_peak(options: argparse.Namespace) -> None:
     contestant = Contestant(options.peak_of, options, options.ranks[0])
-    for _ in range(3):
-        contestant.step()
-    used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    print(json.dumps(torch.cuda.max_memory_allocated() if options.device == "cuda" else used))
+    contestant.step()
+    gc.collect()
+    with Watch() as watch:
+        for _ in range(2):
+            contestant.step()
+    print(json.dumps(torch.cuda.max_memory_allocated() if options.device == "cuda" else watch.most))
+
+
+class Watch(threading.Thread):
+    """The most memory that this process had while it was watched; what building a model took doesn't count."""
+
+    def __init__(self) -> None:
+        super().__init__(daemon=True)
+        self.most, self.over = 0, threading.Event()
+
+    def run(self) -> None:
+        while not self.over.wait(0.001):
+            with open("/proc/self/statm", encoding="ascii") as file:
+                self.most = max(self.most, int(file.read().split()[1]) * resource.getpagesize())
+
+    def __enter__(self) -> Watch:
+        self.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.over.set()
+        self.join()
 
 
 def report(options: argparse.Namespace, r: int) -> dict[str, Any]:
