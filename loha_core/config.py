@@ -15,6 +15,7 @@ from typing import Any
 from .errors import LoHaError
 from .factors import LoHaFactors
 from .formats.container import atomic
+from .names import pattern_matches
 
 CONFIG_NAME = "adapter_config.json"
 INITS = ("peft", "lycoris")
@@ -234,11 +235,6 @@ def get_pattern_key(patterns: Iterable[str], module: str) -> str:
     'layers.0.q'
     """
     return next((pattern for pattern in patterns if pattern_matches(pattern, module)), module)
-
-
-def pattern_matches(pattern: str, module: str) -> bool:
-    """Whether a pattern means ``module`` or the end of its dotted path."""
-    return re.match(rf"(.*\.)?({pattern})$", module) is not None
 
 
 def _is_number(value: Any) -> bool:

@@ -16,11 +16,12 @@ from torch import nn
 
 from . import checkpoint, lowrank, targets
 from .adapter import Adapter
-from .config import LoHaConfig, pattern_matches
+from .config import LoHaConfig
 from .errors import LoHaError
 from .factors import LoHaFactors
 from .layers import LoHaConv1d, LoHaConv2d, LoHaConv3d, LoHaLayer, LoHaLinear
 from .lora import Lora
+from .names import pattern_matches
 from .saved_modules import SavedModule
 
 Add = Callable[[LoHaLayer], None]

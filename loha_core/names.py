@@ -121,3 +121,8 @@ def kind_of(name: str) -> str:
     """What sort of layer a module is: 'attention', 'cross-attention', 'feed-forward', 'convolution', …"""
     path = split(name)[1]
     return next((kind for kind, pattern in _KINDS if re.search(pattern, path)), "other")
+
+
+def pattern_matches(pattern: str, module: str) -> bool:
+    """Whether one of PEFT's patterns, a regular expression, means ``module`` or the end of its dotted path."""
+    return re.match(rf"(.*\.)?({pattern})$", module) is not None

@@ -192,15 +192,17 @@ class LiveLayer:
     def _update(self, x: Tensor, factors: LoHaFactors, strength: float) -> Tensor:
         if not isinstance(self.module, _CONVOLUTIONS):
             return loha_linear(x, factors, strength=strength, path="khatri-rao")
-        m = self.module
-        if m.padding_mode != "zeros":
-            x = nn.functional.pad(x, m._reversed_padding_repeated_twice, mode=m.padding_mode)
+        m: Any = self.module
+        padding = m.padding
+        if m.padding_mode != "zeros" or isinstance(padding, str):
+            mode = "constant" if m.padding_mode == "zeros" else m.padding_mode
+            x, padding = nn.functional.pad(x, m._reversed_padding_repeated_twice, mode=mode), 0
         return loha_conv(
             x,
             factors,
             kernel_size=m.kernel_size,
             stride=m.stride,
-            padding=_padding(m),
+            padding=padding,
             dilation=m.dilation,
             groups=m.groups,
             strength=strength,
@@ -239,14 +241,6 @@ class LiveLayer:
                 "cannot be added to its output; set the LoHa node's mode to merge"
             )
         return y
-
-
-def _padding(module: Any) -> Any:
-    if module.padding_mode != "zeros":
-        return 0
-    if module.padding == "same":
-        return tuple(d * (k - 1) // 2 for d, k in zip(module.dilation, module.kernel_size, strict=True))
-    return 0 if module.padding == "valid" else module.padding
 
 
 def _adapted(weight: Tensor, acting: Sequence[tuple[Entry, float]], key: str) -> Tensor:

@@ -117,7 +117,7 @@ def _by_pattern(config: Mapping[str, Any], field: str, module: str, default: Any
     for pattern in patterns:
         _check_terminates(pattern)
     try:
-        value = next((v for p, v in patterns.items() if re.match(rf"(.*\.)?({p})$", module)), default)
+        value = next((v for p, v in patterns.items() if names.pattern_matches(p, module)), default)
     except (re.error, RecursionError, OverflowError) as error:
         raise LoHaError(f"{CONFIG}: {field} holds a pattern that is no regular expression ({error})") from error
     try:

@@ -228,6 +228,7 @@ CONVOLUTIONS = {
     "conv2d groups": (comfy.ops.disable_weight_init.Conv2d, (9, 7), dict(groups=2, padding=1, dilation=2)),
     "conv3d": (comfy.ops.disable_weight_init.Conv3d, (5, 6, 4), dict(stride=(1, 2, 1), padding="same" and 1)),
     "plain torch": (torch.nn.Conv2d, (8, 8), dict(padding="same")),
+    "even kernel": (torch.nn.Conv2d, (8, 8), dict(kernel_size=4, padding="same")),
     "circular": (torch.nn.Conv2d, (8, 8), dict(padding=1, padding_mode="circular")),
 }
 
@@ -258,7 +259,7 @@ def factors(shape, tucker):
 def test_convolutions(live, patches, monkeypatch, kind, tucker, adds):
     cls, size, options = CONVOLUTIONS[kind]
     torch.manual_seed(0)
-    layer = cls(8, 6, 3, **options)
+    layer = cls(8, 6, **{"kernel_size": 3, **options})
     patcher = patcher_for(layer)
     f = factors(tuple(layer.weight.shape), tucker)
     monkeypatch.setattr(live, "cheaper_to_add", lambda *_: adds)

@@ -7,6 +7,7 @@ import os
 # Before anything imports Triton: its kernels then run on the CPU.
 os.environ.setdefault("TRITON_INTERPRET", "1")
 
+import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
@@ -16,3 +17,12 @@ settings.register_profile("ci", parent=settings.get_profile("core"), derandomize
 settings.load_profile("ci" if os.environ.get("CI") else "core")
 
 torch.set_num_threads(min(2, torch.get_num_threads()))
+
+
+@pytest.fixture
+def one_thread():
+    """Models this small only lose time to a second thread, and much of it on a busy machine."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)

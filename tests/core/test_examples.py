@@ -7,7 +7,6 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 # The import line, in the words of the documents that the examples come from.
@@ -17,13 +16,7 @@ for module in ("transformers", "diffusers"):
     pytest.importorskip(module)
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Models this small only lose time to a second thread, and much of it on a busy machine."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def run(source: str, path: Path, monkeypatch, capsys, steps: int = 8) -> str:

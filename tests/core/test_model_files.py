@@ -13,14 +13,7 @@ from loha_core import LoHaError, load_adapter, save_adapter
 from loha_core.config import LoHaConfig
 from loha_core.model import LoHaModel
 
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Models this small only lose time to a second thread, and much of it on a busy machine."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 class Net(nn.Module):
