@@ -31,7 +31,8 @@ def _find() -> Any:
 _ONEDNN = _find()
 
 
-def _by_onednn(a: Tensor, b: Tensor) -> bool:
+def by_onednn(a: Tensor, b: Tensor) -> bool:
+    """Whether ``matmul(a, b)`` would go to oneDNN now."""
     return (
         _ONEDNN is not None
         and a.dtype == b.dtype == torch.float32
@@ -45,14 +46,14 @@ def _by_onednn(a: Tensor, b: Tensor) -> bool:
 
 def matmul(a: Tensor, b: Tensor) -> Tensor:
     """a (m, k) · b (k, n)."""
-    return _ONEDNN(a, b.T, None, "none", [], "") if _by_onednn(a, b) else a @ b
+    return _ONEDNN(a, b.T, None, "none", [], "") if by_onednn(a, b) else a @ b
 
 
 def addmm_(y: Tensor, a: Tensor, b: Tensor) -> Tensor:
     """y (m, n) += a (m, k) · b (k, n), in place."""
-    return y.add_(_ONEDNN(a, b.T, None, "none", [], "")) if _by_onednn(a, b) else y.addmm_(a, b)
+    return y.add_(_ONEDNN(a, b.T, None, "none", [], "")) if by_onednn(a, b) else y.addmm_(a, b)
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x (n, i) · weightᵀ (i, o) + bias (o,)."""
-    return _ONEDNN(x, weight, bias, "none", [], "") if _by_onednn(x, weight.T) else F.linear(x, weight, bias)
+    return _ONEDNN(x, weight, bias, "none", [], "") if by_onednn(x, weight.T) else F.linear(x, weight, bias)

@@ -23,10 +23,10 @@ Backend = Literal["whole", "tiles", "khatri_rao", "triton"]
 # FLOP/s of a matrix product over bytes/s of an element-wise operation that finds its operands in cache.
 # CPU: measured on 2 cores, 190 GFLOP/s over 96 GB/s. GPU: a data sheet's float32, 60 TFLOP/s over 3 TB/s.
 BALANCE = {"cpu": 2.0, "cuda": 20.0}
-# FLOPs in the time before the first of them: 20 µs for U and V, 50 µs for tiles. Measured on the same CPU.
-PREPARATION: dict[Backend, float] = {"whole": 0.0, "khatri_rao": 4e6, "tiles": 10e6}
+# FLOPs in the time before the first of them: 40 µs for U and V, 50 µs for tiles. Measured on the same CPU.
+PREPARATION: dict[Backend, float] = {"whole": 0.0, "khatri_rao": 8e6, "tiles": 10e6}
 # The most numbers in a weight that is merged whole: its two products are the memory that takes.
-WHOLE = 1 << 20
+WHOLE = 2 << 20
 # The most bytes that U and V may take.
 KHATRI_RAO_BYTES = 32 << 20
 

@@ -15,9 +15,9 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from .. import algebra
+from .. import algebra, gemm
 from ..factors import LoHaFactors
-from .cost import KHATRI_RAO_BYTES
+from .cost import KHATRI_RAO_BYTES, WHOLE
 
 # Numbers per tile. CPU: both products stay in L2 and L3, and starting the threads costs little. GPU: enough to fill it.
 CPU_TILE, GPU_TILE = 1 << 20, 2 << 20
@@ -58,9 +58,12 @@ class Products:
         self.b = torch.stack(right(self.factors, columns, self.dtype))
 
     def add_(self, x: Tensor, rows: slice, scratch: Tensor) -> None:
-        m = scratch[:, : x.shape[0], : x.shape[1]]
-        torch.bmm(self.a[:, rows], self.b, out=m)
-        x.addcmul_(m[0], m[1], value=self.scale)
+        a, b = self.a[:, rows], self.b
+        if gemm.by_onednn(a[0], b[0]):
+            m1, m2 = gemm.matmul(a[0], b[0]), gemm.matmul(a[1], b[1])
+        else:
+            m1, m2 = torch.bmm(a, b, out=scratch[:, : x.shape[0], : x.shape[1]])
+        x.addcmul_(m1, m2, value=self.scale)
 
 
 class KhatriRao:
@@ -81,7 +84,7 @@ class KhatriRao:
         self.v = v[0] if len(v) == 1 else torch.cat(v)
 
     def add_(self, x: Tensor, rows: slice, scratch: Tensor) -> None:
-        x.addmm_(self.u[rows], self.v)
+        gemm.addmm_(x, self.u[rows], self.v)
 
 
 def left(f: LoHaFactors, rows: slice) -> tuple[Tensor, Tensor]:
@@ -153,7 +156,9 @@ Step = Sum | Dora
 
 def add_whole_(weight: Tensor, f: LoHaFactors, scale: float) -> None:
     """W += scale·(A₁B₁)∘(A₂B₂) for flat factors of W's dtype, by three calls: a small weight needs no tiles."""
-    if weight.numel() <= FRESH:
+    if gemm.by_onednn(f.w1_a, f.w1_b):
+        m1, m2 = gemm.matmul(f.w1_a, f.w1_b), gemm.matmul(f.w2_a, f.w2_b)
+    elif weight.numel() <= FRESH:
         m1, m2 = torch.mm(f.w1_a, f.w1_b), torch.mm(f.w2_a, f.w2_b)
     else:
         shape = (weight.shape[0], f.w1_b.shape[1])
@@ -213,7 +218,10 @@ def _single_product(weight: Tensor, source: Tensor, steps: Sequence[Step], dtype
         weight.copy_(source)
     term.rows(slice(0, matrix.shape[0]))
     term.columns(slice(0, matrix.shape[1]))
-    matrix.addmm_(term.u, term.v)
+    if matrix.numel() <= WHOLE:
+        gemm.addmm_(matrix, term.u, term.v)
+    else:
+        matrix.addmm_(term.u, term.v)
     return True
 
 

@@ -35,10 +35,10 @@ def test_layouts(left, right):
 
 def test_left_to_torch_where_it_must_be():
     a, b = torch.randn(256, 256), torch.randn(256, 256)
-    assert not gemm._by_onednn(a, b)  # autograd could not see it
+    assert not gemm.by_onednn(a, b)  # autograd could not see it
     with torch.no_grad():
-        available = gemm._by_onednn(a, b)
-        assert not gemm._by_onednn(a.double(), b.double()) and not gemm._by_onednn(a[:8], b)
+        available = gemm.by_onednn(a, b)
+        assert not gemm.by_onednn(a.double(), b.double()) and not gemm.by_onednn(a[:8], b)
         with torch.backends.mkldnn.flags(enabled=False):
-            assert not gemm._by_onednn(a, b)
+            assert not gemm.by_onednn(a, b)
     assert available == (gemm._ONEDNN is not None)
