@@ -11,7 +11,7 @@ import hashlib
 import math
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
 import torch
@@ -39,6 +39,8 @@ class Item:
         conditioning: what the text encoder would give, if it came with the data; the caption is then not used.
         repeats: how often it is seen in an epoch.
         name: what error messages call it.
+        source: a hash of what the latent was made from. It stands for the values in the fingerprint, because a GPU
+            does not encode a picture twice to the same last bit.
     """
 
     latent: Tensor
@@ -50,6 +52,7 @@ class Item:
     conditioning: Any = None
     repeats: int = 1
     name: str = ""
+    source: str = ""
 
 
 @dataclass(frozen=True)
@@ -144,15 +147,18 @@ class Dataset:
         return list(dict.fromkeys(form for found in forms for form in found or ()))
 
     def fingerprint(self) -> str:
-        """A hash of everything that decides what is drawn: 32 hexadecimal digits, the same in every process."""
+        """A hash of everything that decides what is drawn: 32 hexadecimal digits, the same in every process.
+
+        Names do not count: they are for people, and two copies of a folder are one dataset.
+        """
         if not self._fingerprint:
             digest = hashlib.blake2b(digest_size=16)
-            for value in (self.captions, *self.items):
-                for each in fields(value):
-                    # A name is for people; two copies of one folder are one dataset.
-                    if each.name != "name":
-                        digest.update(each.name.encode())
-                        _hash(getattr(value, each.name), digest)
+            _hash(asdict(self.captions), digest)
+            for item in self.items:
+                stored = {each.name: getattr(item, each.name) for each in fields(item) if each.name != "name"}
+                if item.source:
+                    stored |= {"latent": item.latent.shape, "flipped": item.flipped is None}
+                _hash(stored, digest)
             self._fingerprint = digest.hexdigest()
         return self._fingerprint
 
@@ -259,8 +265,13 @@ def _checked(item: Item, number: int) -> Item:
         raise LoHaError(f"{label}: its weight must be 0 or more, found {item.weight}")
     if item.repeats < 1:
         raise LoHaError(f"{label}: repeats must be 1 or more, found {item.repeats}; leave it out to not train on it")
-    kept = {name: _kept(getattr(item, name)) for name in ("latent", "flipped", "mask")}
-    return replace(item, **kept, conditioning=_trainable(item.conditioning))
+    return replace(
+        item,
+        latent=_kept(item.latent),
+        flipped=None if item.flipped is None else _kept(item.flipped),
+        mask=None if item.mask is None else _kept(item.mask),
+        conditioning=_trainable(item.conditioning),
+    )
 
 
 def _check_alike(items: Sequence[Item]) -> None:
@@ -273,8 +284,8 @@ def _check_alike(items: Sequence[Item]) -> None:
             )
 
 
-def _kept(tensor: Tensor | None) -> Tensor | None:
-    return None if tensor is None else _trainable(tensor.detach().to("cpu", torch.float32))
+def _kept(tensor: Tensor) -> Tensor:
+    return _trainable(tensor.detach().to("cpu", torch.float32))
 
 
 def _trainable(value: Any) -> Any:
