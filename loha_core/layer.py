@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -67,6 +68,7 @@ class LoHaLayer(nn.Module):
         self._kept_weight: Tensor | None = None
         self._active: list[str] = []
         self._disabled = False
+        self._own_forward: Callable[..., Tensor] | None = None  # the base's, while this layer stands in for it
 
     # What the wrapped layer is
 
@@ -259,10 +261,11 @@ class LoHaLayer(nn.Module):
         names = [] if self._disabled or self.merged else [name for name in self._active if name in self.hada_w1_a]
         if self.training:
             names = [name for name in names if not self._drops_module(name)]
+        base = self._own_forward or self.base_layer
         if not names:
-            return self.base_layer(x, *args, **kwargs)
+            return base(x, *args, **kwargs)
         fused = not args and not kwargs and self._can_fuse()
-        y = self._adapted(x, names[0], apply_base=True) if fused else self.base_layer(x, *args, **kwargs)
+        y = self._adapted(x, names[0], apply_base=True) if fused else base(x, *args, **kwargs)
         for name in names[fused:]:
             update = self._adapted(x.to(y.dtype) if y.is_floating_point() else x, name, apply_base=False)
             y = y + update.to(y.dtype)
@@ -271,8 +274,29 @@ class LoHaLayer(nn.Module):
     def _can_fuse(self) -> bool:
         """The base is exactly what its class says, and nobody watches its forward."""
         base = self.base_layer
-        plain = type(base) is self.base_class
+        plain = type(base) is self.base_class and self._forward_is_its_own()
         return plain and not (base._forward_hooks or base._forward_pre_hooks or base._backward_hooks)
+
+    def _forward_is_its_own(self) -> bool:
+        """Nobody has put another forward into the base before this layer did."""
+        own = self._own_forward
+        return own is None or getattr(own, "__func__", None) is type(self.base_layer).forward
+
+    @contextmanager
+    def standing_in(self) -> Iterator[None]:
+        """While this lasts, the base module itself acts with its adapters; the tree that it is in stays as it is."""
+        base = self.base_layer
+        replaced = vars(base).get("forward")
+        self._own_forward = base.forward
+        base.forward = self.forward  # type: ignore[method-assign]
+        try:
+            yield
+        finally:
+            if replaced is None:
+                del base.forward
+            else:
+                base.forward = replaced
+            self._own_forward = None
 
     def _adapted(self, x: Tensor, adapter: str, *, apply_base: bool) -> Tensor:
         factors = self._tensors(adapter)

@@ -1,0 +1,53 @@
+"""LoHa layers on a model that must not notice: its module tree, names and weights stay as they are."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from ..layer import LoHaLayer
+
+
+@contextmanager
+def attached(layers: Iterable[LoHaLayer]) -> Iterator[None]:
+    """While this lasts, each layer's base module acts with its adapters."""
+    with ExitStack() as stack:
+        for layer in layers:
+            stack.enter_context(layer.standing_in())
+        yield
+
+
+@contextmanager
+def recomputing(blocks: Iterable[nn.Module]) -> Iterator[None]:
+    """Gradient checkpointing (arXiv 1604.06174): each block keeps its input only, and runs again in the backward."""
+    with ExitStack() as stack:
+        for block in blocks:
+            before = vars(block).get("forward")
+            block.forward = partial(_recomputed, block.forward)  # type: ignore[method-assign]
+            stack.callback(_restore, block, before)
+        yield
+
+
+def _recomputed(forward: Any, *args: Any, **kwargs: Any) -> Any:
+    if not torch.is_grad_enabled():
+        return forward(*args, **kwargs)
+    return checkpoint(forward, *args, use_reentrant=False, **kwargs)
+
+
+def _restore(block: nn.Module, before: Any) -> None:
+    if before is None:
+        del block.forward
+    else:
+        block.forward = before  # type: ignore[method-assign]
+
+
+def blocks_of(model: nn.Module) -> list[nn.Module]:
+    """The blocks that a model is a list of: the entries of its own lists of modules."""
+    lists = [child for child in model.children() if isinstance(child, nn.ModuleList | nn.Sequential)]
+    return [block for entries in lists for block in entries if any(True for _ in block.parameters())]

@@ -1,0 +1,141 @@
+"""Optimizers by name, each from a library that keeps it well, and learning rates over the run."""
+
+from __future__ import annotations
+
+import importlib
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, NamedTuple, get_args
+
+import torch
+from torch import nn
+
+from ..errors import LoHaError
+
+Curve = Literal["constant", "linear", "cosine", "restarts"]
+
+
+class Source(NamedTuple):
+    """Where an optimizer comes from, and what it needs to be told."""
+
+    module: str
+    name: str
+    extra: str = ""  # of our package; empty: torch itself has it
+    options: Mapping[str, Any] = {}
+
+
+SOURCES: dict[str, Source] = {
+    "adamw": Source("torch.optim", "AdamW"),
+    "adamw8bit": Source("bitsandbytes.optim", "AdamW8bit", "adamw8bit"),
+    "prodigy": Source("prodigyopt", "Prodigy", "prodigy", {"safeguard_warmup": True, "use_bias_correction": True}),
+    "schedule-free": Source("schedulefree", "AdamWScheduleFree", "schedule-free"),
+    "adafactor": Source("torch.optim", "Adafactor"),
+    "lion": Source("lion_pytorch", "Lion", "lion"),
+}
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """An optimizer and its learning rates.
+
+    Attributes:
+        name: one of `SOURCES`.
+        lr: learning rate. Prodigy finds its own and wants 1.
+        lr_text: for text encoders; None is ``lr``.
+        lora_plus: LoRA+ (arXiv 2402.12354): the factor that begins at zero learns this much faster than the others.
+        schedule: "constant", "linear" or "cosine" down to ``lr_end`` · lr, or "restarts", ``cycles`` cosines.
+        warmup: optimizer steps over which the rate rises from 0.
+        options: further arguments of the optimizer's own, such as {"betas": [0.9, 0.99]}.
+
+    Raises:
+        LoHaError: a value out of its range.
+    """
+
+    name: str = "adamw"
+    lr: float = 1e-3
+    lr_text: float | None = None
+    weight_decay: float = 0.0
+    lora_plus: float = 1.0
+    schedule: Curve = "constant"
+    warmup: int = 0
+    cycles: int = 1
+    lr_end: float = 0.0
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.name not in SOURCES:
+            raise LoHaError(f"no optimizer {self.name!r}; there are {', '.join(SOURCES)}")
+        if self.schedule not in get_args(Curve):
+            raise LoHaError(f"schedule is {self.schedule!r}; expected one of {', '.join(get_args(Curve))}")
+        for name in ("lr", "lr_text", "lora_plus", "weight_decay", "warmup", "lr_end"):
+            value = getattr(self, name)
+            if value is not None and not (math.isfinite(value) and value >= 0):
+                raise LoHaError(f"{name} is {value}; expected a number from 0")
+        if self.cycles < 1:
+            raise LoHaError(f"cycles is {self.cycles}; expected at least 1")
+
+    def factor(self, step: int, steps: int) -> float:
+        """What the rates are multiplied by at optimizer step ``step``, from 0, of ``steps``."""
+        if step < self.warmup:
+            return (step + 1) / (self.warmup + 1)
+        progress = (step - self.warmup) / max(1, steps - self.warmup)
+        if self.schedule == "constant":
+            return 1.0
+        if self.schedule == "linear":
+            falling = 1 - progress
+        else:
+            turns = progress * (self.cycles if self.schedule == "restarts" else 1)
+            falling = (1 + math.cos(math.pi * (turns % 1.0))) / 2
+        return self.lr_end + (1 - self.lr_end) * falling
+
+    def build(self, groups: Iterable[dict[str, Any]]) -> torch.optim.Optimizer:
+        """The optimizer over ``groups``, as `parameter_groups` makes them.
+
+        Raises:
+            LoHaError: its library is not installed, or refuses the options.
+        """
+        source = SOURCES[self.name]
+        try:
+            kind = getattr(importlib.import_module(source.module), source.name)
+        except (ImportError, AttributeError) as error:
+            how = f"pip install 'comfyui-loha[{source.extra}]'" if source.extra else "update torch"
+            raise LoHaError(f"the optimizer {self.name} needs a library that is not here ({error}): {how}") from error
+        try:
+            made: torch.optim.Optimizer = kind(
+                list(groups), lr=self.lr, weight_decay=self.weight_decay, **{**source.options, **self.options}
+            )
+        except (TypeError, ValueError) as error:
+            raise LoHaError(f"the optimizer {self.name} does not take these options: {error}") from error
+        return made
+
+
+# The factor that each way of starting sets to zero, by the init's name.
+_ZERO = {"lycoris": "hada_w2_a"}
+
+
+def parameter_groups(
+    networks: Mapping[str, nn.Module], config: OptimizerConfig, init: bool | str = True
+) -> list[dict[str, Any]]:
+    """One group for each network and learning rate.
+
+    Args:
+        networks: "model" and "text" -> what is trained there.
+        init: `LoHaConfig.init_weights`, which says which factor begins at zero.
+    """
+    zero = _ZERO.get(str(init), "hada_w2_b")
+    groups = []
+    for network, module in networks.items():
+        lr = config.lr_text if network == "text" and config.lr_text is not None else config.lr
+        trained = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
+        faster = [p for name, p in trained if f".{zero}." in f".{name}." and config.lora_plus != 1]
+        chosen = {id(p) for p in faster}
+        for parameters, rate in (
+            ([p for _, p in trained if id(p) not in chosen], lr),
+            (faster, lr * config.lora_plus),
+        ):
+            if parameters:
+                groups.append({"params": parameters, "lr": rate, "base_lr": rate})
+    if not groups:
+        raise LoHaError("there is nothing to train: no parameter asks for gradients")
+    return groups

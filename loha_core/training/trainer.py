@@ -1,0 +1,422 @@
+"""The training loop. It knows no model and no ComfyUI: only layers, batches, a loss, and an optimizer.
+
+Everything random is a function of (seed, number of the batch, place in it), never of what was drawn before. So a run
+that was interrupted goes on bit for bit with nothing but its factors and its optimizer's state, and processes that
+share the work draw what one process would have drawn.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import LoHaError
+from ..factors import LoHaFactors
+from ..formats.container import atomic
+from ..layer import LoHaLayer
+from . import checkpoint
+from .data import generator
+from .optimizers import OptimizerConfig, parameter_groups
+
+ADAPTER = "default"
+STATE, HISTORY = "state.safetensors", "loss.csv"
+PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass(frozen=True)
+class TrainingConfig:
+    """How long, how much at once, and what is kept.
+
+    Attributes:
+        steps: optimizer steps.
+        accumulation: batches per step.
+        seed: of everything.
+        precision: "fp32", or "bf16" or "fp16" for autocast around the loss; factors stay float32.
+        max_grad_norm: gradients are scaled down to this norm; 0 is off.
+        ema: decay of the exponential moving average that is saved and shown instead of the factors; 0 is off.
+        max_norm: no layer's ‖ΔW‖ gets above this; 0 is off.
+        save_every, preview_every: in steps; 0 is never (the state is saved at the end in any case).
+
+    Raises:
+        LoHaError: a value out of its range.
+    """
+
+    steps: int = 1000
+    accumulation: int = 1
+    seed: int = 0
+    precision: str = "fp32"
+    max_grad_norm: float = 1.0
+    ema: float = 0.0
+    max_norm: float = 0.0
+    save_every: int = 100
+    preview_every: int = 0
+
+    def __post_init__(self) -> None:
+        for name, least in (("steps", 1), ("accumulation", 1), ("save_every", 0), ("preview_every", 0)):
+            if getattr(self, name) < least:
+                raise LoHaError(f"{name} is {getattr(self, name)}; expected a whole number from {least}")
+        for name in ("max_grad_norm", "max_norm"):
+            if not (math.isfinite(getattr(self, name)) and getattr(self, name) >= 0):
+                raise LoHaError(f"{name} is {getattr(self, name)}; expected a number from 0")
+        if not 0 <= self.ema < 1:
+            raise LoHaError(f"ema is {self.ema}; expected a decay from 0 up to but not 1, such as 0.999")
+        if self.precision not in PRECISIONS:
+            raise LoHaError(f"precision is {self.precision!r}; expected one of {', '.join(PRECISIONS)}")
+
+
+@dataclass(frozen=True)
+class Stepped:
+    """After an optimizer step.
+
+    Attributes:
+        step: how many there have been, of ``steps``.
+        loss: the mean over this step's batches.
+        lr: the first group's learning rate.
+        norm: the gradients' norm before clipping.
+    """
+
+    step: int
+    steps: int
+    loss: float
+    lr: float
+    norm: float
+
+
+@dataclass(frozen=True)
+class PreviewDue:
+    """Time to show what has been learnt: while callbacks get this, the layers act as they would be saved."""
+
+    step: int
+
+
+@dataclass(frozen=True)
+class Saved:
+    """The state was written."""
+
+    step: int
+    path: Path
+
+
+@dataclass(frozen=True)
+class Stopped:
+    """The run ended before its last step, by an exception; what there was is saved."""
+
+    step: int
+    reason: BaseException
+
+
+Event = Stepped | PreviewDue | Saved | Stopped
+Callback = Callable[[Event], None]
+
+
+class Diverged(LoHaError):
+    """The loss or the factors are no longer finite."""
+
+
+class Trainer:
+    """Trains LoHa layers.
+
+    >>> trainer = Trainer({"model": layers}, batches, loss, TrainingConfig(steps=100))     # doctest: +SKIP
+    >>> trainer.run()                                                                      # doctest: +SKIP
+    >>> trainer.factors()["model"]                                                         # doctest: +SKIP
+
+    Args:
+        networks: "model" and perhaps "text" -> module name -> layer with one adapter, named `ADAPTER`. They act
+            wherever the loss makes them act: in a `LoHaModel`, or `attached`.
+        batches: number of a batch, counted from the start of training -> the batch. A pure function.
+        loss: batch -> scalar loss.
+        config, optimizer: what they say.
+        init: `LoHaConfig.init_weights`, for LoRA+.
+        folder: where the state and the losses are kept; None keeps nothing.
+        identity: what else a resumed run must agree with, such as the data set's fingerprint.
+        callbacks: get every `Event`. One that raises stops the run, after the state is saved.
+        accelerator: of Hugging Face Accelerate, for several processes.
+
+    Attributes:
+        step: optimizer steps done.
+        losses: one per step.
+    """
+
+    def __init__(
+        self,
+        networks: Mapping[str, Mapping[str, LoHaLayer]],
+        batches: Callable[[int], Any],
+        loss: Callable[[Any], Tensor],
+        config: TrainingConfig,
+        optimizer: OptimizerConfig | None = None,
+        *,
+        init: bool | str = True,
+        folder: Path | None = None,
+        identity: Mapping[str, str] | None = None,
+        callbacks: Sequence[Callback] = (),
+        accelerator: Any = None,
+    ) -> None:
+        self.networks = networks
+        self.batches, self.config, self.optimizing = batches, config, optimizer or OptimizerConfig()
+        self.folder, self.callbacks, self.accelerator = folder, callbacks, accelerator
+        modules = {label: nn.ModuleList(layers.values()) for label, layers in networks.items()}
+        self.optimizer = self.optimizing.build(parameter_groups(modules, self.optimizing, init))
+        self.parameters: list[nn.Parameter] = [p for group in self.optimizer.param_groups for p in group["params"]]
+        self.average = [p.detach().clone() for p in self.parameters] if config.ema else None
+        self.identity = dict(identity or {}) | {"settings": repr(self._settings())}
+        self.step, self.losses = 0, list[float]()
+        self._whole = True  # not amid an optimizer step
+        self._loss: Callable[[Any], Tensor] = loss
+        if accelerator is not None:
+            # Distributed training needs a module to call: this one's output is the loss.
+            self._loss, self.optimizer = accelerator.prepare(
+                _Loss(nn.ModuleList(modules.values()), loss), self.optimizer
+            )
+
+    def run(self) -> None:
+        """Train from where the run is to its last step.
+
+        Raises:
+            Diverged: the state that was saved last is still good.
+            LoHaError: the state cannot be written.
+        """
+        c = self.config
+        with _own_randomness(self.parameters[0].device), self._training():
+            try:
+                while self.step < c.steps:
+                    loss, norm = self._backward()
+                    self._update()
+                    self.step += 1
+                    self.losses.append(loss)
+                    self._emit(Stepped(self.step, c.steps, loss, self.optimizer.param_groups[0]["lr"], norm))
+                    if c.preview_every and self.step % c.preview_every == 0:
+                        with self.averaged():
+                            self._emit(PreviewDue(self.step))
+                    if c.save_every and self.step % c.save_every == 0 and self.step < c.steps:
+                        self.save()
+            except BaseException as reason:
+                self._keep(reason)
+                raise
+            self.save()
+
+    # One step
+
+    def _backward(self) -> tuple[float, float]:
+        """Gradients of this step's batches; the mean loss, and the gradients' norm."""
+        c, total = self.config, 0.0
+        self.optimizer.zero_grad(set_to_none=True)
+        for part in range(c.accumulation):
+            number = self.step * c.accumulation + part
+            torch.manual_seed(generator(c.seed, "dropout", number, self._rank).initial_seed())
+            with self._unsynchronised(part < c.accumulation - 1):
+                with self._autocast():
+                    loss = self._loss(self.batches(number)) / c.accumulation
+                if not loss.requires_grad:
+                    raise LoHaError("the loss does not depend on any trained layer: none of them was run")
+                loss.backward() if self.accelerator is None else self.accelerator.backward(loss)
+            total += self._mean(loss.detach())
+        norm = float(nn.utils.clip_grad_norm_(self.parameters, c.max_grad_norm or math.inf))
+        if not (math.isfinite(total) and math.isfinite(norm)):
+            raise Diverged(
+                f"step {self.step + 1}: the loss is {total:g} and the gradients' norm {norm:g}. Lower the learning "
+                f"rate ({self.optimizing.lr:g} now), add warm-up steps, or use a wider precision than {c.precision}."
+            )
+        return total, norm
+
+    def _update(self) -> None:
+        """The optimizer's step, and what follows from it."""
+        factor = self.optimizing.factor(self.step, self.config.steps)
+        for group in self.optimizer.param_groups:
+            group["lr"] = group["base_lr"] * factor
+        self._whole = False
+        self.optimizer.step()
+        if self.config.max_norm:
+            for layer in self._layers():
+                limit_norm(layer, self.config.max_norm)
+        if self.average is not None:
+            # The first steps count more: an average over at most as many steps as there have been.
+            decay = min(self.config.ema, (1 + self.step) / (10 + self.step))
+            torch._foreach_lerp_(self.average, [p.detach() for p in self.parameters], 1 - decay)
+        self._whole = True
+
+    def _autocast(self) -> AbstractContextManager[Any]:
+        dtype = PRECISIONS[self.config.precision]
+        return nullcontext() if dtype is None else torch.autocast(self.parameters[0].device.type, dtype=dtype)
+
+    def _layers(self) -> Iterator[LoHaLayer]:
+        return (layer for layers in self.networks.values() for layer in layers.values())
+
+    def _emit(self, event: Event) -> None:
+        for callback in self.callbacks:
+            callback(event)
+
+    # Several processes
+
+    @property
+    def _rank(self) -> int:
+        return 0 if self.accelerator is None else int(self.accelerator.process_index)
+
+    def _unsynchronised(self, more_to_come: bool) -> AbstractContextManager[Any]:
+        return self.accelerator.no_sync(self._loss) if self.accelerator is not None and more_to_come else nullcontext()
+
+    def _mean(self, loss: Tensor) -> float:
+        return float(loss if self.accelerator is None else self.accelerator.reduce(loss, "mean"))
+
+    # What has been learnt
+
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """While this lasts, the layers are as they would be saved: averaged, not training, dropping nothing."""
+        swap, layers = getattr(self.optimizer, "eval", None), list(self._layers())
+        own = [p.detach().clone() for p in self.parameters] if self.average is not None else None
+        training = [layer.training for layer in layers]
+        if swap is not None:
+            swap()
+        if self.average is not None:
+            _copy(self.parameters, self.average)
+        for layer in layers:
+            layer.training = False
+        try:
+            yield
+        finally:
+            if own is not None:
+                _copy(self.parameters, own)
+            if swap is not None:
+                self.optimizer.train()  # type: ignore[attr-defined]
+            for layer, before in zip(layers, training, strict=True):
+                layer.training = before
+
+    def factors(self) -> dict[str, dict[str, LoHaFactors]]:
+        """Network -> module name -> what was learnt, on the CPU."""
+        with self.averaged():
+            return {
+                label: {name: _copied(layer.factors(ADAPTER)) for name, layer in layers.items()}
+                for label, layers in self.networks.items()
+            }
+
+    # Going on
+
+    def _settings(self) -> dict[str, Any]:
+        """What must be the same for a resumed run to be the same run; when it saves or shows something is not."""
+        free = ("steps", "save_every", "preview_every")
+        kept = {key: value for key, value in asdict(self.config).items() if key not in free}
+        if self.optimizing.schedule != "constant":
+            kept["steps"] = self.config.steps  # the learning rate looks ahead
+        return kept | asdict(self.optimizing)
+
+    def state(self) -> dict[str, Any]:
+        return {
+            "step": self.step,
+            "identity": self.identity,
+            "parameters": [p.detach() for p in self.parameters],
+            "average": self.average,
+            "optimizer": self.optimizer.state_dict(),
+            "losses": torch.tensor(self.losses, dtype=torch.float64),
+        }
+
+    def save(self) -> None:
+        """Write the state, and the losses so far as a table beside it.
+
+        Raises:
+            LoHaError: it cannot be written; the state before is then still there.
+        """
+        if self.folder is None or self._rank != 0:
+            return
+        checkpoint.save(self.folder / STATE, self.state())
+        with atomic(self.folder / HISTORY) as temporary:
+            rows = "".join(f"{step},{loss!r}\n" for step, loss in enumerate(self.losses, 1))
+            temporary.write_text(f"step,loss\n{rows}", "utf-8")
+        self._emit(Saved(self.step, self.folder / STATE))
+
+    def resume(self) -> bool:
+        """Go on from the state in ``folder``; False if there is none.
+
+        Raises:
+            LoHaError: it belongs to another run: other data, network or settings.
+        """
+        if self.folder is None or not (self.folder / STATE).is_file():
+            return False
+        path = self.folder / STATE
+        state = checkpoint.load(path)
+        if state["identity"] != self.identity:
+            differing = [k for k in self.identity if state["identity"].get(k) != self.identity[k]]
+            raise LoHaError(
+                f"{path}: a run with other {' and '.join(differing) or 'settings'}; it can only go on as it began. "
+                "Set them back, choose another name, or start again without resume."
+            )
+        _copy(self.parameters, state["parameters"])
+        if self.average is not None:
+            _copy(self.average, state["average"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.step, self.losses = state["step"], state["losses"].tolist()
+        return True
+
+    def _keep(self, reason: BaseException) -> None:
+        """Save what is good after an exception, which stays the one that is raised."""
+        good = self._whole and all(bool(torch.isfinite(p).all()) for p in self.parameters)
+        try:
+            if good:
+                self.save()
+        except LoHaError as error:
+            reason.__context__ = error
+        for callback in self.callbacks:
+            callback(Stopped(self.step, reason))
+
+    @contextmanager
+    def _training(self) -> Iterator[None]:
+        """The layers drop what they are told to; the optimizer knows, if it wants to."""
+        layers = list(self._layers())
+        before = [layer.training for layer in layers]
+        for layer in layers:
+            layer.training = True  # not train(), which would reach the frozen modules
+        if hasattr(self.optimizer, "train"):
+            self.optimizer.train()
+        try:
+            yield
+        finally:
+            for layer, was in zip(layers, before, strict=True):
+                layer.training = was
+
+
+class _Loss(nn.Module):
+    """A loss as a module whose parameters are the trained ones."""
+
+    def __init__(self, trained: nn.Module, loss: Callable[[Any], Tensor]) -> None:
+        super().__init__()
+        self.trained, self.loss = trained, loss
+
+    def forward(self, batch: Any) -> Tensor:
+        return self.loss(batch)
+
+
+def limit_norm(layer: LoHaLayer, most: float) -> None:
+    """Scale a layer's factors down, all alike, until ‖ΔW‖ is at most ``most``."""
+    factors = layer.factors(ADAPTER)
+    norm = factors.norm()
+    if norm <= most:
+        return
+    names = [name for name in factors.tensors() if name != "dora_scale"]
+    shrink = (most / norm) ** (1 / len(names))
+    for name in names:
+        getattr(layer, f"hada_{name}")[ADAPTER].data.mul_(shrink)
+
+
+def _copied(factors: LoHaFactors) -> LoHaFactors:
+    """On the CPU, and nobody else's."""
+    copies: dict[str, Any] = {name: t.to("cpu", copy=True) for name, t in factors.tensors().items()}
+    return replace(factors, **copies)
+
+
+def _copy(to: Sequence[Tensor], source: Sequence[Tensor]) -> None:
+    with torch.no_grad():
+        for target, value in zip(to, source, strict=True):
+            target.copy_(value)
+
+
+@contextmanager
+def _own_randomness(device: torch.device) -> Iterator[None]:
+    """Seeds set here are not seen outside."""
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        yield
