@@ -25,8 +25,8 @@ class Sizes:
     """Which size a picture is trained at.
 
     Args:
-        resolution: side of a square with as many pixels as a picture will have. 0: as the picture is, cropped to a
-            multiple of ``step``.
+        resolution: side of a square with as many pixels as a picture will have, rounded down to a multiple of
+            ``step``. 0: as the picture is, cropped to such a multiple.
         step: what sides are multiples of; itself a multiple of how much the VAE makes a picture smaller.
         aspect: pictures keep about their shape (aspect buckets). False: every picture becomes a square.
 
@@ -48,13 +48,12 @@ class Sizes:
             raise LoHaError(f"a resolution of {self.resolution} is less than the step between sizes, {self.step}")
 
     def all(self) -> list[Size]:
-        """Every size there is: each as many pixels as fit into resolution². Empty for resolution 0."""
+        """Every size there is: each with as many pixels as fit into the square. Empty for resolution 0."""
         side = self.resolution // self.step
         if not self.aspect or not side:
             return [(side * self.step, side * self.step)] if side else []
         shortest, longest = max(1, math.ceil(side * SHORTEST)), int(side * LONGEST)
-        pixels = (self.resolution / self.step) ** 2
-        sizes = {(tall, min(longest, int(pixels / tall))) for tall in range(shortest, longest + 1)}
+        sizes = {(tall, min(longest, side**2 // tall)) for tall in range(shortest, longest + 1)}
         sizes = {size for size in sizes if min(size) >= shortest}
         sizes |= {(wide, tall) for tall, wide in sizes}
         return sorted((tall * self.step, wide * self.step) for tall, wide in sizes)
