@@ -285,6 +285,9 @@ class LoHaLayer(nn.Module):
     @contextmanager
     def standing_in(self) -> Iterator[None]:
         """While this lasts, the base module itself acts with its adapters; the tree that it is in stays as it is."""
+        if self._own_forward is not None:  # it does already
+            yield
+            return
         base = self.base_layer
         replaced = vars(base).get("forward")
         self._own_forward = base.forward

@@ -85,7 +85,7 @@ class Objective:
         u = float(torch.rand((), generator=generator, dtype=torch.float64))
         if self.timesteps == "logit-normal":
             z = float(torch.randn((), generator=generator, dtype=torch.float64))
-            u = 1 / (1 + math.exp(-(self.logit_mean + self.logit_std * z)))
+            u = float(torch.sigmoid(torch.tensor(self.logit_mean + self.logit_std * z, dtype=torch.float64)))
         elif self.timesteps == "shifted":
             u = self.shift * u / (1 + (self.shift - 1) * u)
         return min(max(u, 1e-6), 1 - 1e-6)

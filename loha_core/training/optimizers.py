@@ -23,12 +23,15 @@ class Source(NamedTuple):
     name: str
     extra: str = ""  # of our package; empty: torch itself has it
     options: Mapping[str, Any] = {}
+    one_rate: bool = False  # it finds the learning rate itself, the same for all groups
 
 
 SOURCES: dict[str, Source] = {
     "adamw": Source("torch.optim", "AdamW"),
     "adamw8bit": Source("bitsandbytes.optim", "AdamW8bit", "adamw8bit"),
-    "prodigy": Source("prodigyopt", "Prodigy", "prodigy", {"safeguard_warmup": True, "use_bias_correction": True}),
+    "prodigy": Source(
+        "prodigyopt", "Prodigy", "prodigy", {"safeguard_warmup": True, "use_bias_correction": True}, one_rate=True
+    ),
     "schedule-free": Source("schedulefree", "AdamWScheduleFree", "schedule-free"),
     "adafactor": Source("torch.optim", "Adafactor"),
     "lion": Source("lion_pytorch", "Lion", "lion"),
@@ -68,12 +71,14 @@ class OptimizerConfig:
             raise LoHaError(f"no optimizer {self.name!r}; there are {', '.join(SOURCES)}")
         if self.schedule not in get_args(Curve):
             raise LoHaError(f"schedule is {self.schedule!r}; expected one of {', '.join(get_args(Curve))}")
-        for name in ("lr", "lr_text", "lora_plus", "weight_decay", "warmup", "lr_end"):
+        for name in ("lr", "lr_text", "lora_plus", "weight_decay", "lr_end"):
             value = getattr(self, name)
             if value is not None and not (math.isfinite(value) and value >= 0):
                 raise LoHaError(f"{name} is {value}; expected a number from 0")
-        if self.cycles < 1:
-            raise LoHaError(f"cycles is {self.cycles}; expected at least 1")
+        for name, least in (("warmup", 0), ("cycles", 1)):
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < least:
+                raise LoHaError(f"{name} is {value}; expected a whole number from {least}")
 
     def factor(self, step: int, steps: int) -> float:
         """What the rates are multiplied by at optimizer step ``step``, from 0, of ``steps``."""
@@ -85,8 +90,8 @@ class OptimizerConfig:
         if self.schedule == "linear":
             falling = 1 - progress
         else:
-            turns = progress * (self.cycles if self.schedule == "restarts" else 1)
-            falling = (1 + math.cos(math.pi * (turns % 1.0))) / 2
+            turn = progress * self.cycles % 1.0 if self.schedule == "restarts" else progress
+            falling = (1 + math.cos(math.pi * turn)) / 2
         return self.lr_end + (1 - self.lr_end) * falling
 
     def build(self, groups: Iterable[dict[str, Any]]) -> torch.optim.Optimizer:
@@ -101,16 +106,19 @@ class OptimizerConfig:
         except (ImportError, AttributeError) as error:
             how = f"pip install 'comfyui-loha[{source.extra}]'" if source.extra else "update torch"
             raise LoHaError(f"the optimizer {self.name} needs a library that is not here ({error}): {how}") from error
+        groups = list(groups)
+        if source.one_rate and len({group["lr"] for group in groups}) > 1:
+            raise LoHaError(f"the optimizer {self.name} has one learning rate: leave out lr_text and lora_plus")
         try:
             made: torch.optim.Optimizer = kind(
-                list(groups), lr=self.lr, weight_decay=self.weight_decay, **{**source.options, **self.options}
+                groups, lr=self.lr, weight_decay=self.weight_decay, **{**source.options, **self.options}
             )
-        except (TypeError, ValueError) as error:
+        except (AssertionError, RuntimeError, TypeError, ValueError) as error:
             raise LoHaError(f"the optimizer {self.name} does not take these options: {error}") from error
         return made
 
 
-# The factor that each way of starting sets to zero, by the init's name.
+# What begins at zero, by the name of the init, unless a scalar does.
 _ZERO = {"lycoris": "hada_w2_a"}
 
 
@@ -123,12 +131,13 @@ def parameter_groups(
         networks: "model" and "text" -> what is trained there.
         init: `LoHaConfig.init_weights`, which says which factor begins at zero.
     """
-    zero = _ZERO.get(str(init), "hada_w2_b")
     groups = []
     for network, module in networks.items():
         lr = config.lr_text if network == "text" and config.lr_text is not None else config.lr
-        trained = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
-        faster = [p for name, p in trained if f".{zero}." in f".{name}." and config.lora_plus != 1]
+        found = [(f".{name}.", p) for name, p in module.named_parameters()]
+        trained = [(name, p) for name, p in found if p.requires_grad and ".base_layer." not in name]
+        zero = "scalar" if any(".scalar." in name for name, _ in trained) else _ZERO.get(str(init), "hada_w2_b")
+        faster = [p for name, p in trained if f".{zero}." in name and config.lora_plus != 1]
         chosen = {id(p) for p in faster}
         for parameters, rate in (
             ([p for _, p in trained if id(p) not in chosen], lr),

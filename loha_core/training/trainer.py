@@ -7,8 +7,10 @@ share the work draw what one process would have drawn.
 
 from __future__ import annotations
 
+import hashlib
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -60,8 +62,9 @@ class TrainingConfig:
 
     def __post_init__(self) -> None:
         for name, least in (("steps", 1), ("accumulation", 1), ("save_every", 0), ("preview_every", 0)):
-            if getattr(self, name) < least:
-                raise LoHaError(f"{name} is {getattr(self, name)}; expected a whole number from {least}")
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < least:
+                raise LoHaError(f"{name} is {value}; expected a whole number from {least}")
         for name in ("max_grad_norm", "max_norm"):
             if not (math.isfinite(getattr(self, name)) and getattr(self, name) >= 0):
                 raise LoHaError(f"{name} is {getattr(self, name)}; expected a number from 0")
@@ -165,15 +168,13 @@ class Trainer:
         self.optimizer = self.optimizing.build(parameter_groups(modules, self.optimizing, init))
         self.parameters: list[nn.Parameter] = [p for group in self.optimizer.param_groups for p in group["params"]]
         self.average = [p.detach().clone() for p in self.parameters] if config.ema else None
-        self.identity = dict(identity or {}) | {"settings": repr(self._settings())}
+        self.identity = self._identity() | dict(identity or {})
         self.step, self.losses = 0, list[float]()
         self._whole = True  # not amid an optimizer step
         self._loss: Callable[[Any], Tensor] = loss
         if accelerator is not None:
             # Distributed training needs a module to call: this one's output is the loss.
-            self._loss, self.optimizer = accelerator.prepare(
-                _Loss(nn.ModuleList(modules.values()), loss), self.optimizer
-            )
+            self._loss, self.optimizer = accelerator.prepare(_Loss(self.parameters, loss), self.optimizer)
 
     def run(self) -> None:
         """Train from where the run is to its last step.
@@ -187,6 +188,9 @@ class Trainer:
             try:
                 while self.step < c.steps:
                     loss, norm = self._backward()
+                    # Only now is it known that the state is a good one: its loss is a number.
+                    if c.save_every and self.step and self.step % c.save_every == 0:
+                        self.save()
                     self._update()
                     self.step += 1
                     self.losses.append(loss)
@@ -194,8 +198,6 @@ class Trainer:
                     if c.preview_every and self.step % c.preview_every == 0:
                         with self.averaged():
                             self._emit(PreviewDue(self.step))
-                    if c.save_every and self.step % c.save_every == 0 and self.step < c.steps:
-                        self.save()
             except BaseException as reason:
                 self._keep(reason)
                 raise
@@ -209,13 +211,15 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)
         for part in range(c.accumulation):
             number = self.step * c.accumulation + part
+            batch = self.batches(number)
             torch.manual_seed(generator(c.seed, "dropout", number, self._rank).initial_seed())
             with self._unsynchronised(part < c.accumulation - 1):
                 with self._autocast():
-                    loss = self._loss(self.batches(number)) / c.accumulation
-                if not loss.requires_grad:
+                    loss = self._loss(batch) / c.accumulation
+                if loss.requires_grad:
+                    loss.backward() if self.accelerator is None else self.accelerator.backward(loss)
+                elif not any(layer.module_dropout[ADAPTER] for layer in self._layers()):
                     raise LoHaError("the loss does not depend on any trained layer: none of them was run")
-                loss.backward() if self.accelerator is None else self.accelerator.backward(loss)
             total += self._mean(loss.detach())
         norm = float(nn.utils.clip_grad_norm_(self.parameters, c.max_grad_norm or math.inf))
         if not (math.isfinite(total) and math.isfinite(norm)):
@@ -270,7 +274,7 @@ class Trainer:
     def averaged(self) -> Iterator[None]:
         """While this lasts, the layers are as they would be saved: averaged, not training, dropping nothing."""
         swap, layers = getattr(self.optimizer, "eval", None), list(self._layers())
-        own = [p.detach().clone() for p in self.parameters] if self.average is not None else None
+        own = None if swap is None and self.average is None else [p.detach().clone() for p in self.parameters]
         training = [layer.training for layer in layers]
         if swap is not None:
             swap()
@@ -278,13 +282,15 @@ class Trainer:
             _copy(self.parameters, self.average)
         for layer in layers:
             layer.training = False
+            if own is not None and self.config.max_norm:
+                limit_norm(layer, self.config.max_norm)  # an average can be longer than what it is of
         try:
             yield
         finally:
-            if own is not None:
-                _copy(self.parameters, own)
             if swap is not None:
                 self.optimizer.train()  # type: ignore[attr-defined]
+            if own is not None:
+                _copy(self.parameters, own)  # the optimizer's way back rounds
             for layer, before in zip(layers, training, strict=True):
                 layer.training = before
 
@@ -298,13 +304,19 @@ class Trainer:
 
     # Going on
 
-    def _settings(self) -> dict[str, Any]:
+    def _identity(self) -> dict[str, str]:
         """What must be the same for a resumed run to be the same run; when it saves or shows something is not."""
         free = ("steps", "save_every", "preview_every")
-        kept = {key: value for key, value in asdict(self.config).items() if key not in free}
+        settings = {key: value for key, value in asdict(self.config).items() if key not in free}
         if self.optimizing.schedule != "constant":
-            kept["steps"] = self.config.steps  # the learning rate looks ahead
-        return kept | asdict(self.optimizing)
+            settings["steps"] = self.config.steps  # the learning rate looks ahead
+        network = [
+            (label, name, *(getattr(layer, kind).get(ADAPTER) for kind in layer.other_param_names))
+            for label, layers in self.networks.items()
+            for name, layer in layers.items()
+        ] + [tuple(p.shape) for p in self.parameters]
+        digest = hashlib.blake2b(repr(network).encode(), digest_size=8).hexdigest()
+        return {key: str(value) for key, value in (settings | asdict(self.optimizing)).items()} | {"network": digest}
 
     def state(self) -> dict[str, Any]:
         return {
@@ -340,11 +352,16 @@ class Trainer:
             return False
         path = self.folder / STATE
         state = checkpoint.load(path)
-        if state["identity"] != self.identity:
-            differing = [k for k in self.identity if state["identity"].get(k) != self.identity[k]]
+        then, now = state.get("identity", {}), self.identity
+        differing = [
+            f"{key} ({then.get(key, 'not set')} then, {now.get(key, 'not set')} now)"
+            for key in sorted(then.keys() | now.keys())
+            if then.get(key) != now.get(key)
+        ]
+        if differing:
             raise LoHaError(
-                f"{path}: a run with other {' and '.join(differing) or 'settings'}; it can only go on as it began. "
-                "Set them back, choose another name, or start again without resume."
+                f"{path}: a run with other settings: {', '.join(differing)}. It can only go on as it began: "
+                "set them back, choose another name, or start again without resume."
             )
         _copy(self.parameters, state["parameters"])
         if self.average is not None:
@@ -355,12 +372,12 @@ class Trainer:
 
     def _keep(self, reason: BaseException) -> None:
         """Save what is good after an exception, which stays the one that is raised."""
-        good = self._whole and all(bool(torch.isfinite(p).all()) for p in self.parameters)
+        good = self._whole and not isinstance(reason, Diverged)
         try:
-            if good:
+            if good and all(bool(torch.isfinite(p).all()) for p in self.parameters):
                 self.save()
-        except LoHaError as error:
-            reason.__context__ = error
+        except Exception as error:  # of the disk, or of a callback
+            warnings.warn(f"what was learnt since the state was saved last is lost: {error}", stacklevel=3)
         for callback in self.callbacks:
             callback(Stopped(self.step, reason))
 
@@ -383,22 +400,24 @@ class Trainer:
 class _Loss(nn.Module):
     """A loss as a module whose parameters are the trained ones."""
 
-    def __init__(self, trained: nn.Module, loss: Callable[[Any], Tensor]) -> None:
+    def __init__(self, trained: Iterable[nn.Parameter], loss: Callable[[Any], Tensor]) -> None:
         super().__init__()
-        self.trained, self.loss = trained, loss
+        self.trained = nn.ParameterList(trained)
+        self.loss = loss
 
     def forward(self, batch: Any) -> Tensor:
-        return self.loss(batch)
+        # Processes wait for a gradient of every parameter, also of a layer that this batch left out.
+        return self.loss(batch) + 0 * sum(p.sum() for p in self.trained)
 
 
 def limit_norm(layer: LoHaLayer, most: float) -> None:
-    """Scale a layer's factors down, all alike, until ‖ΔW‖ is at most ``most``."""
+    """Scale a layer's factors down, all alike, until ‖ΔW‖ is at most ``most``. One that is not finite stays."""
     factors = layer.factors(ADAPTER)
     norm = factors.norm()
-    if norm <= most:
+    if not most < norm < math.inf:
         return
     names = [name for name in factors.tensors() if name != "dora_scale"]
-    shrink = (most / norm) ** (1 / len(names))
+    shrink = (most / norm) ** (1 / len(names)) * (1 - 2**-22)  # a little more: what follows is rounded
     for name in names:
         getattr(layer, f"hada_{name}")[ADAPTER].data.mul_(shrink)
 
