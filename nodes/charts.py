@@ -139,3 +139,45 @@ def curve(
         if active[0] <= x <= active[1]:
             canvas.draw.ellipse((across(x) - 4, scale(value) - 4, across(x) + 4, scale(value) + 4), ramp(1.0))
     return canvas.image()
+
+
+def losses(title: str, subtitle: str, values: Sequence[float]) -> torch.Tensor:
+    """A run's losses, faint, and their moving average; the axis leaves out the worst hundredth."""
+    canvas = Canvas(PLOT_WIDTH, PLOT_HEIGHT, title, subtitle)
+    left, right, bottom = 64, PLOT_WIDTH - 24, PLOT_HEIGHT - 36
+    canvas.draw.rectangle((left, TOP, right, bottom), PANEL)
+    if not values:
+        return canvas.image()
+    raw = np.asarray(values, dtype=np.float64)
+    smooth = _moving_average(raw, max(1, len(raw) // 20))
+    low, high = float(np.quantile(raw, 0.0)), float(np.quantile(raw, 0.99))
+    span = (high - low) or max(abs(high), 1e-9)
+    low, high = max(0.0, low - 0.05 * span), high + 0.05 * span
+
+    def points(series: np.ndarray) -> list[tuple[float, float]]:
+        # No more than one point for each pixel.
+        places = np.unique(np.linspace(0, len(series) - 1, min(len(series), right - left)).astype(int))
+        x = left + places / max(1, len(series) - 1) * (right - left)
+        y = bottom - (np.clip(series[places], low, high) - low) / (high - low) * (bottom - TOP)
+        return list(zip(x.tolist(), y.tolist(), strict=True))
+
+    for share in (0.0, 0.5, 1.0):
+        y = bottom - share * (bottom - TOP)
+        canvas.draw.line((left, y, right, y), GRID)
+        canvas.text((left - 8, y), f"{low + share * (high - low):.3g}", FAINT, size=11, anchor="rm")
+        x = left + share * (right - left)
+        canvas.text((x, bottom + 14), f"{max(1, round(share * len(raw)))}", FAINT, size=11, anchor="mm")
+    if len(raw) > 1:
+        canvas.draw.line(points(raw), GRID, width=1)
+        canvas.draw.line(points(smooth), ramp(0.75), width=3, joint="curve")
+    latest = f"last {raw[-1]:.4g}, mean of the last {min(len(raw), 20)}: {raw[-20:].mean():.4g}"
+    canvas.text((right - 8, TOP + 12), latest, FAINT, size=11, anchor="rm")
+    return canvas.image()
+
+
+def _moving_average(values: np.ndarray, width: int) -> np.ndarray:
+    """Over at most ``width`` values up to each place."""
+    sums = np.concatenate([[0.0], np.cumsum(values)])
+    ends = np.arange(1, len(values) + 1)
+    starts = np.maximum(0, ends - width)
+    return (sums[ends] - sums[starts]) / (ends - starts)

@@ -119,11 +119,7 @@ def _reference(module: Any) -> Callable[[], Any]:
 
 
 def _find(adapter: Adapter, modules: tuple[Any, Any]) -> tuple[dict[str, list[Layer]], Report]:
-    networks = {
-        label: Network(keys(module, {}), {key: tuple(weight.shape) for key, weight in module.state_dict().items()})
-        for label, module, keys in zip((MODEL, CLIP), modules, _KEYS, strict=True)
-        if module is not None
-    }
+    networks = networks_of(modules)
     absent = [label for label in (MODEL, CLIP) if label not in networks]
     binding = bind(adapter, networks, absent)
     found: dict[str, list[Layer]] = {
@@ -135,6 +131,15 @@ def _find(adapter: Adapter, modules: tuple[Any, Any]) -> tuple[dict[str, list[La
     if not binding.report.matched:
         raise LoHaError(f"nothing in this file fits the model; nothing was applied\n{binding.report.text(limit=20)}")
     return found, binding.report
+
+
+def networks_of(modules: tuple[Any, Any]) -> dict[str, Network]:
+    """What is there of (model, text encoders), by label, with all names that files call their weights by."""
+    return {
+        label: Network(keys(module, {}), {key: tuple(weight.shape) for key, weight in module.state_dict().items()})
+        for label, module, keys in zip((MODEL, CLIP), modules, _KEYS, strict=True)
+        if module is not None
+    }
 
 
 def merge(patcher: Any, patches: Iterable[Patch], strength: float) -> Any:

@@ -1,0 +1,89 @@
+"""How training goes, for the page: events while it runs, and the whole run for whoever looks later."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+from typing import Any
+
+from comfy_execution.utils import get_executing_context
+
+from loha_core.training.trainer import Stepped, Trainer
+
+EVENT = "loha.training"
+LEAST_SECONDS = 0.25  # between two events
+KEPT = 8  # runs
+
+# By the node that trains, the latest last.
+runs: dict[str, Run] = {}
+
+
+@dataclass
+class Run:
+    """One run, as the page shows it."""
+
+    name: str
+    node: str
+    steps: int
+    losses: list[float]
+    rates: list[float] = field(default_factory=list)
+    previews: list[int] = field(default_factory=list)
+    state: str = "running"
+    began: float = field(default_factory=time.time)
+    first: int = 0  # steps that were there when it began
+    sent: float = 0.0
+
+    def stepped(self, event: Stepped) -> None:
+        self.losses.append(event.loss)
+        self.rates.append(event.lr)
+        if event.step == self.steps:
+            self.state = "done"
+        if time.time() - self.sent >= LEAST_SECONDS or self.state == "done":
+            self._send()
+
+    def previewed(self, step: int) -> None:
+        self.previews.append(step)
+        self._send()
+
+    def ended(self, reason: str) -> None:
+        self.state = "cancelled" if reason == "InterruptProcessingException" else "failed"
+        self._send()
+
+    def seconds_left(self) -> float | None:
+        done = len(self.losses) - self.first
+        return (time.time() - self.began) / done * (self.steps - len(self.losses)) if done else None
+
+    def brief(self) -> dict[str, Any]:
+        """What an event says; the losses come with `whole` alone."""
+        return {
+            "name": self.name,
+            "node": self.node,
+            "step": len(self.losses),
+            "steps": self.steps,
+            "loss": self.losses[-1] if self.losses else None,
+            "lr": self.rates[-1] if self.rates else None,
+            "seconds_left": self.seconds_left(),
+            "previews": self.previews,
+            "state": self.state,
+        }
+
+    def whole(self) -> dict[str, Any]:
+        return self.brief() | {"losses": self.losses}
+
+    def _send(self) -> None:
+        from server import PromptServer  # there is one by now; not everywhere that this module is imported
+
+        self.sent = time.time()
+        PromptServer.instance.send_sync(EVENT, self.brief())
+
+
+def begin(name: str, trainer: Trainer) -> Run:
+    """A new run of the node that is executed now."""
+    context = get_executing_context()
+    node = "" if context is None else str(context.node_id)
+    run = Run(name, node, trainer.config.steps, list(trainer.losses), first=trainer.step)
+    runs.pop(node, None)
+    runs[node] = run
+    while len(runs) > KEPT:
+        runs.pop(next(iter(runs)))
+    return run
