@@ -8,6 +8,17 @@ from .adapter import Adapter
 from .apply import add_delta_, plan
 from .bind import Binding, Network, Report, bind
 from .config import LoHaConfig
+from .convert import (
+    bake_blocks,
+    change_alpha,
+    from_lora,
+    resize,
+    respell,
+    to_dtype,
+    to_lora,
+    to_lycoris,
+    to_peft,
+)
 from .describe import describe
 from .errors import LoHaError
 from .factors import KhatriRao, LoHaFactors
@@ -15,14 +26,18 @@ from .formats import load_adapter, save_adapter
 from .functional import loha_conv, loha_delta, loha_linear
 from .layers import LoHaConv1d, LoHaConv2d, LoHaConv3d, LoHaLayer, LoHaLinear
 from .lora import Lora
+from .merge import Made, merge
 from .model import LoHaModel, get_peft_model
+from .updates import ErrorReport, LayerError
 
 __version__ = "0.1.0"
 
 __all__ = [
     "Adapter",
     "Binding",
+    "ErrorReport",
     "KhatriRao",
+    "LayerError",
     "LoHaConfig",
     "LoHaConv1d",
     "LoHaConv2d",
@@ -33,16 +48,27 @@ __all__ = [
     "LoHaLinear",
     "LoHaModel",
     "Lora",
+    "Made",
     "Network",
     "Report",
     "add_delta_",
+    "bake_blocks",
     "bind",
+    "change_alpha",
     "describe",
+    "from_lora",
     "get_peft_model",
     "load_adapter",
     "loha_conv",
     "loha_delta",
     "loha_linear",
+    "merge",
     "plan",
+    "resize",
+    "respell",
     "save_adapter",
+    "to_dtype",
+    "to_lora",
+    "to_lycoris",
+    "to_peft",
 ]

@@ -45,33 +45,79 @@ def as_loha(u: Tensor, v: Tensor) -> LoHaFactors:
     return LoHaFactors(u, v, torch.ones_like(u), ones, alpha=u.shape[1])
 
 
+def collapse(u: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """The same product with no more columns than its shorter side has elements; then it is the smaller of the two."""
+    short = min(u.shape[0], v.shape[1])
+    if u.shape[1] <= short:
+        return u, v
+    return as_product(u @ v)
+
+
+def as_product(whole: Tensor) -> tuple[Tensor, Tensor]:
+    """A matrix as a product, its shorter side beside an identity."""
+    eye = torch.eye(min(whole.shape), dtype=whole.dtype, device=whole.device)
+    return (eye, whole) if len(whole) <= whole.shape[1] else (whole, eye)
+
+
+def norm(u: Tensor, v: Tensor) -> float:
+    """‖UV‖_F = ⟨UᵀU, VVᵀ⟩^½ in float64."""
+    u, v = u.double(), v.double()
+    return float(((u.T @ u) * (v @ v.T)).sum().clamp_min(0).sqrt())
+
+
+def distance(x: tuple[Tensor, Tensor], y: tuple[Tensor, Tensor]) -> float:
+    """‖U₁V₁ − U₂V₂‖_F, without either product; down to about 1e-8 of their size."""
+    (u1, v1), (u2, v2) = x, y
+    return norm(torch.cat([u1.double(), -u2.double()], 1), torch.cat([v1.double(), v2.double()]))
+
+
+def check_bound(rank: int | None, energy: float | None, max_error: float | None) -> None:
+    """Exactly one of them, and a sensible one.
+
+    Raises:
+        LoHaError: none or several are given, or a value is out of range.
+    """
+    if sum(bound is not None for bound in (rank, energy, max_error)) != 1:
+        raise LoHaError("give one of rank, energy and max_error")
+    if rank is not None and (rank != int(rank) or rank < 1):
+        raise LoHaError(f"rank is {rank}; expected a whole number from 1")
+    if energy is not None and not 0 < energy <= 1:
+        raise LoHaError(f"energy is {energy}; expected a share above 0 and at most 1")
+    if max_error is not None and not 0 <= max_error < 1:
+        raise LoHaError(f"max_error is {max_error}; expected a relative error from 0 and below 1")
+
+
 def truncate(
-    u: Tensor, v: Tensor, rank: int | None = None, energy: float | None = None
+    u: Tensor, v: Tensor, rank: int | None = None, energy: float | None = None, max_error: float | None = None
 ) -> tuple[Tensor, Tensor, float]:
-    """The best U'·V' of at most ``rank``, or of the least rank that keeps ``energy``, by QR and a small SVD.
+    """The best U'·V' of at most ``rank``, or of the least rank that keeps ``energy`` or stays within ``max_error``.
 
     Args:
         energy: share of ‖UV‖² to keep, in (0, 1].
+        max_error: the largest ‖UV − U'V'‖ / ‖UV‖, in [0, 1).
 
     Returns:
         U' (o, r'), V' (r', n), in the dtype of u, with the singular values shared evenly; and ‖UV − U'V'‖ / ‖UV‖.
     """
-    if (rank is None) == (energy is None):
-        raise LoHaError("give either rank or energy")
-    if rank is not None and rank < 1:
-        raise LoHaError(f"rank is {rank}; expected a whole number from 1")
-    if energy is not None and not 0 < energy <= 1:
-        raise LoHaError(f"energy is {energy}; expected a share above 0 and at most 1")
-    qu, ru = torch.linalg.qr(u.double())
-    qv, rv = torch.linalg.qr(v.double().T)
-    left, sigma, right = torch.linalg.svd(ru @ rv.T)
-    total = float(sigma.square().sum())
-    if energy is not None:
-        kept = sigma.square().cumsum(0)
-        rank = int((kept < energy * total * (1 - 1e-12)).sum()) + 1
-    assert rank is not None
-    rank = min(rank, sigma.numel())
-    lost = float(sigma[rank:].square().sum())
+    check_bound(rank, energy, max_error)
+    left, sigma, right = svd(u, v)
+    tails = sigma.square().flip(0).cumsum(0).flip(0)  # tails[r] is lost at rank r
+    total = float(tails[0])
+    if rank is None:
+        allowed = max_error**2 if max_error is not None else 1 - (energy or 0.0)
+        # Never below the rounding of float64, which would only keep noise.
+        rank = int((tails > max(allowed, 1e-14) * total).sum())
+    rank = max(1, min(rank, sigma.numel()))
     root = sigma[:rank].sqrt()
-    lower_u, lower_v = (qu @ left[:, :rank]) * root, root[:, None] * (right[:rank] @ qv.T)
+    lost = float(tails[rank]) if rank < sigma.numel() else 0.0
+    lower_u, lower_v = left[:, :rank] * root, root[:, None] * right[:rank]
     return lower_u.to(u.dtype), lower_v.to(v.dtype), (lost / total) ** 0.5 if total else 0.0
+
+
+def svd(u: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The thin SVD of U·V in float64, from the QR of each side and a small core: (o, R), (R,), (R, n)."""
+    u, v = collapse(u.double(), v.double())
+    qu, ru = torch.linalg.qr(u)
+    qv, rv = torch.linalg.qr(v.T)
+    left, sigma, right = torch.linalg.svd(ru @ rv.T)
+    return qu @ left, sigma, right @ qv.T

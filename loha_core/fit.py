@@ -1,0 +1,243 @@
+"""The best true LoHa of a rank for a given update: both halves free, by alternating least squares.
+
+With the right factors held, ‖ΔW − (A₁B₁)∘(A₂B₂)‖² falls apart into the rows of A₁ and A₂: row o is the vector
+a₁⊗a₂ (r²,) that best combines the rows of K, the Khatri–Rao product of B₁ and B₂. All that it needs of ΔW = UV and K
+are KKᵀ (r², r²) and ΔW·Kᵀ = U(VKᵀ) (o, r²), so that nothing o×i is ever built. The columns go likewise. A row's
+problem, too, alternates between a₁ and a₂, each linear, of r unknowns. It has poor local minima, which most random
+starts end in; so every row also tries the combination without the constraint, whose leading singular pair is a₁, a₂:
+once the other side is right, that is the answer at once. Each row keeps the best it has seen: the error never rises.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import lowrank
+from .algebra import columnwise
+from .factors import LoHaFactors
+
+_EXACT = 1e-7  # relative error at which there is nothing left to do
+_RIDGE = 1e-11  # of a Gram matrix's mean diagonal; keeps degenerate rows solvable
+_CHUNK = 1 << 22  # elements of the largest temporary, (rows, r, r, r)
+
+
+class Fit(NamedTuple):
+    """A fitted LoHa, its relative error, that of the svd of its rank, and that of the LoRA with as many parameters."""
+
+    factors: LoHaFactors
+    error: float
+    svd_error: float
+    lora_error: float
+
+
+class Halves(NamedTuple):
+    """A₁ (o, r), A₂ (o, r), B₁ (n, r), B₂ (n, r): the right factors transposed, so that both sides are alike."""
+
+    a1: Tensor
+    a2: Tensor
+    b1: Tensor
+    b2: Tensor
+
+
+def fit(u: Tensor, v: Tensor, rank: int, *, seed: int = 0, starts: int = 12, iterations: int = 60) -> Fit:
+    """A LoHa of ``rank`` near U·V; never further than U·V's truncation to that rank, from which one start goes.
+
+    Args:
+        u, v: (o, R), (R, n).
+        seed: of the random starts.
+        starts: random starts at most; they are tried on some rows and columns only.
+        iterations: of the two best on all rows and columns.
+
+    Returns:
+        factors in the dtype of u, with alpha = rank. ``lora_error`` is the error of the best LoRA of rank 2r, which
+        has as many parameters.
+    """
+    dtype = u.dtype
+    left, sigma, right = lowrank.svd(u, v)
+    tails = torch.cat([sigma.square().flip(0).cumsum(0).flip(0), sigma.new_zeros(1)])
+    total = float(tails[0])
+    svd_error, lora_error = (float(tails[min(k, len(sigma))] / total) ** 0.5 for k in (rank, 2 * rank))
+    kept = max(1, int((tails > 1e-18 * total).sum()))
+    size = total**0.5
+    x, y = left[:, :kept] * (sigma[:kept] / size).sqrt(), right[:kept].T * (sigma[:kept] / size).sqrt()
+    random = torch.Generator().manual_seed(seed)
+    found = _truncated(left, sigma / size, right, rank, random)
+    error = svd_error
+    if error > _EXACT:
+        found, error = _descend(x, y, found, 6)
+        if error > _EXACT:
+            other, other_error = _descend(x, y, _started(x, y, rank, starts, random), 6)
+            if other_error < error:
+                found, error = other, other_error
+        found, error = _descend(x, y, found, iterations, error)
+    return Fit(_as_factors(found, size, rank, dtype), error, svd_error, lora_error)
+
+
+def _truncated(left: Tensor, sigma: Tensor, right: Tensor, rank: int, random: torch.Generator) -> Halves:
+    """The svd in the first half; the second is all ones, with directions to grow in."""
+    width = min(rank, len(sigma))
+    root = sigma[:width].sqrt()
+    a1, b1 = (torch.zeros(len(side), rank, dtype=left.dtype) for side in (left, right.T))
+    a1[:, :width], b1[:, :width] = left[:, :width] * root, right[:width].T * root
+    a2, b2 = torch.zeros_like(a1), torch.randn(b1.shape, generator=random, dtype=b1.dtype)
+    a2[:, 0], b2[:, 0] = 1, 1
+    return Halves(a1, a2, b1, b2)
+
+
+def _started(x: Tensor, y: Tensor, rank: int, starts: int, random: torch.Generator) -> Halves:
+    """The best of several random starts, tried on some rows and columns, then carried over to all."""
+    count = max(64, 3 * rank**2)
+    rows, columns = (_sampled(side, count, random) for side in (x, y))
+    small_x, small_y = x[rows], y[columns]
+    best, least = None, float("inf")
+    for _ in range(starts):
+        sides = [
+            torch.randn(len(side), rank, generator=random, dtype=x.dtype)
+            for side in (small_x, small_x, small_y, small_y)
+        ]
+        halves, error = _descend(small_x, small_y, Halves(*sides), 80)
+        if error < least:
+            best, least = halves, error
+        if least < 1e-4:
+            break
+    assert best is not None
+    # Rows from the sampled columns, then columns from all rows.
+    sides = [torch.ones(len(side), rank, dtype=x.dtype) for side in (x, x, y, y)]
+    a1, a2, _ = _side(x, small_y, sides[0], sides[1], best.b1, best.b2, 4)
+    b1, b2, _ = _side(y, x, sides[2], sides[3], a1, a2, 4)
+    return Halves(a1, a2, b1, b2)
+
+
+def _sampled(side: Tensor, count: int, random: torch.Generator) -> Tensor:
+    """Indices of ``count`` rows, rather those that matter."""
+    if len(side) <= count:
+        return torch.arange(len(side))
+    weight = torch.linalg.vector_norm(side, dim=1)
+    return torch.multinomial(weight + weight.mean() * 1e-3, count, generator=random)
+
+
+def _descend(x: Tensor, y: Tensor, halves: Halves, iterations: int, error: float = 1.0) -> tuple[Halves, float]:
+    """Alternate until nothing moves. X·Yᵀ is the target; its relative error comes with the result."""
+    total = float(((x.T @ x) * (y.T @ y)).sum())
+    slow = 0
+    for _ in range(iterations):
+        a1, a2, _ = _side(x, y, halves.a1, halves.a2, halves.b1, halves.b2, 1)
+        (b1, a1), (b2, a2) = _orthonormal(halves.b1, a1), _orthonormal(halves.b2, a2)
+        b1, b2, change = _side(y, x, b1, b2, a1, a2, 1)
+        halves = Halves(a1, a2, b1, b2)
+        before, error = error, (max(0.0, total + change) / total) ** 0.5
+        slow = slow + 1 if error > before * (1 - 1e-3) else 0
+        if error < _EXACT or slow >= 3:
+            break
+    return halves, error
+
+
+def _orthonormal(b: Tensor, a: Tensor) -> tuple[Tensor, Tensor]:
+    """The same product A·Bᵀ with B's columns orthonormal, which keeps the least squares well conditioned."""
+    if len(b) < b.shape[1]:
+        return b, a
+    q, r = torch.linalg.qr(b)
+    return q, a @ r.T
+
+
+def _side(
+    x: Tensor, y: Tensor, a1: Tensor, a2: Tensor, b1: Tensor, b2: Tensor, sweeps: int
+) -> tuple[Tensor, Tensor, float]:
+    """New A₁, A₂ for the target X·Yᵀ and given B₁, B₂; and ‖error‖² − ‖target‖²."""
+    rank = b1.shape[1]
+    k = columnwise(b1.T, b2.T)
+    gram = k @ k.T
+    wanted = x @ (y.T @ k.T)
+    free = None
+    if rank**2 <= len(b1):
+        ridge = gram.diagonal().mean() * _RIDGE
+        factor, failed = torch.linalg.cholesky_ex(gram + ridge * torch.eye(rank**2, dtype=gram.dtype))
+        if not bool(failed):
+            free = torch.cholesky_solve(wanted.T, factor).T
+    rows = max(1, _CHUNK // rank**3)
+    parts = []
+    for start in range(0, len(x), rows):
+        piece = slice(start, start + rows)
+        lifted = None if free is None else free[piece].unflatten(1, (rank, rank))
+        parts.append(_rows(a1[piece], a2[piece], lifted, gram, wanted[piece].unflatten(1, (rank, rank)), sweeps))
+    new1, new2, changes = (torch.cat(columns) for columns in zip(*parts, strict=True))
+    return new1, new2, float(changes.sum())
+
+
+def _rows(
+    a1: Tensor, a2: Tensor, free: Tensor | None, gram: Tensor, wanted: Tensor, sweeps: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """For each row the best of: what it was, alternating from there, and alternating from the free solution."""
+    z = (a1.unsqueeze(2) * a2.unsqueeze(1)).flatten(1)
+    best = a1, a2, ((z @ gram) * z).sum(1) - 2 * (z * wanted.flatten(1)).sum(1)
+    candidates = [(a1, a2)]
+    if free is not None:
+        candidates.append(_leading(free))
+    for c1, c2 in candidates:
+        for _ in range(sweeps):
+            c1, _ = _half(c2, gram, wanted)
+            c2, change = _half(c1, gram, wanted, transposed=True)
+        better = change < best[2]
+        keep = better.unsqueeze(1)
+        best = torch.where(keep, c1, best[0]), torch.where(keep, c2, best[1]), torch.where(better, change, best[2])
+    return _balanced(*best)
+
+
+def _half(other: Tensor, gram: Tensor, wanted: Tensor, transposed: bool = False) -> tuple[Tensor, Tensor]:
+    """One half's rows, with the other half's given: r unknowns each. And ‖error‖² − ‖target‖² of each row."""
+    rank = other.shape[1]
+    g = gram.view(rank, rank, rank, rank)
+    # (q, t; p, s) for A₁ and (p, s; q, t) for A₂: the given half's index first.
+    g = (g if transposed else g.transpose(0, 1)).reshape(rank, -1)
+    if transposed:
+        normal = torch.einsum("oqst,os->oqt", (other @ g).unflatten(1, (rank, rank, rank)), other)
+        right = torch.einsum("opq,op->oq", wanted, other)
+    else:
+        normal = torch.einsum("opst,ot->ops", (other @ g).unflatten(1, (rank, rank, rank)), other)
+        right = torch.einsum("opq,oq->op", wanted, other)
+    diagonal = normal.diagonal(dim1=1, dim2=2)
+    ridge = diagonal.mean(1, keepdim=True) * _RIDGE + torch.finfo(normal.dtype).tiny
+    factor, _ = torch.linalg.cholesky_ex(normal + torch.diag_embed(ridge.expand_as(diagonal)))
+    found = torch.cholesky_solve(right.unsqueeze(2), factor).squeeze(2)
+    change = torch.einsum("op,ops,os->o", found, normal, found) - 2 * (found * right).sum(1)
+    return found, torch.where(torch.isfinite(change), change, torch.inf)
+
+
+def _leading(matrices: Tensor) -> tuple[Tensor, Tensor]:
+    """About the leading singular pair of each (r, r) matrix, by three steps of the power method."""
+    start = torch.linalg.vector_norm(matrices, dim=2).argmax(1)
+    right = matrices[torch.arange(len(matrices)), start]
+    left = right
+    for _ in range(3):
+        left = torch.einsum("opq,oq->op", matrices, right)
+        left = left / torch.linalg.vector_norm(left, dim=1, keepdim=True).clamp_min(1e-300)
+        right = torch.einsum("opq,op->oq", matrices, left)
+    return left, right
+
+
+def _balanced(a1: Tensor, a2: Tensor, change: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Both halves of a row equally long: their product alone is determined."""
+    n1, n2 = (torch.linalg.vector_norm(a, dim=1, keepdim=True).clamp_min(1e-150) for a in (a1, a2))
+    ratio = (n2 / n1).sqrt()
+    return a1 * ratio, a2 / ratio, change
+
+
+def _as_factors(halves: Halves, size: float, rank: int, dtype: torch.dtype) -> LoHaFactors:
+    """Each half by its own svd, singular values shared evenly, both of one size: good to round, good to train."""
+    tensors, scale = [], (size**0.5)
+    for a, b in ((halves.a1, halves.b1), (halves.a2, halves.b2)):
+        left, sigma, right = lowrank.svd(a, b.T)
+        root = (sigma * scale).sqrt()
+        width = len(sigma)
+        wide_a, wide_b = (torch.zeros(len(side), rank, dtype=a.dtype) for side in (a, b))
+        wide_a[:, :width], wide_b[:, :width] = left * root, right.T * root
+        tensors.append((wide_a, wide_b))
+    (a1, b1), (a2, b2) = tensors
+    n1, n2 = (float(torch.linalg.vector_norm(a)) or 1.0 for a in (a1, a2))
+    ratio = (n2 / n1) ** 0.5
+    parts = (a1 * ratio, b1.T * ratio, a2 / ratio, b2.T / ratio)
+    w1_a, w1_b, w2_a, w2_b = (part.to(dtype).contiguous() for part in parts)
+    return LoHaFactors(w1_a, w1_b, w2_a, w2_b, alpha=rank)
