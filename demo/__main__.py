@@ -1,4 +1,4 @@
-"""`python -m demo`: sweep a LoHa's strength in a real ComfyUI and measure what the pictures show.
+"""`python -m demo`: train a LoHa in a real ComfyUI, sweep its strength and measure what the pictures show.
 
 `python -m demo --ui` prepares the same and leaves ComfyUI running for you to play with.
 """
@@ -18,7 +18,7 @@ from PIL import Image
 
 from . import comfyui, digits
 from .picture import grid
-from .prepare import CHECKPOINT, LOHA, prepare
+from .prepare import CHECKPOINT, LOHA, train_lohas, write_files
 
 WORKFLOW = comfyui.REPOSITORY / "example_workflows" / "loha_loader.json"
 STRENGTHS = (0.0, 0.25, 0.5, 0.75, 1.0, 1.25)
@@ -43,7 +43,7 @@ def main() -> int:
         folder = comfyui.find()
         print(f"ComfyUI: {folder}")
         server = comfyui.Server(folder, port=args.port or (8188 if args.ui else 0))
-        prepare(server)
+        write_files(server)
         return serve(server) if args.ui else demonstrate(server, args.out)
     except comfyui.ComfyUIError as error:
         print(f"\nThe demo cannot go on: {error}", file=sys.stderr)
@@ -56,6 +56,7 @@ def serve(server: comfyui.Server) -> int:
     """Run ComfyUI until Ctrl-C, with the demo's workflow among the user's."""
     shutil.copy(WORKFLOW, server.path("user", "default", "workflows", WORKFLOW.name))
     with server:
+        train_lohas(server, digits.TARGET)
         print(f"\nComfyUI is running at {server.address}")
         print(f"Open the workflow {WORKFLOW.stem} (Workflows in the side bar, or key w), slide strength_model, run.")
         print("Ctrl-C ends it.")
@@ -69,7 +70,9 @@ def demonstrate(server: comfyui.Server, out: Path) -> int:
     shutil.rmtree(server.base / "output", ignore_errors=True)
     started = time.monotonic()
     with server:
-        print(f"Started at {server.address} after {time.monotonic() - started:.0f} s; running {WORKFLOW.name}")
+        print(f"Started at {server.address} after {time.monotonic() - started:.0f} s")
+        train_lohas(server, digits.TARGET)
+        print(f"Sweeping the strength by {WORKFLOW.name}")
         prompt = comfyui.to_api(json.loads(WORKFLOW.read_text()), server.object_info())
         sweeps = {digit: sweep(server, prompt, digit) for digit in (digits.TARGET, CONTROL)}
 

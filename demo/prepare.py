@@ -1,4 +1,4 @@
-"""Make the demo's two files, a checkpoint and a LoHa, unless they are there and up to date."""
+"""Make the demo's files, a checkpoint, pictures and LoHas, unless they are there and up to date."""
 
 import hashlib
 import logging
@@ -6,7 +6,7 @@ from pathlib import Path
 
 from safetensors import safe_open
 
-from . import digits
+from . import digits, train_loha
 from .comfyui import Server, importable
 
 HERE = Path(__file__).parent
@@ -16,35 +16,34 @@ LOHA = f"loha_demo_{digits.WORDS[digits.TARGET]}.safetensors"
 _MADE_FROM = "demo_made_from"
 
 
-def prepare(server: Server) -> tuple[Path, Path]:
-    """Put checkpoint and LoHa where the (not yet started) server looks for them; returns both paths.
-
-    Takes about a minute the first time. A file is made again when the code or the weights that
-    it was made from have changed.
-    """
+def write_files(server: Server) -> None:
+    """Put the checkpoint and the pictures to learn from where the (not yet started) server looks for them."""
     checkpoint = server.path("models", "checkpoints", CHECKPOINT)
-    loha = server.path("models", "loras", LOHA)
-    checkpoint_key = _digest("model.py", BASE.name)
-    loha_key = _digest("model.py", BASE.name, "digits.py", "train_base.py", "train_loha.py")
-    stale_checkpoint, stale_loha = _made_from(checkpoint) != checkpoint_key, _made_from(loha) != loha_key
-    if stale_checkpoint or stale_loha:
+    key = _digest(HERE / "model.py", BASE)
+    if _made_from(checkpoint) != key:
         importable()
         logging.getLogger().setLevel(logging.ERROR)  # ComfyUI warns of parts of it that are not used here
-        from . import model, train_loha  # they need ComfyUI on the path
+        from . import model  # it needs ComfyUI on the path
 
-        weights = model.load_int8(BASE)
-        if stale_checkpoint:
-            print(f"Writing the checkpoint {checkpoint.name} …")
-            model.save_checkpoint(weights, checkpoint, {_MADE_FROM: checkpoint_key})
-        if stale_loha:
-            print(f"Training the LoHa {loha.name} …")
-            train_loha.train(weights, digits.TARGET, loha, {_MADE_FROM: loha_key})
-    return checkpoint, loha
+        print(f"Writing the checkpoint {checkpoint.name} …")
+        model.save_checkpoint(model.load_int8(BASE), checkpoint, {_MADE_FROM: key})
+    train_loha.write_pictures(server)
 
 
-def _digest(*names: str) -> str:
-    """A hash over files of this folder."""
-    return hashlib.sha256(b"".join((HERE / name).read_bytes() for name in names)).hexdigest()
+def train_lohas(server: Server, *targets: int) -> list[str]:
+    """A LoHa for each of the digits, trained in the started server unless it is there already; their file names."""
+    key = _digest(HERE / "model.py", BASE, HERE / "digits.py", HERE / "train_loha.py", train_loha.WORKFLOW)
+    names = []
+    for target in targets:
+        names.append(f"loha_demo_{digits.WORDS[target]}.safetensors")
+        if _made_from(server.path("models", "loras", names[-1])) != key:
+            train_loha.train(server, target, names[-1], {_MADE_FROM: key})
+    return names
+
+
+def _digest(*paths: Path) -> str:
+    """A hash over files."""
+    return hashlib.sha256(b"".join(path.read_bytes() for path in paths)).hexdigest()
 
 
 def _made_from(path: Path) -> str | None:

@@ -325,12 +325,14 @@ def _job(
     preview_steps: int = 20,
     preview_cfg: float = 5.0,
     vae: Any = None,
+    training_seed: int = 0,
     **values: Any,
 ) -> Job:
     preview = Preview(preview_every, preview_prompt, preview_steps, preview_cfg, vae)
     return Job(
         model=model, clip=clip, dataset=dataset, network=network, optimizing=optimizer or optimizing(),
-        objective=objective or Objective(), start=loha, preview=preview, folder=folder, resume=resume, **values,
+        objective=objective or Objective(), start=loha, preview=preview, folder=folder, resume=resume,
+        seed=training_seed, **values,
     )  # fmt: skip
 
 
@@ -359,8 +361,7 @@ def _inputs() -> list[Any]:
             default="bf16",
             tooltip="Of the computation; factors and optimizer are in fp32. On a CPU take fp32.",
         ),
-        _whole("seed", 0, 0, "Of everything random: the same seed, the same LoHa.", max=0xFFFFFFFFFFFFFFFF,
-               control_after_generate=False),
+        _whole("training_seed", 0, 0, "Of everything random: the same seed, the same LoHa.", max=0xFFFFFFFFFFFFFFFF),
         io.Boolean.Input(
             "gradient_checkpointing", default=False, tooltip="Much less memory for about a third more time."
         ),
