@@ -4,15 +4,21 @@ from __future__ import annotations
 
 from comfy_api.latest import ComfyExtension, io
 
+from . import routes
 from .dataset import LoHaDataset
 from .info import LoHaInfo
 from .loader import LoHaApply, LoHaLoadAdapter, LoHaLoader
+from .network import LoHaNetwork
+from .optimizer import LoHaObjective, LoHaOptimizer
+from .save import LoHaSave
 from .stack import LoHaStack
 from .strength import LoHaBlockStrength, LoHaSchedule
+from .trainer import LoHaTrainer
 
 
 class LoHaExtension(ComfyExtension):
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
+        routes.register()
         return [
             LoHaLoader,
             LoHaLoadAdapter,
@@ -22,4 +28,9 @@ class LoHaExtension(ComfyExtension):
             LoHaSchedule,
             LoHaInfo,
             LoHaDataset,
+            LoHaNetwork,
+            LoHaOptimizer,
+            LoHaObjective,
+            LoHaTrainer,
+            LoHaSave,
         ]

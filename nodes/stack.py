@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import json
 import math
-from collections.abc import Mapping
 from typing import Any
 
 from comfy_api.latest import io
@@ -14,8 +14,8 @@ from . import bridge, files
 from .loader import REPORT_LIMIT, mode_input, patched_outputs
 
 LORA_STACK = io.Custom("LORA_STACK")
-SLOTS = (1, 2, 3, 4)
 NONE = "None"
+EXAMPLE = '[{"on": true, "name": "style.safetensors", "strength_model": 1, "strength_clip": 1}]'
 
 # Name in the loras folder, strength on the model, strength on the text encoders.
 Entry = tuple[str, float, float]
@@ -33,7 +33,15 @@ class LoHaStack(io.ComfyNode):
             category="LoHa",
             description="Applies several adapters at once, and exchanges lists of them with other stack nodes.",
             inputs=[
-                *(widget for slot in SLOTS for widget in _slot_inputs(slot)),
+                io.String.Input(
+                    "rows",
+                    default="[]",
+                    multiline=True,
+                    placeholder=EXAMPLE,
+                    tooltip="The adapters, first to last: which file or PEFT folder under models/loras, whether it is "
+                    f"on, and its strengths. By API: a JSON list such as {EXAMPLE}; without strength_clip, that of "
+                    "the model counts for the text encoders too.",
+                ),
                 mode_input(),
                 io.Model.Input(
                     "model",
@@ -62,17 +70,18 @@ class LoHaStack(io.ComfyNode):
         )
 
     @classmethod
-    def fingerprint_inputs(cls, **inputs: Any) -> str:
-        # Adapters from a connected list are not known yet; here are those chosen on the node.
-        return "|".join(files.fingerprint(name) for name, _, _ in chosen(inputs))
+    def fingerprint_inputs(cls, rows: str | None = None, **_: Any) -> str:
+        # Connected rows, and adapters from a connected list, are not known yet.
+        return "|".join(files.fingerprint(name) for name, _, _ in chosen(rows or "[]"))
 
     @classmethod
     def execute(
-        cls, model: Any = None, clip: Any = None, lora_stack: Any = None, mode: str = "auto", **slots: Any
+        cls, rows: str, model: Any = None, clip: Any = None, lora_stack: Any = None, mode: str = "auto"
     ) -> io.NodeOutput:
-        entries = [*received(lora_stack), *chosen(slots)]
+        own = chosen(rows)
+        entries = [*received(lora_stack), *own]
         if model is None and clip is None:
-            for name, _, _ in chosen(slots):
+            for name, _, _ in own:
                 files.resolve(name)  # other packs load by these names: no others may leave here
             return io.NodeOutput(None, None, entries, f"{len(entries)} adapters in the list; none applied here")
         reports = []
@@ -82,32 +91,37 @@ class LoHaStack(io.ComfyNode):
         return io.NodeOutput(model, clip, entries, "\n\n".join(reports) or "no adapter is on")
 
 
-def _slot_inputs(slot: int) -> list[Any]:
-    strength = {"default": 1.0, "min": -20.0, "max": 20.0, "step": 0.01}
-    return [
-        io.Boolean.Input(f"on_{slot}", default=True, tooltip=f"Whether adapter {slot} is applied and listed."),
-        io.Combo.Input(
-            f"lora_name_{slot}",
-            options=[NONE, *files.names()],
-            default=NONE,
-            tooltip=f"Adapter {slot}: a file or PEFT folder under models/loras, or None.",
-        ),
-        io.Float.Input(
-            f"strength_model_{slot}", **strength, tooltip=f"Strength of adapter {slot} on the diffusion model."
-        ),
-        io.Float.Input(
-            f"strength_clip_{slot}", **strength, tooltip=f"Strength of adapter {slot} on the text encoders."
-        ),
-    ]
+def chosen(rows: str) -> list[Entry]:
+    """The rows that are on, out of the node's JSON.
+
+    Raises:
+        LoHaError: not JSON, not a list of rows, or a row with a wrong value; says which and what to write.
+    """
+    try:
+        found = json.loads(rows)
+    except (ValueError, RecursionError) as error:
+        raise LoHaError(f"rows is not JSON ({error}); write a list such as {EXAMPLE}") from None
+    if not isinstance(found, list):
+        raise LoHaError(f"rows is {type(found).__name__}; expected a list such as {EXAMPLE}")
+    entries = [_row(place, row) for place, row in enumerate(found, 1)]
+    return [entry for entry in entries if entry is not None]
 
 
-def chosen(inputs: Mapping[str, Any]) -> list[Entry]:
-    """The slots that are on and not None."""
-    return [
-        (name, inputs[f"strength_model_{slot}"], inputs[f"strength_clip_{slot}"])
-        for slot in SLOTS
-        if inputs.get(f"on_{slot}") and (name := inputs.get(f"lora_name_{slot}")) not in (None, NONE)
-    ]
+def _row(place: int, row: Any) -> Entry | None:
+    """A row as an entry; None if it is off."""
+    if not isinstance(row, dict) or not isinstance(row.get("name"), str) or not row["name"]:
+        raise LoHaError(f"row {place}: expected an object with a name, as in {EXAMPLE}, found {row!r:.200}")
+    values = {"on": True, "strength_model": 1.0} | row
+    values.setdefault("strength_clip", values["strength_model"])
+    if unknown := values.keys() - {"on", "name", "strength_model", "strength_clip"}:
+        raise LoHaError(f"row {place} ({row['name']}): unknown {', '.join(sorted(unknown))}; write it as in {EXAMPLE}")
+    if not isinstance(values["on"], bool):
+        raise LoHaError(f"row {place} ({row['name']}): on is {values['on']!r:.80}; write true or false")
+    for key in ("strength_model", "strength_clip"):
+        value = values[key]
+        if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < math.inf:
+            raise LoHaError(f"row {place} ({row['name']}): {key} is {value!r:.80}; write a finite number such as 0.8")
+    return (row["name"], float(values["strength_model"]), float(values["strength_clip"])) if values["on"] else None
 
 
 def received(stack: Any) -> list[Entry]:

@@ -6,7 +6,7 @@ from typing import Any
 
 from comfy_api.latest import io, ui
 
-from loha_core.blocks import FAMILIES, PRESETS, BlockStrength
+from loha_core.blocks import FAMILIES, PRESETS, BlockStrength, Layout
 from loha_core.schedule import INTERPOLATIONS, Schedule
 
 from . import charts
@@ -78,7 +78,48 @@ class LoHaBlockStrength(io.ComfyNode):
         known = family if family != AUTO else None if model is None else list(model.model.state_dict())
         blocks = BlockStrength.parse(known, vector, rules, preset=preset)
         image = block_chart(blocks)
-        return io.NodeOutput(blocks, image, ui=ui.PreviewImage(image, cls=cls))
+        # The widget draws the bars of the model that it was told of last.
+        shown = {"layout": (spell(blocks.layout),)} if blocks.layout else {}
+        return io.NodeOutput(blocks, image, ui=ui.PreviewImage(image, cls=cls).as_dict() | shown)
+
+
+def spell(layout: Layout) -> str:
+    """A family by its name; of other models the parts, as in 'blocks:30,layers:4'."""
+    known = layout.family in FAMILIES
+    return layout.family if known else ",".join(f"{part}:{count}" for part, count in layout.parts)
+
+
+def bars(family: str, preset: str, vector: str) -> dict[str, Any]:
+    """What the widget draws for these inputs.
+
+    Args:
+        family: "auto", one of FAMILIES, or what `spell` writes.
+
+    Returns:
+        family: whose blocks these are, or None; values: block -> multiplier; start: the same for the preset alone, or
+        None where numbers replace it; listed: what each number of the vector stands for, or None.
+
+    Raises:
+        LoHaError: says what cannot be understood.
+    """
+    known: str | list[str] | None = None if family == AUTO else family
+    if ":" in family:
+        counts = (entry.partition(":") for entry in family.split(","))
+        # of_keys looks for the last block of each part.
+        known = [f"diffusion_model.{part}.{int(count) - 1}." for part, _, count in counts if count.isdecimal()]
+    blocks = BlockStrength.parse(known, vector, preset=preset)
+    found: dict[str, Any] = {
+        "family": blocks.layout and blocks.layout.family,
+        "values": blocks.table(),
+        "start": None,
+        "listed": None,
+    }
+    if blocks.layout and vector.strip() and "=" not in vector:
+        count = vector.rpartition(":")[2].strip().strip(",").count(",") + 1
+        found["listed"] = next(labels for labels in blocks.layout.vectors() if len(labels) == count)
+    else:
+        found["start"] = BlockStrength.parse(known, preset=preset).table()
+    return found
 
 
 def block_chart(blocks: BlockStrength) -> Any:

@@ -1,0 +1,226 @@
+// Block equaliser: a bar per block. What the vector means only the server knows; this draws its answer and writes text.
+import { ask } from "./adapters.mjs";
+import { el, onDrag } from "./dom.mjs";
+import { after, committed, host, valueOf } from "./host.mjs";
+import { clamp, snap, stepped, text, FINE, STEP } from "./number.mjs";
+import { openPresets } from "./presets.mjs";
+
+const LOW = -1, HIGH = 2;
+const BARS = 132, HEIGHT = 226;
+
+/**
+ * @typedef {object} Bars as GET /loha/blocks answers
+ * @property {string | null} family
+ * @property {Record<string, number>} values block -> multiplier
+ * @property {Record<string, number> | null} start the same for the preset alone; null where numbers replace it
+ * @property {string[] | null} listed what each number of the vector stands for
+ */
+
+/** "IN04" -> "IN"; "OUT03-05" and "BASE" stand for themselves. */
+const partOf = (/** @type {string} */ label) => /^(\D+)\d+$/.exec(label)?.[1] ?? label;
+const numberOf = (/** @type {string} */ label) => label.slice(partOf(label).length);
+
+/**
+ * @param {any} node
+ * @param {string} name
+ * @param {any} spec
+ */
+export function blocksWidget(node, name, spec) {
+  /** @type {Bars} */
+  let bars = { family: null, values: {}, start: null, listed: null };
+  let learned = "auto"; // the layout of the model of the last run
+
+  const title = el("span.loha-count");
+  const presets = el("button.loha-button", {
+    type: "button",
+    textContent: "Presets",
+    title: "Save, load, and share",
+    onclick: () => openPresets(presets, node, { vector: hosted.get(), numbers: () => numbers(), apply: (/** @type {string} */ text) => put(text) }),
+  });
+  const plot = el("div.loha-bars");
+  const groups = el("div.loha-groups");
+  const area = el("textarea.loha-text", {
+    rows: 2,
+    spellcheck: false,
+    placeholder: spec[1]?.placeholder ?? "",
+    "aria-label": "vector",
+    oninput: () => put(area.value, false),
+    onchange: committed,
+  });
+  const error = el("div.loha-error", { role: "status" });
+  const element = el("div.loha-equaliser", {}, el("div.loha-row", {}, title, presets), plot, groups, area, error);
+
+  const hosted = host(node, name, element, {
+    value: spec[1]?.default ?? "",
+    read: (found) => String(found ?? ""),
+    height: () => HEIGHT,
+    grows: true,
+    show: (value) => put(value),
+  });
+
+  /** A new vector, from wherever: the server tells what it means. */
+  function put(/** @type {string} */ value, typed = true) {
+    hosted.set(value);
+    if (typed && area.value !== value) area.value = value;
+    query();
+  }
+
+  let asking = false, asked = "";
+  async function query() {
+    const chosen = valueOf(node, "family") ?? "auto";
+    const wanted = { family: chosen === "auto" ? learned : chosen, preset: valueOf(node, "preset") ?? "ALL", vector: hosted.get() };
+    const key = JSON.stringify(wanted);
+    if (asking || key === asked) return; // whoever is asking looks again afterwards
+    asking = true;
+    try {
+      bars = await ask("blocks", wanted);
+      error.textContent = "";
+      asked = key;
+    } catch (reason) {
+      error.textContent = String(/** @type {Error} */ (reason).message);
+      asked = key;
+    }
+    asking = false;
+    if (!dragging) draw();
+    query();
+  }
+
+  let dragging = false;
+  /** Bars by label, kept while the labels stay the same so that focus and presses last. */
+  let drawn = "";
+  function draw() {
+    const labels = Object.keys(bars.values);
+    title.textContent = bars.family ?? "parts of any model";
+    title.title = bars.family ? "" : "For a bar per block choose the family, or run once with the model connected.";
+    if (labels.join() !== drawn) {
+      drawn = labels.join();
+      plot.replaceChildren(...labels.map(drawBar));
+      const parts = [...new Set(labels.map(partOf))];
+      groups.replaceChildren(...parts.map((part) => drawGroup(part, labels.filter((label) => partOf(label) === part))));
+      element.style.setProperty("--zero", `${(-LOW / (HIGH - LOW)) * 100}%`);
+      element.style.setProperty("--one", `${((1 - LOW) / (HIGH - LOW)) * 100}%`);
+    }
+    labels.forEach((label, index) => showBar(/** @type {HTMLElement} */ (plot.children[index]), bars.values[label]));
+  }
+
+  function showBar(/** @type {HTMLElement} */ bar, /** @type {number} */ value) {
+    const [from, to] = [Math.min(0, value), Math.max(0, value)].map((v) => ((clamp(v, LOW, HIGH) - LOW) / (HIGH - LOW)) * 100);
+    const fill = /** @type {HTMLElement} */ (bar.firstElementChild);
+    Object.assign(fill.style, { bottom: `${from}%`, height: `${Math.max(to - from, 1)}%` });
+    fill.classList.toggle("negative", value < 0);
+    bar.classList.toggle("beyond", value < LOW || value > HIGH);
+    bar.setAttribute("aria-valuenow", text(value));
+    bar.title = `${bar.getAttribute("aria-label")}: ${text(value)}`;
+  }
+
+  /** A press or key on a bar or group changes the values of its labels. */
+  function control(/** @type {HTMLElement} */ handle, /** @type {string[]} */ labels, /** @type {boolean} */ jumps) {
+    onDrag(handle, (event) => {
+      const box = plot.getBoundingClientRect();
+      const unit = (HIGH - LOW) / box.height;
+      const before = labels.map((label) => bars.values[label]);
+      let y = event.clientY, moved = 0;
+      const jump = jumps && !event.shiftKey ? HIGH - (y - box.top) * unit - before[0] : 0;
+      const change = (/** @type {PointerEvent} */ e) =>
+        assign(labels, before.map((value) => clamp(snap(value + jump + moved, e.shiftKey ? FINE : STEP), LOW, HIGH)));
+      handle.focus();
+      dragging = true;
+      if (jumps && !event.shiftKey) change(event);
+      return {
+        move(e) {
+          moved += (y - e.clientY) * unit * (e.shiftKey ? 0.2 : 1);
+          y = e.clientY;
+          change(e);
+        },
+        end() {
+          dragging = false;
+          query();
+          committed();
+        },
+      };
+    });
+    handle.addEventListener("dblclick", () => {
+      assign(labels, labels.map(() => 1));
+      committed();
+    });
+    handle.addEventListener("keydown", (event) => {
+      const beside = { ArrowLeft: "previousElementSibling", ArrowRight: "nextElementSibling" }[event.key];
+      const to = { Home: 0, End: 1 }[event.key];
+      const next = labels.map((label) => to ?? stepped(event, bars.values[label]));
+      if (beside) handle[beside]?.focus();
+      else if (next[0] === undefined) return;
+      else {
+        assign(labels, /** @type {number[]} */ (next));
+        committed();
+      }
+      event.preventDefault();
+    });
+  }
+
+  function drawBar(/** @type {string} */ label, /** @type {number} */ index) {
+    const bar = el("div.loha-bar", { role: "slider", tabIndex: index ? -1 : 0, "aria-label": label, "aria-valuemin": LOW, "aria-valuemax": HIGH, "aria-orientation": "vertical" }, el("div.loha-fill"));
+    if (index && partOf(label) !== partOf(Object.keys(bars.values)[index - 1])) bar.classList.add("first");
+    control(bar, [label], true);
+    return bar;
+  }
+
+  function drawGroup(/** @type {string} */ part, /** @type {string[]} */ labels) {
+    const handle = el("button.loha-button", { type: "button", textContent: part, title: `All of ${part}: drag up or down, double-click for 1`, "aria-label": `all of ${part}`, style: `flex:${part === "BASE" ? 2.2 : labels.length} 0 0` });
+    control(handle, labels, false);
+    return handle;
+  }
+
+  /** Show new values at once, and write the vector that means them. */
+  function assign(/** @type {string[]} */ labels, /** @type {number[]} */ values) {
+    const all = Object.keys(bars.values);
+    labels.forEach((label, index) => {
+      bars.values[label] = values[index];
+      showBar(/** @type {HTMLElement} */ (plot.children[all.indexOf(label)]), values[index]);
+    });
+    put(bars.listed ? numbers(labels) : named());
+  }
+
+  /** The bars as numbers: those that the vector lists if that is enough for what has changed, else of all blocks. */
+  function numbers(changed = Object.keys(bars.values)) {
+    const listed = bars.listed && changed.every((label) => bars.listed?.includes(label)) ? bars.listed : Object.keys(bars.values);
+    return listed.map((label) => text(bars.values[label])).join(",");
+  }
+
+  /** The bars by name, as far as they differ from the preset: "OUT=0.5, IN04-IN08=0". */
+  function named() {
+    const { values, start } = bars;
+    const written = [];
+    const labels = Object.keys(values);
+    for (let first = 0; first < labels.length; ) {
+      const part = partOf(labels[first]);
+      const end = (/** @type {(label: string) => boolean} */ fits) => {
+        let last = first;
+        while (last + 1 < labels.length && partOf(labels[last + 1]) === part && fits(labels[last + 1])) last++;
+        return last;
+      };
+      const value = values[labels[first]];
+      const last = end((label) => values[label] === value);
+      const whole = (first === 0 || partOf(labels[first - 1]) !== part) && last === end(() => true);
+      const differs = labels.slice(first, last + 1).some((label) => values[label] !== start?.[label]);
+      const range = first === last ? labels[first] : `${labels[first]}-${part}${numberOf(labels[last])}`;
+      if (differs) written.push(`${whole ? part : range}=${text(value)}`);
+      first = last + 1;
+    }
+    return written.join(", ");
+  }
+
+  after(node, "onConfigure", query);
+  node.lohaCreated = () => {
+    for (const other of ["preset", "family"]) {
+      after(node.widgets.find((/** @type {any} */ widget) => widget.name === other), "callback", query);
+    }
+    query();
+  };
+  const onExecuted = node.onExecuted;
+  node.onExecuted = function (/** @type {any} */ output) {
+    onExecuted?.apply(this, arguments);
+    learned = output?.layout?.[0] ?? "auto";
+    query();
+  };
+  return { widget: hosted.widget, minWidth: 400 };
+}

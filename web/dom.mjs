@@ -1,0 +1,114 @@
+// The page's elements: building them, dragging in them, and a dialog. Text goes in as text, never as markup.
+
+const sheet = document.createElement("link");
+sheet.rel = "stylesheet";
+sheet.href = new URL("./loha.css", import.meta.url).href;
+document.head.append(sheet);
+
+/**
+ * An element with properties (on… are listeners, others that the element lacks become attributes) and children.
+ *
+ * @param {string} tag "div" or "div.class.other"
+ * @param {Record<string, any>} [properties]
+ * @param {...(Node | string)} children
+ * @returns {any} the element
+ */
+export function el(tag, properties = {}, ...children) {
+  const [name, ...classes] = tag.split(".");
+  const element = document.createElement(name);
+  element.classList.add(...classes);
+  for (const [key, value] of Object.entries(properties)) {
+    if (key.startsWith("on")) element.addEventListener(key.slice(2), value);
+    else if (key in element) element[key] = value;
+    else element.setAttribute(key, value);
+  }
+  element.append(...children);
+  return element;
+}
+
+/**
+ * Follow a press of the main button until it ends. Nothing behind the element sees it, so that no node moves.
+ *
+ * @param {HTMLElement} element
+ * @param {(event: PointerEvent) => ({move(event: PointerEvent): void, end?(event: PointerEvent): void} | undefined)} start
+ *   what to do from here on; undefined leaves the press alone
+ */
+export function onDrag(element, start) {
+  element.addEventListener("pointerdown", (event) => {
+    if (event.button !== 0) return;
+    const drag = start(event);
+    if (!drag) return;
+    element.setPointerCapture(event.pointerId);
+    const move = (/** @type {PointerEvent} */ e) => drag.move(e);
+    const end = (/** @type {PointerEvent} */ e) => {
+      element.removeEventListener("pointermove", move);
+      for (const type of ["pointerup", "pointercancel"]) element.removeEventListener(type, end);
+      drag.end?.(e);
+    };
+    element.addEventListener("pointermove", move);
+    for (const type of ["pointerup", "pointercancel"]) element.addEventListener(type, end);
+  });
+}
+
+/**
+ * A dialog near an element. Escape and a press outside close it; it then leaves the page.
+ *
+ * @param {string} title
+ * @param {HTMLElement} anchor
+ * @param {...Node} content
+ * @returns {HTMLDialogElement}
+ */
+export function openDialog(title, anchor, ...content) {
+  const close = el("button.loha-icon", { type: "button", textContent: "✕", title: "Close", onclick: () => dialog.close() });
+  const dialog = el("dialog.loha-dialog", {}, el("header", {}, el("b", { textContent: title }), close), ...content);
+  dialog.setAttribute("aria-label", title);
+  isolate(dialog);
+  dialog.addEventListener("pointerdown", (event) => {
+    const box = dialog.getBoundingClientRect();
+    const inside = event.clientX >= box.left && event.clientX <= box.right && event.clientY >= box.top && event.clientY <= box.bottom;
+    if (event.target === dialog && !inside) dialog.close();
+  });
+  dialog.addEventListener("close", () => dialog.remove());
+  document.body.append(dialog);
+  dialog.showModal();
+  const from = anchor.getBoundingClientRect();
+  const left = Math.min(from.left, innerWidth - dialog.offsetWidth - 8);
+  const top = Math.min(from.bottom + 4, innerHeight - dialog.offsetHeight - 8);
+  Object.assign(dialog.style, { left: `${Math.max(8, left)}px`, top: `${Math.max(8, top)}px` });
+  return dialog;
+}
+
+/**
+ * Keep presses and plain keys from what lies behind: the node would move, Delete would remove it. Keys with Ctrl or
+ * Meta pass, for undo and run.
+ *
+ * @param {HTMLElement} element
+ */
+export function isolate(element) {
+  for (const type of ["pointerdown", "pointermove", "pointerup", "mousedown"]) {
+    element.addEventListener(type, (event) => {
+      const { button, buttons } = /** @type {PointerEvent} */ (event);
+      if (button !== 1 && !(buttons & 4)) event.stopPropagation(); // the middle button pans
+    });
+  }
+  element.addEventListener("keydown", (event) => {
+    if (!event.ctrlKey && !event.metaKey) event.stopPropagation();
+  });
+}
+
+/**
+ * @param {string} text
+ * @returns {Promise<void>}
+ */
+export async function copyText(text) {
+  try {
+    await navigator.clipboard.writeText(text);
+  } catch {
+    // Pages that are not served by https have no clipboard of their own.
+    const area = el("textarea", { value: text });
+    (document.querySelector("dialog[open]") ?? document.body).append(area);
+    area.select();
+    document.execCommand("copy");
+    area.remove();
+  }
+}

@@ -1,0 +1,134 @@
+// An element as the widget of a node's input, in LiteGraph and in Nodes 2.0.
+import { app } from "../../scripts/app.js";
+import { isolate } from "./dom.mjs";
+
+const MARGIN = 4;
+
+/**
+ * @template V
+ * @typedef {object} Hosted
+ * @property {any} widget ComfyUI's widget
+ * @property {() => V} get
+ * @property {(value: V) => void} set as by the user: ComfyUI is told, the element already shows it
+ * @property {() => void} fit after the height has changed
+ */
+
+/**
+ * @template V
+ * @param {any} node
+ * @param {string} name of the input
+ * @param {HTMLElement} element
+ * @param {object} part
+ * @param {V} part.value to begin with
+ * @param {(value: any) => V} part.read what a saved workflow or another extension sets, brought to a value
+ * @param {(value: V) => void} part.show the value has changed from outside
+ * @param {() => number} part.height the least, in pixels
+ * @param {boolean} [part.grows] takes what room the node has
+ * @returns {Hosted<V>}
+ */
+export function host(node, name, element, { value, read, show, height, grows }) {
+  let current = value;
+  const frame = document.createElement("div");
+  frame.className = `loha-frame${grows ? " widget-expands" : ""}`;
+  element.classList.add("loha");
+  frame.append(element);
+  isolate(frame);
+  passOn(frame);
+
+  const widget = node.addDOMWidget(name, "loha", frame, {
+    margin: MARGIN,
+    getMinHeight: () => height() + 2 * MARGIN,
+    getMaxHeight: () => (grows ? undefined : height() + 2 * MARGIN),
+    getValue: () => current,
+    setValue(found) {
+      const next = read(found);
+      if (next === current) return;
+      current = next;
+      show(current);
+    },
+  });
+
+  const overridden = () => {
+    const link = app.graph && node.inputs?.find((input) => input.widget?.name === name)?.link;
+    // A subgraph's own input (-10) hands out this very widget; it stays usable there.
+    const linked = link != null && node.graph?.getLink?.(link)?.origin_id !== -10;
+    frame.inert = linked;
+    frame.toggleAttribute("data-overridden", linked);
+  };
+  after(node, "onConnectionsChange", overridden);
+  after(node, "onConfigure", overridden);
+
+  /** The node grows with its widget, and shrinks with it as long as nobody has made it larger. */
+  let before = 0;
+  const fit = () => {
+    frame.style.minHeight = `${height()}px`;
+    if (before && !LiteGraph.vueNodesMode && node.graph) {
+      const spare = Math.max(0, node.size[1] - (node.computeSize()[1] - height() + before));
+      node.setSize([node.size[0], node.computeSize()[1] + (spare > 4 ? spare : 0)]);
+    }
+    before = height();
+    app.graph?.setDirtyCanvas?.(true, true);
+  };
+  fit();
+  return {
+    widget,
+    get: () => current,
+    set(next) {
+      if (next === current) return;
+      current = next;
+      widget.callback?.(next);
+    },
+    fit,
+  };
+}
+
+/** Wheel and middle button over a widget mean the canvas; Nodes 2.0 passes them on itself. */
+function passOn(/** @type {HTMLElement} */ frame) {
+  frame.addEventListener("wheel", (event) => {
+    const list = /** @type {HTMLElement} */ (event.target).closest?.(".loha-scrolls, textarea");
+    if (list && list.scrollHeight > list.clientHeight && !event.ctrlKey) return event.stopPropagation();
+    if (LiteGraph.vueNodesMode) return;
+    event.preventDefault();
+    app.canvas.processMouseWheel(event);
+  });
+  const forward = { pointerdown: "processMouseDown", pointermove: "processMouseMove", pointerup: "processMouseUp" };
+  for (const [type, process] of Object.entries(forward)) {
+    frame.addEventListener(type, (event) => {
+      const { button, buttons } = /** @type {PointerEvent} */ (event);
+      if ((button === 1 || buttons & 4) && !LiteGraph.vueNodesMode) app.canvas[process](event);
+    });
+  }
+}
+
+/**
+ * Call `then` after a method of an object, whether or not it has one.
+ *
+ * @param {any} object
+ * @param {string} method
+ * @param {() => void} then
+ */
+export function after(object, method, then) {
+  const first = object[method];
+  object[method] = function () {
+    const result = first?.apply(this, arguments);
+    then();
+    return result;
+  };
+}
+
+/** Another widget's value. */
+export const valueOf = (/** @type {any} */ node, /** @type {string} */ name) =>
+  node.widgets?.find((/** @type {any} */ widget) => widget.name === name)?.value;
+
+/** Set another widget as its own controls do. */
+export function setValue(/** @type {any} */ node, /** @type {string} */ name, /** @type {any} */ value) {
+  const widget = node.widgets?.find((/** @type {any} */ found) => found.name === name);
+  if (!widget || widget.value === value) return;
+  widget.value = value;
+  widget.callback?.(value);
+}
+
+/** A change is complete: a step for undo. ComfyUI notices by itself when a mouse button goes up. */
+export function committed() {
+  app.extensionManager?.workflow?.activeWorkflow?.changeTracker?.checkState?.();
+}

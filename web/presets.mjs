@@ -1,0 +1,86 @@
+// Block settings by name, kept with the user's other data in ComfyUI, and vectors to share.
+import { api } from "../../scripts/api.js";
+import { copyText, el, openDialog } from "./dom.mjs";
+import { committed, setValue, valueOf } from "./host.mjs";
+
+const FILE = "loha_block_presets.json";
+
+/** @typedef {{preset: string, family: string, vector: string}} Saved */
+
+/** @returns {Promise<Record<string, Saved>>} */
+async function read() {
+  const response = await api.getUserData(FILE);
+  if (response.status === 404) return {};
+  if (!response.ok) throw new Error(`the server answered ${response.status}`);
+  return response.json();
+}
+
+/**
+ * @param {HTMLElement} anchor
+ * @param {any} node
+ * @param {{vector: string, numbers(): string, apply(vector: string): void}} equaliser
+ */
+export async function openPresets(anchor, node, equaliser) {
+  const list = el("div.loha-choices.loha-scrolls");
+  const error = el("div.loha-error", { role: "status" });
+  const name = el("input.loha-filter", { type: "text", placeholder: "Name for the present setting", "aria-label": "name" });
+  const save = el("button.loha-button", { type: "submit", textContent: "Save" });
+  const copy = el("button.loha-button", {
+    type: "button",
+    textContent: "Copy as numbers",
+    title: "One number per block, as block-weight tools write them; paste it into a vector",
+    async onclick() {
+      await copyText(equaliser.numbers());
+      copy.classList.add("copied");
+    },
+  });
+  const form = el("form.loha-row", { onsubmit: store }, name, save);
+  const dialog = openDialog("Block presets", anchor, list, form, el("footer", {}, copy), error);
+
+  const attempt = async (/** @type {() => Promise<void>} */ action) => {
+    try {
+      await action();
+      error.textContent = "";
+    } catch (reason) {
+      error.textContent = String(/** @type {Error} */ (reason).message);
+    }
+  };
+  /** Read, change, write: another tab may have saved one, too. */
+  const change = (/** @type {(saved: Record<string, Saved>) => void} */ edit) =>
+    attempt(async () => {
+      const saved = await read();
+      edit(saved);
+      await api.storeUserData(FILE, saved);
+      show(saved);
+    });
+  function store(/** @type {Event} */ event) {
+    event.preventDefault();
+    const key = name.value.trim();
+    if (!key) return;
+    const now = { preset: valueOf(node, "preset"), family: valueOf(node, "family"), vector: equaliser.vector };
+    change((saved) => (saved[key] = now));
+    name.value = "";
+  }
+  function show(/** @type {Record<string, Saved>} */ saved) {
+    const names = Object.keys(saved).sort();
+    list.replaceChildren(...names.map((key) => el("div.loha-row", {}, choice(key, saved[key]), removal(key))));
+    if (!names.length) list.append(el("small", { textContent: "none saved yet" }));
+  }
+  const choice = (/** @type {string} */ key, /** @type {Saved} */ { preset, family, vector }) =>
+    el("button.loha-button.loha-wide", {
+      type: "button",
+      textContent: key,
+      title: `${preset} ${family} ${vector}`,
+      onclick() {
+        setValue(node, "preset", preset);
+        setValue(node, "family", family);
+        equaliser.apply(String(vector ?? ""));
+        dialog.close();
+        committed();
+      },
+    });
+  const removal = (/** @type {string} */ key) =>
+    el("button.loha-icon", { type: "button", title: `Remove ${key}`, "aria-label": `remove ${key}`, onclick: () => change((saved) => delete saved[key]) }, el("i.pi.pi-times"));
+
+  await attempt(async () => show(await read()));
+}

@@ -1,0 +1,212 @@
+// Stack: rows of adapters. The node's value is one string, the rows as JSON.
+import { adapterNames, split } from "./adapters.mjs";
+import { chooseAdapters, showInfo } from "./chooser.mjs";
+import { el, onDrag } from "./dom.mjs";
+import { after, committed, host } from "./host.mjs";
+import { clamp, numberField, parse } from "./number.mjs";
+
+const ROW = 28, HEAD = 32, LEAST_ROWS = 1, MOST_ROWS = 8;
+
+/**
+ * @typedef {object} Row
+ * @property {boolean} on
+ * @property {string} name
+ * @property {number} strength_model
+ * @property {number} [strength_clip] the model's counts if it is missing
+ */
+
+/**
+ * @param {any} node
+ * @param {string} name
+ * @param {any} spec
+ */
+export function stackWidget(node, name, spec) {
+  /** @type {Row[]} */
+  let rows = [];
+  let two = false; // a strength for each network
+  let problem = "";
+  /** @type {Set<string> | undefined} */
+  let known;
+
+  const all = el("input.loha-switch", {
+    type: "checkbox",
+    title: "All on or off",
+    "aria-label": "all on or off",
+    onchange() {
+      for (const row of rows) row.on = all.checked;
+      changed();
+    },
+  });
+  const count = el("span.loha-count");
+  const both = button("M|C", "A strength for the model and another for the text encoders", () => {
+    two = !two;
+    for (const row of rows) {
+      if (two) row.strength_clip ??= row.strength_model;
+      else delete row.strength_clip;
+    }
+    changed();
+  });
+  const add = button("+ Add", "Add adapters", () =>
+    chooseAdapters(add, true, (names) => {
+      for (const chosen of names) {
+        rows.push({ on: true, name: chosen, strength_model: 1, ...(two ? { strength_clip: 1 } : {}) });
+      }
+      changed();
+      list.scrollTop = list.scrollHeight;
+    }),
+  );
+  const list = el("div.loha-rows.loha-scrolls", { role: "list" });
+  const element = el("div.loha-stack", {}, el("div.loha-row", {}, all, count, both, add), list);
+
+  const hosted = host(node, name, element, {
+    value: spec[1]?.default ?? "[]",
+    read: (found) => (typeof found === "string" ? found : JSON.stringify(found ?? [])),
+    height: () => HEAD + ROW * clamp(rows.length, LEAST_ROWS, MOST_ROWS),
+    grows: true,
+    show: load,
+  });
+
+  const store = () => hosted.set(JSON.stringify(rows));
+  /** After a change other than that of a strength, which its field shows by itself. */
+  const changed = (focused = -1) => {
+    store();
+    draw(focused);
+    committed();
+  };
+
+  function load(/** @type {string} */ value) {
+    const found = understand(value);
+    problem = found ? "" : "not a list of rows; adding one replaces it";
+    rows = found ?? [];
+    if (rows.length) two = rows.some((row) => row.strength_clip !== undefined);
+    draw();
+  }
+
+  /** @param {number} focused row that gets the focus; that of the focused one if it is negative */
+  function draw(focused = -1) {
+    const active = /** @type {HTMLElement | null} */ (list.contains(document.activeElement) ? document.activeElement : null);
+    const at = focused < 0 ? [...list.children].findIndex((row) => row.contains(active)) : focused;
+    list.replaceChildren(...rows.map(drawRow));
+    if (!rows.length) list.append(el("div.loha-empty", { textContent: problem || "Add adapters to apply them together." }));
+    const part = active?.dataset.part;
+    if (part) /** @type {HTMLElement | null} */ (list.children[Math.min(at, rows.length - 1)]?.querySelector(`[data-part=${part}]`))?.focus();
+
+    const on = rows.filter((row) => row.on).length;
+    all.checked = on > 0 && on === rows.length;
+    all.indeterminate = on > 0 && on < rows.length;
+    all.disabled = !rows.length;
+    count.textContent = rows.length ? `${on} of ${rows.length} on` : "";
+    both.setAttribute("aria-pressed", String(two));
+    mark();
+    hosted.fit();
+  }
+
+  function drawRow(/** @type {Row} */ row, /** @type {number} */ index) {
+    const [folder, stem] = split(row.name);
+    const strength = (/** @type {"strength_model" | "strength_clip"} */ key, /** @type {string} */ label) => {
+      const set = (/** @type {number} */ value) => {
+        row[key] = value;
+        store();
+      };
+      const field = numberField(`${label} of ${stem}`, set, committed);
+      field.show(row[key] ?? row.strength_model);
+      return field.element;
+    };
+    const move = (/** @type {KeyboardEvent} */ event) => {
+      const to = index + ({ ArrowUp: -1, ArrowDown: 1 }[event.key] ?? NaN);
+      if (!(to >= 0 && to < rows.length)) return;
+      event.preventDefault();
+      rows.splice(to, 0, ...rows.splice(index, 1));
+      changed(to);
+    };
+    const replace = () => chooseAdapters(title, false, ([chosen]) => ((row.name = chosen), changed()));
+    const toggle = () => ((row.on = !row.on), changed());
+    const remove = () => (rows.splice(index, 1), changed());
+    const title = button(stem, row.name, replace, "name");
+    if (folder) title.append(el("small", { textContent: folder }));
+    const line = el(
+      "div.loha-row.loha-stack-row",
+      { role: "listitem" },
+      el("button.loha-icon.loha-grip", { type: "button", title: "Drag to reorder, or ↑ ↓", "aria-label": `reorder ${stem}`, onkeydown: move, "data-part": "grip" }, el("i.pi.pi-ellipsis-v")),
+      el("input.loha-switch", { type: "checkbox", checked: row.on, title: "On or off", "aria-label": `${stem} on`, onchange: toggle, "data-part": "on" }),
+      title,
+      strength("strength_model", two ? "model strength" : "strength"),
+      ...(two ? [strength("strength_clip", "clip strength")] : []),
+      icon("pi-info-circle", `About ${stem}`, (event) => showInfo(event.currentTarget, row.name), "info"),
+      icon("pi-times", `Remove ${stem}`, remove, "remove"),
+    );
+    line.classList.toggle("off", !row.on);
+    return line;
+  }
+
+  /** Adapters that the server does not have. */
+  function mark() {
+    for (const [index, row] of rows.entries()) {
+      const missing = Boolean(known && !known.has(row.name));
+      list.children[index].classList.toggle("missing", missing);
+      const title = /** @type {HTMLElement} */ (list.children[index].querySelector("[data-part=name]"));
+      title.title = missing ? `${row.name}: not in models/loras. Click to choose another.` : row.name;
+    }
+  }
+
+  // The list has the capture: a row that moves in the page would lose it.
+  onDrag(list, (event) => {
+    const line = /** @type {HTMLElement} */ (event.target).closest(".loha-grip")?.closest(".loha-stack-row");
+    if (!line) return undefined;
+    let at = [...list.children].indexOf(line);
+    const from = at;
+    line.classList.add("dragged");
+    return {
+      move(e) {
+        const box = list.getBoundingClientRect();
+        const y = (e.clientY - box.top) * (list.offsetHeight / box.height);
+        list.scrollTop += y < ROW / 2 ? -8 : y > list.offsetHeight - ROW / 2 ? 8 : 0;
+        const to = clamp(Math.floor((y + list.scrollTop) / ROW), 0, rows.length - 1);
+        if (to === at) return;
+        rows.splice(to, 0, ...rows.splice(at, 1));
+        list.insertBefore(line, list.children[to > at ? to + 1 : to] ?? null);
+        at = to;
+      },
+      end() {
+        line.classList.remove("dragged");
+        if (at !== from) changed();
+      },
+    };
+  });
+
+  const learn = () => adapterNames().then((names) => ((known = names), mark()), () => {});
+  window.addEventListener("loha-adapters", learn);
+  after(node, "onRemoved", () => window.removeEventListener("loha-adapters", learn));
+  learn();
+  load(hosted.get());
+  return { widget: hosted.widget, minWidth: 340 };
+}
+
+/**
+ * The rows that a value stands for; undefined if it is not a list of rows. The server says what is wrong with it.
+ *
+ * @param {string} value
+ * @returns {Row[] | undefined}
+ */
+export function understand(value) {
+  try {
+    const found = JSON.parse(value || "[]");
+    if (!Array.isArray(found) || !found.every((row) => typeof row?.name === "string")) return undefined;
+    return found.map(({ on, name, strength_model, strength_clip }) => ({
+      on: on !== false,
+      name,
+      strength_model: parse(strength_model) ?? 1,
+      ...(strength_clip === undefined ? {} : { strength_clip: parse(strength_clip) ?? 1 }),
+    }));
+  } catch {
+    return undefined;
+  }
+}
+
+function button(/** @type {string} */ label, /** @type {string} */ title, /** @type {() => void} */ onclick, part = "") {
+  return el("button.loha-button", { type: "button", title, onclick, "data-part": part }, el("span", { textContent: label }));
+}
+
+function icon(/** @type {string} */ name, /** @type {string} */ title, /** @type {(event: any) => void} */ onclick, part = "") {
+  return el("button.loha-icon", { type: "button", title, "aria-label": title, onclick, "data-part": part }, el(`i.pi.${name}`));
+}
