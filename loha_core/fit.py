@@ -3,9 +3,12 @@
 With the right factors held, ‖ΔW − (A₁B₁)∘(A₂B₂)‖² falls apart into the rows of A₁ and A₂: row o is the vector
 a₁⊗a₂ (r²,) that best combines the rows of K, the Khatri–Rao product of B₁ and B₂. All that it needs of ΔW = UV and K
 are KKᵀ (r², r²) and ΔW·Kᵀ = U(VKᵀ) (o, r²), so that nothing o×i is ever built. The columns go likewise. A row's
-problem, too, alternates between a₁ and a₂, each linear, of r unknowns. It has poor local minima, which most random
-starts end in; so every row also tries the combination without the constraint, whose leading singular pair is a₁, a₂:
-once the other side is right, that is the answer at once. Each row keeps the best it has seen: the error never rises.
+problem, too, alternates between a₁ and a₂, each linear, of r unknowns.
+
+Two things lead out of the poor local minima in which most random starts end. Every row also tries the combination
+without the constraint, whose leading singular pair is a₁, a₂: once the other side is right, that is the answer at
+once. And where rows and columns have settled into camps that follow different solutions, a few steps that look only
+at the better half of each let one camp win (least trimmed squares).
 """
 
 from __future__ import annotations
@@ -22,6 +25,7 @@ from .factors import LoHaFactors
 _EXACT = 1e-7  # relative error at which there is nothing left to do
 _RIDGE = 1e-11  # of a Gram matrix's mean diagonal; keeps degenerate rows solvable
 _CHUNK = 1 << 22  # elements of the largest temporary, (rows, r, r, r)
+_SAMPLE = 320  # rows and columns that starts are tried on, at least; with fewer there are more local minima
 
 
 class Fit(NamedTuple):
@@ -48,32 +52,35 @@ def fit(u: Tensor, v: Tensor, rank: int, *, seed: int = 0, starts: int = 12, ite
     Args:
         u, v: (o, R), (R, n).
         seed: of the random starts.
-        starts: random starts at most; they are tried on some rows and columns only.
-        iterations: of the two best on all rows and columns.
+        starts: random starts at most, where the update may be a LoHa of this rank exactly; two where it cannot.
+        iterations: on all rows and columns, of the better start.
 
     Returns:
         factors in the dtype of u, with alpha = rank. ``lora_error`` is the error of the best LoRA of rank 2r, which
         has as many parameters.
     """
-    dtype = u.dtype
     left, sigma, right = lowrank.svd(u, v)
     tails = torch.cat([sigma.square().flip(0).cumsum(0).flip(0), sigma.new_zeros(1)])
-    total = float(tails[0])
-    svd_error, lora_error = (float(tails[min(k, len(sigma))] / total) ** 0.5 for k in (rank, 2 * rank))
-    kept = max(1, int((tails > 1e-18 * total).sum()))
-    size = total**0.5
+    size = float(tails[0]) ** 0.5
+    if size == 0:
+        zeros = [torch.zeros_like(side[:, :1]).expand(-1, rank) for side in (u, v.T)]
+        return Fit(LoHaFactors(zeros[0], zeros[1].T, zeros[0], zeros[1].T, alpha=rank), 0.0, 0.0, 0.0)
+    # A LoHa of rank r has matrix rank r² at most: what lies beyond is lost in any case.
+    svd_error, lora_error, floor = (float(tails[min(k, len(sigma))]) ** 0.5 / size for k in (rank, 2 * rank, rank**2))
+    kept = max(1, int((tails > 1e-18 * size**2).sum()))
     x, y = left[:, :kept] * (sigma[:kept] / size).sqrt(), right[:kept].T * (sigma[:kept] / size).sqrt()
     random = torch.Generator().manual_seed(seed)
-    found = _truncated(left, sigma / size, right, rank, random)
-    error = svd_error
+    found, error = _truncated(left, sigma / size, right, rank, random), svd_error
     if error > _EXACT:
-        found, error = _descend(x, y, found, 6)
-        if error > _EXACT:
-            other, other_error = _descend(x, y, _started(x, y, rank, starts, random), 6)
-            if other_error < error:
-                found, error = other, other_error
+        may_be_exact = floor < 1e-2 or bool(sigma[rank**2 - 1] > 3 * sigma[rank**2])
+        may_be_exact = may_be_exact and rank**2 < min(len(x), len(y))
+        other, other_error = _started(x, y, rank, starts if may_be_exact else 2, 1.5 * floor + 1e-4, random)
+        if other_error > _EXACT:
+            found, error = _descend(x, y, found, 8, error)
+        if other_error < error:
+            found, error = other, other_error
         found, error = _descend(x, y, found, iterations, error)
-    return Fit(_as_factors(found, size, rank, dtype), error, svd_error, lora_error)
+    return Fit(_as_factors(found, size, rank, u.dtype), error, svd_error, lora_error)
 
 
 def _truncated(left: Tensor, sigma: Tensor, right: Tensor, rank: int, random: torch.Generator) -> Halves:
@@ -87,28 +94,32 @@ def _truncated(left: Tensor, sigma: Tensor, right: Tensor, rank: int, random: to
     return Halves(a1, a2, b1, b2)
 
 
-def _started(x: Tensor, y: Tensor, rank: int, starts: int, random: torch.Generator) -> Halves:
+def _started(
+    x: Tensor, y: Tensor, rank: int, starts: int, goal: float, random: torch.Generator
+) -> tuple[Halves, float]:
     """The best of several random starts, tried on some rows and columns, then carried over to all."""
-    count = max(64, 3 * rank**2)
-    rows, columns = (_sampled(side, count, random) for side in (x, y))
+    rows, columns = (_sampled(side, max(_SAMPLE, 3 * rank**2), random) for side in (x, y))
     small_x, small_y = x[rows], y[columns]
     best, least = None, float("inf")
     for _ in range(starts):
-        sides = [
-            torch.randn(len(side), rank, generator=random, dtype=x.dtype)
-            for side in (small_x, small_x, small_y, small_y)
-        ]
-        halves, error = _descend(small_x, small_y, Halves(*sides), 80)
-        if error < least:
+        n, m = len(small_x), len(small_y)
+        halves = Halves(*(torch.randn(k, rank, generator=random, dtype=x.dtype) for k in (n, n, m, m)))
+        halves, error = _descend(small_x, small_y, halves, 60)
+        for _ in range(2 if starts > 2 else 0):
+            if error < goal:
+                break
+            halves, _ = _descend(small_x, small_y, halves, 15, share=0.5)
+            halves, error = _descend(small_x, small_y, halves, 60)
+        if best is None or error < least:
             best, least = halves, error
-        if least < 1e-4:
+        if least < goal:
             break
     assert best is not None
-    # Rows from the sampled columns, then columns from all rows.
-    sides = [torch.ones(len(side), rank, dtype=x.dtype) for side in (x, x, y, y)]
-    a1, a2, _ = _side(x, small_y, sides[0], sides[1], best.b1, best.b2, 4)
-    b1, b2, _ = _side(y, x, sides[2], sides[3], a1, a2, 4)
-    return Halves(a1, a2, b1, b2)
+    # Rows from the sampled columns, then columns from all rows, then back and forth.
+    ones = [torch.ones(len(side), rank, dtype=x.dtype) for side in (x, y)]
+    a1, a2, _ = _side(x, small_y, ones[0], ones[0], best.b1, best.b2, 4)
+    b1, b2, _ = _side(y, x, ones[1], ones[1], a1, a2, 4)
+    return _descend(x, y, Halves(a1, a2, b1, b2), 8)
 
 
 def _sampled(side: Tensor, count: int, random: torch.Generator) -> Tensor:
@@ -119,20 +130,40 @@ def _sampled(side: Tensor, count: int, random: torch.Generator) -> Tensor:
     return torch.multinomial(weight + weight.mean() * 1e-3, count, generator=random)
 
 
-def _descend(x: Tensor, y: Tensor, halves: Halves, iterations: int, error: float = 1.0) -> tuple[Halves, float]:
-    """Alternate until nothing moves. X·Yᵀ is the target; its relative error comes with the result."""
+def _descend(
+    x: Tensor, y: Tensor, halves: Halves, iterations: int, error: float = float("inf"), share: float = 1.0
+) -> tuple[Halves, float]:
+    """Alternate until nothing moves; X·Yᵀ is the target. The relative error comes with the result.
+
+    Args:
+        share: of the rows and columns that the other side is computed from: those that fit best.
+    """
     total = float(((x.T @ x) * (y.T @ y)).sum())
+    every = slice(None)
+    rows: Tensor | slice = every
+    columns: Tensor | slice = every
     slow = 0
     for _ in range(iterations):
-        a1, a2, _ = _side(x, y, halves.a1, halves.a2, halves.b1, halves.b2, 1)
+        a1, a2, change = _side(x, y[columns], halves.a1, halves.a2, halves.b1[columns], halves.b2[columns], 1)
+        if share < 1:
+            rows = _best(change, x, y[columns], share)
         (b1, a1), (b2, a2) = _orthonormal(halves.b1, a1), _orthonormal(halves.b2, a2)
-        b1, b2, change = _side(y, x, b1, b2, a1, a2, 1)
+        b1, b2, change = _side(y, x[rows], b1, b2, a1[rows], a2[rows], 1)
+        if share < 1:
+            columns = _best(change, y, x[rows], share)
         halves = Halves(a1, a2, b1, b2)
-        before, error = error, (max(0.0, total + change) / total) ** 0.5
-        slow = slow + 1 if error > before * (1 - 1e-3) else 0
-        if error < _EXACT or slow >= 3:
-            break
+        if share == 1:
+            before, error = error, (max(0.0, total + float(change.sum())) / total) ** 0.5
+            slow = slow + 1 if error > before * (1 - 1e-3) else 0
+            if error < _EXACT or slow >= 3:
+                break
     return halves, error
+
+
+def _best(change: Tensor, x: Tensor, y: Tensor, share: float) -> Tensor:
+    """The rows of X·Yᵀ with the least relative error."""
+    sizes = ((x @ (y.T @ y)) * x).sum(1).clamp_min(1e-300)
+    return (change / sizes).argsort()[: max(1, int(share * len(x)))]
 
 
 def _orthonormal(b: Tensor, a: Tensor) -> tuple[Tensor, Tensor]:
@@ -145,8 +176,8 @@ def _orthonormal(b: Tensor, a: Tensor) -> tuple[Tensor, Tensor]:
 
 def _side(
     x: Tensor, y: Tensor, a1: Tensor, a2: Tensor, b1: Tensor, b2: Tensor, sweeps: int
-) -> tuple[Tensor, Tensor, float]:
-    """New A₁, A₂ for the target X·Yᵀ and given B₁, B₂; and ‖error‖² − ‖target‖²."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """New A₁, A₂ for the target X·Yᵀ and given B₁, B₂; and each row's ‖error‖² − ‖target‖²."""
     rank = b1.shape[1]
     k = columnwise(b1.T, b2.T)
     gram = k @ k.T
@@ -164,7 +195,7 @@ def _side(
         lifted = None if free is None else free[piece].unflatten(1, (rank, rank))
         parts.append(_rows(a1[piece], a2[piece], lifted, gram, wanted[piece].unflatten(1, (rank, rank)), sweeps))
     new1, new2, changes = (torch.cat(columns) for columns in zip(*parts, strict=True))
-    return new1, new2, float(changes.sum())
+    return new1, new2, changes
 
 
 def _rows(
