@@ -8,6 +8,7 @@ from . import routes
 from .dataset import LoHaDataset
 from .info import LoHaInfo
 from .loader import LoHaApply, LoHaLoadAdapter, LoHaLoader
+from .merge import LoHaConvert, LoHaMerge, LoHaResize
 from .network import LoHaNetwork
 from .optimizer import LoHaObjective, LoHaOptimizer
 from .save import LoHaSave
@@ -33,4 +34,7 @@ class LoHaExtension(ComfyExtension):
             LoHaObjective,
             LoHaTrainer,
             LoHaSave,
+            LoHaMerge,
+            LoHaResize,
+            LoHaConvert,
         ]

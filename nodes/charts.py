@@ -49,10 +49,10 @@ def ramp(share: float) -> Color:
 
 
 class Scale:
-    """Values to heights in a panel; 0 and 1 are always in sight."""
+    """Values to heights in a panel; 0 and ``sight`` are always in sight."""
 
-    def __init__(self, values: Sequence[float], top: int, bottom: int) -> None:
-        self.low, self.high = min(0.0, *values), max(1.0, *values)
+    def __init__(self, values: Sequence[float], top: int, bottom: int, sight: float = 1.0) -> None:
+        self.low, self.high = min(0.0, *values), max(sight, *values)
         self.top, self.bottom = top, bottom
 
     def __call__(self, value: float) -> int:
@@ -62,8 +62,13 @@ class Scale:
 BAR, ROW, MOST_BARS, LEAST_WIDTH, TOP = 30, 170, 30, 460, 56
 
 
-def bars(title: str, subtitle: str, values: Mapping[str, float], notes: Sequence[str] = ()) -> torch.Tensor:
-    """A bar for each value. Labels such as IN04 are grouped by what stands before their number."""
+def bars(
+    title: str, subtitle: str, values: Mapping[str, float], notes: Sequence[str] = (), *, sight: float = 1.0
+) -> torch.Tensor:
+    """A bar for each value; ``sight`` is a value that is always in sight, and has the same colour in every chart.
+
+    Labels such as IN04 are grouped by what stands before their number.
+    """
     rows = max(1, ceil(len(values) / MOST_BARS))
     per_row = ceil(len(values) / rows)
     letters = max((len(label) for label in values if not _group(label)[1]), default=0)
@@ -73,20 +78,19 @@ def bars(title: str, subtitle: str, values: Mapping[str, float], notes: Sequence
     items = list(values.items())
     for row in range(rows):
         top = TOP + ROW * row
-        scale = Scale(list(values.values()), top + 16, top + ROW - 58)
-        _bar_row(canvas, items[row * per_row : (row + 1) * per_row], top, bar, scale)
+        scale = Scale(list(values.values()), top + 16, top + ROW - 58, sight)
+        _bar_row(canvas, items[row * per_row : (row + 1) * per_row], top, bar, scale, sight)
     for line, note in enumerate(notes):
         canvas.text((12, TOP + ROW * rows + 18 * line), note, FAINT)
     return canvas.image()
 
 
-def _bar_row(canvas: Canvas, items: list[tuple[str, float]], top: int, bar: int, scale: Scale) -> None:
+def _bar_row(canvas: Canvas, items: list[tuple[str, float]], top: int, bar: int, scale: Scale, sight: float) -> None:
     end = EDGE + bar * len(items) - 4
     canvas.draw.rectangle((EDGE, top, end, scale.bottom + 14), PANEL)
     for column, (label, value) in enumerate(items):
         x, y = EDGE + bar * column, scale(value)
-        # 1 has the same colour in every chart.
-        color = ramp(0.75 * value) if value >= 0 else NEGATIVE
+        color = ramp(0.75 * value / sight) if value >= 0 else NEGATIVE
         canvas.draw.rectangle((x + 2, min(y, scale(0)), x + bar - 6, max(y, scale(0))), color)
         beyond = y - 7 if value >= 0 else y + 7
         canvas.text((x + bar // 2 - 2, beyond), f"{value:.3g}", size=10, anchor="mm")

@@ -50,11 +50,11 @@ def norm_table(adapter: Adapter) -> dict[str, dict[str, float]]:
         squares[names.block_of(name)][names.kind_of(name)] += factors.norm() ** 2
     return {
         block: {kind: math.sqrt(value) for kind, value in squares[block].items()}
-        for block in sorted(squares, key=_block_order)
+        for block in sorted(squares, key=block_order)
     }
 
 
-def _block_order(block: str) -> tuple[int, str, int]:
+def block_order(block: str) -> tuple[int, str, int]:
     """Text encoders first, then the diffusion model's blocks from input to output."""
     stages = ("te", "down|input|double|joint", "transformer|blocks|layers", "middle", "up|output|single", "other")
     stage = next((n for n, pattern in enumerate(stages) if re.match(pattern, block)), len(stages))
