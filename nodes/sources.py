@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -13,7 +12,7 @@ import torch
 from torch import Tensor
 
 from loha_core import LoHaError
-from loha_core.training.data import Item
+from loha_core.training.data import Item, digest
 from loha_core.training.pictures import Sizes, at_latent_size, check_picture, fit
 
 # Pictures that go to the VAE together; it makes smaller batches of them where memory is short.
@@ -113,20 +112,11 @@ def _one_each(values: Sequence[Any] | None, what: str, count: int, name: str) ->
 
 def _merged(sources: Sequence[Source]) -> list[Source]:
     """What is there several times, as ComfyUI's folder nodes load '10_name', is encoded once and repeated."""
-    found: dict[Any, Source] = {}
+    found: dict[tuple[str, int], Source] = {}
     for source in sources:
-        mask = "" if source.mask is None else _digest(source.mask)
-        key = _digest(source.content), source.caption, mask, id(source.conditioning)
+        key = digest(source.content, source.mask, source.caption), id(source.conditioning)
         found[key] = replace(found[key], repeats=found[key].repeats + 1) if key in found else source
     return list(found.values())
-
-
-def _digest(*tensors: Tensor) -> str:
-    digest = hashlib.blake2b(digest_size=16)
-    for tensor in tensors:
-        digest.update(f"{tuple(tensor.shape)}".encode())
-        digest.update(tensor.detach().float().cpu().contiguous().numpy().data)
-    return digest.hexdigest()
 
 
 # --- to items -----------------------------------------------------------------------------------
@@ -165,8 +155,8 @@ def encoded(sources: Sequence[Source], vae: Any, flip: bool) -> list[Item]:
         plain = vae.encode(batch)
         mirrored = vae.encode(batch.flip(2)) if flip else [None] * len(group)
         for index, latent, flipped in zip(group, plain, mirrored, strict=True):
-            digest = _digest(sources[index].content, *_sample_of(vae))
-            items[index] = as_item(sources[index], latent, flipped, digest)
+            origin = digest(sources[index].content, *_sample_of(vae))
+            items[index] = as_item(sources[index], latent, flipped, origin)
         bar.update(len(group))
     return [items[index] for index in range(len(sources))]
 
@@ -176,7 +166,7 @@ def _sample_of(vae: Any) -> Iterable[Tensor]:
     return (parameter for parameter, _ in zip(vae.first_stage_model.parameters(), range(2), strict=False))
 
 
-def as_item(source: Source, latent: Tensor, flipped: Tensor | None = None, digest: str = "") -> Item:
+def as_item(source: Source, latent: Tensor, flipped: Tensor | None = None, origin: str = "") -> Item:
     """An item with its mask at the latent's size."""
     return Item(
         latent=latent,
@@ -188,5 +178,5 @@ def as_item(source: Source, latent: Tensor, flipped: Tensor | None = None, diges
         conditioning=source.conditioning,
         repeats=source.repeats,
         name=source.name,
-        source=digest,
+        source=origin,
     )

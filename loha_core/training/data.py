@@ -152,14 +152,12 @@ class Dataset:
         Names do not count: they are for people, and two copies of a folder are one dataset.
         """
         if not self._fingerprint:
-            digest = hashlib.blake2b(digest_size=16)
-            _hash(asdict(self.captions), digest)
-            for item in self.items:
-                stored = {each.name: getattr(item, each.name) for each in fields(item) if each.name != "name"}
-                if item.source:
-                    stored |= {"latent": item.latent.shape, "flipped": item.flipped is None}
-                _hash(stored, digest)
-            self._fingerprint = digest.hexdigest()
+            stored = [{each.name: getattr(item, each.name) for each in fields(item)} for item in self.items]
+            for values in stored:
+                del values["name"]
+                if values["source"]:
+                    values |= {"latent": values["latent"].shape, "flipped": values["flipped"] is None}
+            self._fingerprint = digest(asdict(self.captions), stored)
         return self._fingerprint
 
 
@@ -308,17 +306,24 @@ def _tensors(value: Any) -> Iterator[Tensor]:
             yield from _tensors(child)
 
 
-def _hash(value: Any, digest: Any) -> None:
+def digest(*values: Any) -> str:
+    """A hash of nested tensors, numbers and strings: 32 hexadecimal digits, the same in every process."""
+    hashed = hashlib.blake2b(digest_size=16)
+    _hash(values, hashed.update)
+    return hashed.hexdigest()
+
+
+def _hash(value: Any, update: Callable[[Any], None]) -> None:
     if isinstance(value, Tensor):
-        digest.update(f"{value.dtype} {tuple(value.shape)}".encode())
+        update(f"{value.dtype} {tuple(value.shape)}".encode())
         stored = value.detach().cpu().contiguous()
         if size := stored.numel() * stored.element_size():  # torch needs no numpy, and neither do we
-            digest.update((ctypes.c_char * size).from_address(stored.data_ptr()))
+            update((ctypes.c_char * size).from_address(stored.data_ptr()))
     elif isinstance(value, (list, tuple, dict)):
-        digest.update(f"{type(value).__name__} {len(value)}".encode())
+        update(f"{type(value).__name__} {len(value)}".encode())
         for child in value.items() if isinstance(value, dict) else value:
-            _hash(child, digest)
+            _hash(child, update)
     elif value is None or isinstance(value, (str, int, float)):
-        digest.update(f"{type(value).__name__} {value!r};".encode())
+        update(f"{type(value).__name__} {value!r};".encode())
     else:  # hooks and other objects: an address would differ in each process
-        digest.update(type(value).__name__.encode())
+        update(type(value).__name__.encode())
