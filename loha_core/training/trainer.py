@@ -348,9 +348,15 @@ class Trainer:
         Raises:
             LoHaError: it belongs to another run: other data, network or settings.
         """
-        if self.folder is None or not (self.folder / STATE).is_file():
+        if self.folder is None:
             return False
+        if self._rank == 0:
+            for name in (STATE, HISTORY):
+                for left in self.folder.glob(f".{name}.*.tmp"):  # by a run that was killed amid a save
+                    left.unlink(missing_ok=True)
         path = self.folder / STATE
+        if not path.is_file():
+            return False
         state = checkpoint.load(path)
         then, now = state.get("identity", {}), self.identity
         differing = [
