@@ -24,7 +24,6 @@ from .factors import LoHaFactors
 
 _EXACT = 1e-7  # relative error at which there is nothing left to do
 _RIDGE = 1e-11  # of a Gram matrix's mean diagonal; keeps degenerate rows solvable
-_CHUNK = 1 << 22  # elements of the largest temporary, (rows, r, r, r)
 _SAMPLE = 320  # rows and columns that starts are tried on, at least; with fewer there are more local minima
 
 
@@ -74,12 +73,14 @@ def fit(u: Tensor, v: Tensor, rank: int, *, seed: int = 0, starts: int = 12, ite
     if error > _EXACT:
         may_be_exact = floor < 1e-2 or bool(sigma[rank**2 - 1] > 3 * sigma[rank**2])
         may_be_exact = may_be_exact and rank**2 < min(len(x), len(y))
-        other, other_error = _started(x, y, rank, starts if may_be_exact else 2, 1.5 * floor + 1e-4, random)
-        if other_error > _EXACT:
-            found, error = _descend(x, y, found, 8, error)
-        if other_error < error:
-            found, error = other, other_error
-        found, error = _descend(x, y, found, iterations, error)
+        goal = max(_EXACT, floor * (1 + 1e-3))
+        found, error = _descend(x, y, found, 8, error, goal)
+        # Far below the svd's error after a few steps, it is on its way to the best there is.
+        if error > max(2 * floor, 0.1 * svd_error):
+            other, other_error = _started(x, y, rank, starts if may_be_exact else 2, 1.5 * floor + 1e-4, random)
+            if other_error < error:
+                found, error = other, other_error
+        found, error = _descend(x, y, found, iterations, error, goal)
     return Fit(_as_factors(found, size, rank, u.dtype), error, svd_error, lora_error)
 
 
@@ -104,12 +105,12 @@ def _started(
     for _ in range(starts):
         n, m = len(small_x), len(small_y)
         halves = Halves(*(torch.randn(k, rank, generator=random, dtype=x.dtype) for k in (n, n, m, m)))
-        halves, error = _descend(small_x, small_y, halves, 60)
+        halves, error = _descend(small_x, small_y, halves, 60, goal=goal)
         for _ in range(2 if starts > 2 else 0):
             if error < goal:
                 break
             halves, _ = _descend(small_x, small_y, halves, 15, share=0.5)
-            halves, error = _descend(small_x, small_y, halves, 60)
+            halves, error = _descend(small_x, small_y, halves, 60, goal=goal)
         if best is None or error < least:
             best, least = halves, error
         if least < goal:
@@ -131,11 +132,18 @@ def _sampled(side: Tensor, count: int, random: torch.Generator) -> Tensor:
 
 
 def _descend(
-    x: Tensor, y: Tensor, halves: Halves, iterations: int, error: float = float("inf"), share: float = 1.0
+    x: Tensor,
+    y: Tensor,
+    halves: Halves,
+    iterations: int,
+    error: float = float("inf"),
+    goal: float = _EXACT,
+    share: float = 1.0,
 ) -> tuple[Halves, float]:
     """Alternate until nothing moves; X·Yᵀ is the target. The relative error comes with the result.
 
     Args:
+        goal: the error at which there is nothing left to do.
         share: of the rows and columns that the other side is computed from: those that fit best.
     """
     total = float(((x.T @ x) * (y.T @ y)).sum())
@@ -155,7 +163,7 @@ def _descend(
         if share == 1:
             before, error = error, (max(0.0, total + float(change.sum())) / total) ** 0.5
             slow = slow + 1 if error > before * (1 - 1e-3) else 0
-            if error < _EXACT or slow >= 3:
+            if error <= goal or slow >= 3:
                 break
     return halves, error
 
@@ -177,64 +185,52 @@ def _orthonormal(b: Tensor, a: Tensor) -> tuple[Tensor, Tensor]:
 def _side(
     x: Tensor, y: Tensor, a1: Tensor, a2: Tensor, b1: Tensor, b2: Tensor, sweeps: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """New A₁, A₂ for the target X·Yᵀ and given B₁, B₂; and each row's ‖error‖² − ‖target‖²."""
+    """New A₁, A₂ for the target X·Yᵀ and given B₁, B₂; and each row's ‖error‖² − ‖target‖².
+
+    Each row gets the best of what it was, of alternating from there, and of alternating from the free solution.
+    """
     rank = b1.shape[1]
     k = columnwise(b1.T, b2.T)
     gram = k @ k.T
     wanted = x @ (y.T @ k.T)
-    free = None
-    if rank**2 <= len(b1):
-        ridge = gram.diagonal().mean() * _RIDGE
-        factor, failed = torch.linalg.cholesky_ex(gram + ridge * torch.eye(rank**2, dtype=gram.dtype))
-        if not bool(failed):
-            free = torch.cholesky_solve(wanted.T, factor).T
-    rows = max(1, _CHUNK // rank**3)
-    parts = []
-    for start in range(0, len(x), rows):
-        piece = slice(start, start + rows)
-        lifted = None if free is None else free[piece].unflatten(1, (rank, rank))
-        parts.append(_rows(a1[piece], a2[piece], lifted, gram, wanted[piece].unflatten(1, (rank, rank)), sweeps))
-    new1, new2, changes = (torch.cat(columns) for columns in zip(*parts, strict=True))
-    return new1, new2, changes
-
-
-def _rows(
-    a1: Tensor, a2: Tensor, free: Tensor | None, gram: Tensor, wanted: Tensor, sweeps: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    """For each row the best of: what it was, alternating from there, and alternating from the free solution."""
     z = (a1.unsqueeze(2) * a2.unsqueeze(1)).flatten(1)
-    best = a1, a2, ((z @ gram) * z).sum(1) - 2 * (z * wanted.flatten(1)).sum(1)
-    candidates = [(a1, a2)]
-    if free is not None:
-        candidates.append(_leading(free))
-    for c1, c2 in candidates:
+    best = a1, a2, ((z @ gram) * z).sum(1) - 2 * (z * wanted).sum(1)
+    # Gram (p, q; s, t), ordered so that the half that is given comes first: (q, t; p, s) and (p, s; q, t).
+    square = gram.view(rank, rank, rank, rank)
+    by2 = square.permute(1, 3, 0, 2).reshape(rank**2, -1)
+    by1 = square.permute(0, 2, 1, 3).reshape(rank**2, -1)
+    targets = wanted.unflatten(1, (rank, rank))
+    for c1, c2 in ((a1, a2), *_free(wanted, gram, rank, len(b1))):
         for _ in range(sweeps):
-            c1, _ = _half(c2, gram, wanted)
-            c2, change = _half(c1, gram, wanted, transposed=True)
+            c1, _ = _half(c2, by2, targets)
+            c2, change = _half(c1, by1, targets.mT)
         better = change < best[2]
         keep = better.unsqueeze(1)
         best = torch.where(keep, c1, best[0]), torch.where(keep, c2, best[1]), torch.where(better, change, best[2])
     return _balanced(*best)
 
 
-def _half(other: Tensor, gram: Tensor, wanted: Tensor, transposed: bool = False) -> tuple[Tensor, Tensor]:
+def _free(wanted: Tensor, gram: Tensor, rank: int, count: int) -> list[tuple[Tensor, Tensor]]:
+    """The rows without the constraint that they are a₁⊗a₂, brought back to it; none where they are not determined."""
+    if rank**2 > count:
+        return []
+    ridge = gram.diagonal().mean() * _RIDGE
+    factor, failed = torch.linalg.cholesky_ex(gram + ridge * torch.eye(rank**2, dtype=gram.dtype))
+    if bool(failed):
+        return []
+    return [_leading(torch.cholesky_solve(wanted.T, factor).T.unflatten(1, (rank, rank)))]
+
+
+def _half(other: Tensor, gram: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
     """One half's rows, with the other half's given: r unknowns each. And ‖error‖² − ‖target‖² of each row."""
-    rank = other.shape[1]
-    g = gram.view(rank, rank, rank, rank)
-    # (q, t; p, s) for A₁ and (p, s; q, t) for A₂: the given half's index first.
-    g = (g if transposed else g.transpose(0, 1)).reshape(rank, -1)
-    if transposed:
-        normal = torch.einsum("oqst,os->oqt", (other @ g).unflatten(1, (rank, rank, rank)), other)
-        right = torch.einsum("opq,op->oq", wanted, other)
-    else:
-        normal = torch.einsum("opst,ot->ops", (other @ g).unflatten(1, (rank, rank, rank)), other)
-        right = torch.einsum("opq,oq->op", wanted, other)
+    normal = ((other.unsqueeze(2) * other.unsqueeze(1)).flatten(1) @ gram).unflatten(1, (other.shape[1], -1))
+    right = wanted @ other.unsqueeze(2)
     diagonal = normal.diagonal(dim1=1, dim2=2)
     ridge = diagonal.mean(1, keepdim=True) * _RIDGE + torch.finfo(normal.dtype).tiny
     factor, _ = torch.linalg.cholesky_ex(normal + torch.diag_embed(ridge.expand_as(diagonal)))
-    found = torch.cholesky_solve(right.unsqueeze(2), factor).squeeze(2)
-    change = torch.einsum("op,ops,os->o", found, normal, found) - 2 * (found * right).sum(1)
-    return found, torch.where(torch.isfinite(change), change, torch.inf)
+    found = torch.cholesky_solve(right, factor)
+    change = (found * (normal @ found - 2 * right)).sum((1, 2))
+    return found.squeeze(2), torch.where(torch.isfinite(change), change, torch.inf)
 
 
 def _leading(matrices: Tensor) -> tuple[Tensor, Tensor]:
@@ -243,9 +239,9 @@ def _leading(matrices: Tensor) -> tuple[Tensor, Tensor]:
     right = matrices[torch.arange(len(matrices)), start]
     left = right
     for _ in range(3):
-        left = torch.einsum("opq,oq->op", matrices, right)
+        left = (matrices @ right.unsqueeze(2)).squeeze(2)
         left = left / torch.linalg.vector_norm(left, dim=1, keepdim=True).clamp_min(1e-300)
-        right = torch.einsum("opq,op->oq", matrices, left)
+        right = (matrices.mT @ left.unsqueeze(2)).squeeze(2)
     return left, right
 
 

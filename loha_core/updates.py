@@ -98,8 +98,24 @@ Layer = LoHaFactors | LoRAFactors
 
 def product(layer: Layer) -> tuple[Tensor, Tensor]:
     """ΔW·scale = U·V exactly, of no more columns than the weight's shorter side; in float32 or float64."""
-    u, v = layer.product() if isinstance(layer, LoRAFactors) else lowrank.product(layer)
-    return lowrank.collapse(u, v)
+    if isinstance(layer, LoRAFactors):
+        return lowrank.collapse(*layer.product())
+    if layer.is_tucker:
+        return lowrank.collapse(*lowrank.product(layer))
+    # A sum written as a LoHa has a second half of ones in one column, and zeros: rank r, not r².
+    (a1, b1), (a2, b2) = (_acting(a, b) for a, b in ((layer.w1_a, layer.w1_b), (layer.w2_a, layer.w2_b)))
+    if len(b1) * len(b2) >= min(layer.shape):
+        return lowrank.as_product(layer.delta())
+    dtype = algebra.compute_dtype(*layer.tensors().values())
+    a1, b1, a2, b2 = (part.to(dtype) for part in (a1, b1, a2, b2))
+    return algebra.columnwise(a1.T, a2.T).T * layer.scale, algebra.columnwise(b1, b2)
+
+
+def _acting(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """A half without the columns of a whose rows in b are all zero; at least one is left."""
+    acting = (b != 0).any(1)
+    acting[0] = True
+    return (a, b) if bool(acting.all()) else (a[:, acting], b[acting])
 
 
 def flat_shape(layer: Layer) -> tuple[int, int]:
