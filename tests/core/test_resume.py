@@ -116,7 +116,7 @@ MISTAKEN = (b"PK", b"\x80\x02", b"\x80\x04", b"\x80\x05")
 @pytest.mark.xfail(strict=True, reason="formats/container.py refuses headers of 640, 1152 or 1408 bytes as pickles")
 def test_a_header_of_640_bytes_is_no_pickle(tmp_path):
     path, length = tmp_path / "state.safetensors", 0
-    while path.exists() is False or path.read_bytes()[:2] != b"\x80\x02":
+    while not path.exists() or path.read_bytes()[:2] != b"\x80\x02":
         length += 1
         checkpoint.save(path, {"text": "x" * length})
     assert checkpoint.load(path) == {"text": "x" * length}
