@@ -184,13 +184,18 @@ def share(folder: Path) -> None:
     """As many processes as Accelerate started: half of a run, then the whole of it, then one with dropout."""
     from accelerate import Accelerator
 
-    accelerator = Accelerator(cpu=True)
+    accelerator, asked = Accelerator(cpu=True), list[int]()
 
     def mine(task: Task) -> Any:
         """Each process is asked for the same batch, and takes its share."""
         size = task.batch_size // accelerator.num_processes
         first = accelerator.process_index * size
-        return lambda number: task.batch(number, range(first, first + size))
+
+        def batch(number: int) -> Batch:
+            asked.append(number)
+            return task.batch(number, range(first, first + size))
+
+        return batch
 
     task = Task(batch_size=4)
     half = TrainingConfig(**(vars(SHARED) | {"steps": 4}))
@@ -198,7 +203,7 @@ def share(folder: Path) -> None:
     accelerator.wait_for_everyone()
     task = Task(batch_size=4)
     run = task.run(SHARED, folder=folder, batches=mine(task), accelerator=accelerator)
-    assert accelerator.num_processes == 2 and run.step == SHARED.steps
+    assert accelerator.num_processes == 2 and asked == list(range(SHARED.steps * SHARED.accumulation))
     for parameter in run.parameters:
         every = accelerator.gather(parameter.detach()[None])
         assert torch.equal(every[0], every[1])  # the processes have not drifted apart
