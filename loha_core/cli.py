@@ -41,6 +41,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except LoHaError as error:
         print(printable(f"loha: {error}"), file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print("loha: stopped", file=sys.stderr)
+        return 130
     encoding = sys.stdout.encoding or "utf-8"
     print(text.encode(encoding, "replace").decode(encoding))  # not every terminal has every letter
     return 0
@@ -214,7 +217,19 @@ def _bake(commands: Any) -> None:
     parser.set_defaults(run=run)
 
 
-COMMANDS: list[Callable[[Any], None]] = [_inspect, _merge, _resize, _convert, _extract, _bake]
+def _train(commands: Any) -> None:
+    parser = commands.add_parser("train", help="a new LoHa: pictures in a folder, and a diffusers model")
+    parser.add_argument("config", type=Path, help="TOML; examples/train.toml has every key")
+
+    def run(o: argparse.Namespace) -> str:
+        from .training.run import train  # imports much that the other commands have no use for
+
+        return f"wrote {train(o.config)}"
+
+    parser.set_defaults(run=run)
+
+
+COMMANDS: list[Callable[[Any], None]] = [_inspect, _merge, _resize, _convert, _extract, _bake, _train]
 
 
 def _legacy(parser: argparse.ArgumentParser) -> None:

@@ -25,6 +25,9 @@ FOREIGN = {
     "transformers",
 }
 
+# What a module may import when it is used; `test_importing_it_brings_in_nothing_foreign` sees that it waits until then.
+LATER = {"training/pipeline.py": {"diffusers"}}
+
 # Lower layers know nothing of the higher.
 FORBIDDEN = {
     "errors": {"*"},
@@ -60,7 +63,8 @@ def imports(tree: ast.AST, path: Path) -> set[str]:
 
 
 def test_importing_it_brings_in_nothing_foreign():
-    code = f"import sys, loha_core; print(sorted({FOREIGN!r} & {{name.split('.')[0] for name in sys.modules}}))"
+    code = "import sys, loha_core, loha_core.cli, loha_core.training.run; "
+    code += f"print(sorted({FOREIGN!r} & {{name.split('.')[0] for name in sys.modules}}))"
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, timeout=120)
     assert (found.stdout.strip(), found.stderr) == ("[]", "")
 
@@ -79,7 +83,8 @@ def test_no_source_runs_code_from_data(path):
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_imports_go_down(path):
     found = imports(ast.parse(path.read_text("utf-8")), path)
-    assert not {name.split(".")[0] for name in found} & FOREIGN
+    later = LATER.get(path.relative_to(PACKAGE).as_posix(), set())
+    assert not {name.split(".")[0] for name in found} & (FOREIGN - later)
     inside = {name.split(".")[1] for name in found if name.startswith("loha_core.")} - {module_of(path)}
     forbidden = FORBIDDEN.get(module_of(path), set())
     assert not inside & forbidden and not ("*" in forbidden and inside)

@@ -1,0 +1,372 @@
+"""`loha train` from a file to an adapter, on every family of diffusers pipelines that it knows."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+
+pytest.importorskip("diffusers")
+pytest.importorskip("accelerate")
+
+import diffusers
+
+from loha_core import LoHaError, load_adapter
+from loha_core.cli import main
+from loha_core.training import run
+from loha_core.training.data import Dataset, Item, generator
+from loha_core.training.objectives import Objective
+from loha_core.training.pipeline import Diffusion, Feed, noising
+from loha_core.training.settings import read_settings
+
+from . import pipelines
+
+ROOT = Path(__file__).parents[2]
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+TABLES: dict[str, dict[str, Any]] = {
+    "model": {"path": "model"},
+    "data": {"folder": "pictures", "resolution": 32, "step": 4, "flip": True},
+    "network": {"r": 2, "alpha": 2.0},
+    "optimizer": {"lr": 0.01},
+    "training": {"steps": 3, "batch_size": 2, "save_every": 0},
+    "output": {"folder": "out", "name": "mine"},
+}
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("models")
+    for family in pipelines.FAMILIES:
+        pipelines.build(family).save_pretrained(folder / family)
+    return folder
+
+
+@pytest.fixture
+def write(tmp_path: Path, models: Path) -> Any:
+    """Writes a configuration beside a model and pictures; None takes a key away."""
+    shades = Image.linear_gradient("L")
+    for number, size in enumerate(((40, 30), (32, 32), (30, 40), (32, 32))):
+        folder = tmp_path / "pictures" / ("2_cats" if number < 2 else "")
+        folder.mkdir(parents=True, exist_ok=True)
+        shades.rotate(90 * number).resize(size).convert("RGB").save(folder / f"{number}.png")
+        (folder / f"{number}.txt").write_text(f"a cat, number {number}")
+
+    def write(family: str = "sd15", **changes: dict[str, Any]) -> Path:
+        if not (tmp_path / "model").exists():
+            (tmp_path / "model").symlink_to(models / family)
+        lines = []
+        for name, table in TABLES.items():
+            lines.append(f"[{name}]")
+            values = {key: v for key, v in (table | changes.get(name, {})).items() if v is not None}
+            lines += [f"{key} = {json.dumps(value)}" for key, value in values.items()]
+        path = tmp_path / "config.toml"
+        path.write_text("\n".join(lines), "utf-8")
+        return path
+
+    return write
+
+
+def tensors(path: Path) -> dict[str, torch.Tensor]:
+    return {f"{n}.{k}": t for n, f in load_adapter(path).layers.items() for k, t in f.tensors().items()}
+
+
+def same(one: Path, other: Path) -> bool:
+    a, b = tensors(one), tensors(other)
+    return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
+
+
+# --- runs ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", pipelines.FAMILIES)
+@pytest.mark.parametrize("text", [False, True])
+def test_every_family_trains(write, family, text, tmp_path):
+    path = run.train(write(family, training={"text_encoders": text}))
+    assert path == tmp_path / "out" / "mine.safetensors"
+    layers = load_adapter(path).layers
+    networks = {name.split("_")[1] for name in layers}
+    expected = {"sd15": {"te"}, "sdxl": {"te1", "te2"}, "sd3": {"te1", "te2", "te3"}, "flux": {"te1", "te2"}}[family]
+    assert {name for name in networks if name.startswith("te")} == (expected if text else set())
+    assert len(networks - expected) == 1
+    if text and family == "sd15":
+        assert "lora_te_text_model_encoder_layers_0_self_attn_q_proj" in layers
+    norms = {name: factors.norm() for name, factors in layers.items()}
+    # What a family's last encoder layers give is not used by all; nearly all else has moved.
+    assert sum(norm > 0 for norm in norms.values()) > 0.8 * len(norms)
+    losses = (tmp_path / "out" / "loss.csv").read_text().splitlines()
+    assert len(losses) == 4
+
+
+@pytest.mark.parametrize("family", pipelines.FAMILIES)
+def test_the_loss_is_the_error_of_what_the_pipeline_would_sample_with(family):
+    """At a known time: the model's own output against the target, put together here by hand."""
+    pipe = pipelines.build(family)
+    diffusion = Diffusion(pipe, torch.device("cpu"))
+    latent = torch.randn(4, 16, 12, generator=generator("latent"))
+    dataset = Dataset([Item(latent, "a cat")], encode=diffusion.encode)
+    feed = Feed(diffusion, dataset, Objective(), 1, 7)
+    batch = feed.batch(3)
+    chance = generator(7, "draw", 3, 0)
+    time = Objective().time(chance)
+    noise = torch.randn(latent.shape, generator=chance)[None]
+    config = pipe.vae.config
+    clean = (latent[None] - (config.shift_factor or 0)) * config.scaling_factor
+    if family in ("sd15", "sdxl"):
+        step = torch.tensor([int(time * 1000)])
+        noisy = pipe.scheduler.add_noise(clean, noise, step) if family == "sd15" else None
+        scheduler = diffusers.DDPMScheduler.from_config(pipe.scheduler.config)
+        noisy = scheduler.add_noise(clean, noise, step)
+        target = noise if family == "sd15" else scheduler.get_velocity(clean, noise, step)
+        assert batch.timesteps.tolist() == step.tolist()
+    else:
+        noisy, target = (1 - time) * clean + time * noise, noise - clean
+        assert batch.timesteps.item() == pytest.approx(1000 * time)
+    torch.testing.assert_close(batch.noisy, noisy, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(batch.target, target, atol=1e-5, rtol=1e-5)
+    given = {k: v for k, v in dataset.encode("a cat").items()} | {"size": torch.tensor([[32.0, 24, 0, 0, 32, 24]])}
+    with torch.no_grad():
+        output = diffusion.family.forward(diffusion.model, noisy, batch.timesteps, given)
+        torch.testing.assert_close(feed.loss(batch), (output - target).square().mean(), atol=1e-5, rtol=1e-5)
+
+
+def test_flux_tokens_are_the_pipeline_s():
+    pipe = pipelines.build("flux")
+    noisy = torch.randn(2, 4, 8, 12)
+    seen = {}
+
+    class Model:
+        config = pipe.transformer.config
+
+        def __call__(self, tokens: torch.Tensor, **rest: Any) -> Any:
+            seen.update(rest, tokens=tokens)
+            return type("Output", (), {"sample": tokens})
+
+    diffusion = Diffusion(pipe, torch.device("cpu"))
+    given = {"text": torch.zeros(2, 5, 32), "pooled": torch.zeros(2, 32)}
+    assert torch.equal(diffusion.family.forward(Model(), noisy, torch.tensor([500.0, 250.0]), given), noisy)
+    assert torch.equal(seen["tokens"], pipe._pack_latents(noisy, 2, 4, 8, 12))
+    assert torch.equal(seen["img_ids"], pipe._prepare_latent_image_ids(2, 4, 6, "cpu", torch.float32))
+    assert seen["timestep"].tolist() == [0.5, 0.25]
+
+
+def test_it_learns(write, tmp_path):
+    """One picture, one caption: at the same noise the loss falls."""
+    for extra in (tmp_path / "pictures").rglob("[1-3].*"):
+        extra.unlink()
+    training = {"steps": 60, "batch_size": 4}
+    path = write(data={"flip": False}, network={"r": 4}, optimizer={"lr": 0.02}, training=training)
+    run.train(path)
+    losses = [float(line.split(",")[1]) for line in (tmp_path / "out" / "loss.csv").read_text().splitlines()[1:]]
+    assert sum(losses[-15:]) < 0.9 * sum(losses[:15])
+
+
+def test_the_same_file_gives_the_same_adapter_and_goes_on_where_it_was(write, tmp_path):
+    config = {"optimizer": {"schedule": "constant"}, "network": {"rank_dropout": 0.2}}
+    whole = run.train(write(**config, training={"steps": 4}, output={"folder": "whole"}))
+    again = run.train(write(**config, training={"steps": 4}, output={"folder": "again"}))
+    assert same(whole, again)
+    run.train(write(**config, training={"steps": 2}, output={"folder": "parts"}))
+    parts = run.train(write(**config, training={"steps": 4}, output={"folder": "parts"}))
+    assert same(whole, parts)
+    other = run.train(write(**config, training={"steps": 4, "seed": 1}, output={"folder": "other"}))
+    assert not same(whole, other)
+
+
+def test_a_run_goes_on_only_with_what_it_began_with(write):
+    run.train(write())
+    with pytest.raises(LoHaError, match="a run with other settings: data"):
+        run.train(write(data={"trigger": "sks"}))
+    with pytest.raises(LoHaError, match="network"):
+        run.train(write(network={"r": 3}))
+    run.train(write(network={"r": 3}, output={"resume": False}))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"data": {"flip": False}},
+        {"data": {"resolution": 16}},
+        {"data": {"aspect_buckets": False}},
+        {"data": {"step": 16}},
+        {"data": {"repeats": 2}},
+        {"data": {"trigger": "sks"}},
+        {"data": {"shuffle": True}},
+        {"data": {"caption_dropout": 0.9}},
+        {"data": {"tag_dropout": 0.9}},
+        {"data": {"regularisation": "pictures/2_cats", "regularisation_weight": 0.1}},
+        {"data": {"masks": "masks"}},
+        {"network": {"target_modules": ["to_q"]}},
+        {"network": {"use_dora": True}},
+        {"network": {"init_weights": True}},
+        {"optimizer": {"name": "adafactor"}},
+        {"optimizer": {"warmup": 2}},
+        {"training": {"steps": None, "epochs": 1}},
+        {"training": {"accumulation": 2}},
+        {"training": {"batch_size": 1}},
+        {"training": {"timesteps": "logit-normal"}},
+        {"training": {"distance": "huber"}},
+        {"training": {"min_snr_gamma": 5.0}},
+        {"training": {"noise_offset": 0.5}},
+        {"training": {"precision": "bf16"}},
+        {"training": {"ema": 0.9}},
+        {"model": {"dtype": "bf16"}},
+        {"model": {"component": "other"}},
+        {"output": {"dtype": "bf16"}},
+    ],
+    ids=str,
+)
+def test_each_key_does_something(write, changes, tmp_path):
+    if changes.get("data", {}).get("masks"):
+        for picture in (tmp_path / "pictures").rglob("*.png"):
+            mask = Image.linear_gradient("L").resize(Image.open(picture).size)
+            place = tmp_path / "masks" / picture.relative_to(tmp_path / "pictures")
+            place.parent.mkdir(parents=True, exist_ok=True)
+            mask.save(place)
+    write()  # the model is there
+    if "component" in changes.get("model", {}):
+        torch.manual_seed(5)
+        unet = diffusers.UNet2DConditionModel.from_pretrained(tmp_path / "model" / "unet")
+        for parameter in unet.parameters():
+            parameter.data += 0.01 * torch.randn_like(parameter)
+        unet.save_pretrained(tmp_path / "other")
+    plain = run.train(write(output={"folder": "plain"}))
+    folder = {"output": {"folder": "changed"} | changes.get("output", {})}
+    assert not same(plain, run.train(write(**changes | folder)))
+
+
+def test_gradient_checkpointing_changes_nothing_but_memory(write):
+    plain = run.train(write())
+    checkpointed = run.train(write(training={"gradient_checkpointing": True}, output={"folder": "checkpointed"}))
+    one, other = tensors(plain), tensors(checkpointed)
+    for name in one:
+        torch.testing.assert_close(one[name], other[name], atol=1e-5, rtol=1e-4)
+
+
+def test_peft_folders_and_saves_on_the_way(write, tmp_path):
+    path = run.train(write(training={"save_every": 2}, output={"format": "peft"}))
+    assert path == tmp_path / "out" / "mine"
+    assert load_adapter(path).layers.keys() == load_adapter(tmp_path / "out" / "mine-000002").layers.keys()
+
+
+# --- several processes --------------------------------------------------------------------------
+
+
+def launched(config: Path, processes: int) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", str(processes)]
+    command += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
+    command += ["-m", "loha_core", "train", str(config)]
+    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=300)
+
+
+def test_two_processes_give_what_one_gives(write, tmp_path):
+    options = {"training": {"steps": 3, "batch_size": 4}}
+    alone = run.train(write(**options, output={"folder": "alone"}))
+    found = launched(write(**options, output={"folder": "shared"}), 2)
+    assert found.returncode == 0, found.stderr[-3000:]
+    assert found.stderr.count("saved ") == 1
+    one, two = tensors(alone), tensors(tmp_path / "shared" / "mine.safetensors")
+    assert one.keys() == two.keys()
+    for name in one:
+        torch.testing.assert_close(one[name], two[name], atol=1e-5, rtol=1e-4)
+
+
+# --- what goes wrong ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"data": {"resolutoin": 3}}, r"\[data\]: unknown key 'resolutoin'; did you mean resolution\?"),
+        ({"training": {"step": 3}}, r"\[training\]: unknown key 'step'; did you mean steps"),
+        ({"training": {"preview_every": 3}}, "unknown key 'preview_every'"),
+        ({"network": {"rnak": 3}}, r"\[network\]: unknown key 'rnak'"),
+        ({"network": {"r": 0}}, "r is 0; a rank is a whole number from 1"),
+        ({"training": {"steps": "many"}}, r"\[training\] steps is 'many'; expected a whole number"),
+        ({"training": {"steps": True}}, "expected a whole number"),
+        ({"training": {"steps": 0}}, "steps is 0"),
+        ({"training": {"batch_size": 0}}, "batch_size 1 or more"),
+        ({"data": {"flip": 1}}, r"\[data\] flip is 1; expected true or false"),
+        ({"data": {"caption_dropout": 3}}, "dropout is a share"),
+        ({"data": {"folder": None}}, r"\[data\] folder is missing"),
+        ({"data": {"folder": "nowhere"}}, "nowhere: there is no such folder"),
+        ({"data": {"step": 3}}, r"\[data\] step is 3; for this model, use a multiple of 2"),
+        ({"data": {"resolution": 2}}, "resolution of 2 is less than the step"),
+        ({"optimizer": {"name": "adam"}}, "no optimizer 'adam'"),
+        ({"optimizer": {"lr_text": "x"}}, r"\[optimizer\]"),
+        ({"model": {"dtype": "int8"}}, r"\[model\] dtype is 'int8'; expected one of fp32"),
+        ({"model": {"path": "pictures"}}, "no diffusers folder"),
+        ({"model": {"component": "pictures"}}, "diffusers cannot load it"),
+        ({"output": {"name": "../x"}}, r"\[output\] name is '../x'"),
+        ({"output": {"format": "zip"}}, r"\[output\] format is 'zip'"),
+        ({"network": {"target_modules": ["to_w"]}}, "match nothing"),
+        ({"optimizer": {"lr": 1e30}}, "Lower the learning rate"),
+    ],
+)
+def test_mistakes_stop_early_with_a_sentence(write, changes, message, capsys):
+    path = write(**changes)
+    with pytest.raises(LoHaError, match=message):
+        run.train(path)
+    assert main(["train", str(path)]) == 1
+    assert capsys.readouterr().err.strip().splitlines()[-1].startswith("loha: ")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[model", r"config\.toml: cannot be read as TOML"),
+        ("model = 3", "model is a value; expected a table"),
+        ("[modle]", r"unknown table 'modle'; did you mean model\?"),
+        ("[model]\npath = 'x'\n[data]\nfolder = 'y'", r"\[output\] folder is missing"),
+    ],
+)
+def test_files_that_are_no_configuration(tmp_path, text, message):
+    (tmp_path / "config.toml").write_text(text)
+    with pytest.raises(LoHaError, match=message):
+        read_settings(tmp_path / "config.toml")
+    with pytest.raises(LoHaError, match="nothing.toml: cannot be read"):
+        read_settings(tmp_path / "nothing.toml")
+
+
+def test_a_corrupt_picture_stops_before_the_model_is_loaded(write, tmp_path):
+    (tmp_path / "pictures" / "x.jpg").write_bytes(b"no picture")
+    with pytest.raises(LoHaError, match=r"x\.jpg: cannot be read as a picture"):
+        run.train(write(model={"path": "nowhere"}))
+
+
+def test_what_cannot_be_trained_says_so(models):
+    with pytest.raises(LoHaError, match="cannot be trained with; DDIMScheduler can"):
+        noising(diffusers.KarrasVeScheduler())
+    pipe = pipelines.build("sd15")
+    pipe.unet = pipe.vae
+    with pytest.raises(LoHaError, match="has a AutoencoderKL; these can be trained: UNet2DConditionModel"):
+        Diffusion(pipe, torch.device("cpu"))
+
+
+@pytest.mark.parametrize("missing", ["diffusers", "accelerate"])
+def test_without_the_extra_it_is_named(write, missing):
+    code = f"import sys; sys.modules[{missing!r}] = None; from loha_core.cli import main\n"
+    code += f"sys.exit(main(['train', {str(write())!r}]))"
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, timeout=120)
+    assert found.returncode == 1 and f"needs {missing}: pip install 'comfyui-loha[train]'" in found.stderr
+
+
+def test_ctrl_c_keeps_what_was_learnt(write, monkeypatch, capsys, tmp_path):
+    whole = run.train(write(output={"folder": "whole"}))
+
+    def interrupt(self: Any, event: Any) -> None:
+        if event.step == 2:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(run.Output, "_tell", interrupt)
+    assert main(["train", str(write())]) == 130
+    assert "the same command goes on" in capsys.readouterr().err
+    monkeypatch.undo()
+    assert main(["train", str(write())]) == 0
+    assert same(whole, tmp_path / "out" / "mine.safetensors")
