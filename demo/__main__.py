@@ -56,7 +56,7 @@ def serve(server: comfyui.Server) -> int:
     """Run ComfyUI until Ctrl-C, with the demo's workflow among the user's."""
     shutil.copy(WORKFLOW, server.path("user", "default", "workflows", WORKFLOW.name))
     with server:
-        train_lohas(server, digits.TARGET)
+        train_lohas(server, *digits.HELD_BACK)
         print(f"\nComfyUI is running at {server.address}")
         print(f"Open the workflow {WORKFLOW.stem} (Workflows in the side bar, or key w), slide strength_model, run.")
         print("Ctrl-C ends it.")

@@ -6,6 +6,7 @@ from comfy_api.latest import ComfyExtension, io
 
 from . import routes
 from .dataset import LoHaDataset
+from .extract import LoHaExtract
 from .info import LoHaInfo
 from .loader import LoHaApply, LoHaLoadAdapter, LoHaLoader
 from .merge import LoHaConvert, LoHaMerge, LoHaResize
@@ -37,4 +38,5 @@ class LoHaExtension(ComfyExtension):
             LoHaMerge,
             LoHaResize,
             LoHaConvert,
+            LoHaExtract,
         ]

@@ -71,12 +71,12 @@ class LoHaMerge(io.ComfyNode):
                     "density", default=0.5, min=0.01, max=1.0, step=0.01, optional=True,
                     tooltip="Share of the numbers that ties, dare, … keep.",
                 ),
-                _kind_input(),
+                kind_input(),
                 LOHA_BLOCKS.Input("blocks", optional=True, tooltip="Multiplies all weights, block by block."),
                 *(_slot(slot, optional=True) for slot in SLOTS[2:]),
                 *(_weight(slot, optional=True) for slot in SLOTS[2:]),
             ],
-            outputs=_outputs("The merged adapter, for Apply LoHa or Save LoHa."),
+            outputs=outputs("The merged adapter, for Apply LoHa or Save LoHa."),
             is_output_node=True,
         )  # fmt: skip
 
@@ -97,13 +97,13 @@ class LoHaMerge(io.ComfyNode):
         adapters = [slots[f"loha_{slot}"] for slot in used]
         weights = [float(slots[f"weight_{slot}"]) for slot in used]
         limits = {} if method == "exact" else _bounds(bound, rank, amount)
-        made = _computed(
+        made = computed(
             lambda progress: merge(
-                adapters, weights, method=method, factor=factor, density=density, kind=_choice("kind", kind, KINDS),
+                adapters, weights, method=method, factor=factor, density=density, kind=choice("kind", kind, KINDS),
                 blocks=blocks, progress=progress, **limits,
             )
         )  # fmt: skip
-        return _shown(cls, made, "Lost by merging")
+        return shown(cls, made, "Lost by merging")
 
 
 class LoHaResize(io.ComfyNode):
@@ -127,15 +127,15 @@ class LoHaResize(io.ComfyNode):
                     "both halves free; slower, and never worse.",
                 ),
             ],
-            outputs=_outputs("The resized adapter."),
+            outputs=outputs("The resized adapter."),
             is_output_node=True,
         )
 
     @classmethod
     def execute(cls, loha: Adapter, bound: str, rank: int, amount: float, method: str) -> io.NodeOutput:
         limits = _bounds(bound, rank, amount)
-        made = _computed(lambda progress: convert.resize(loha, method=method, progress=progress, **limits))  # type: ignore[arg-type]
-        return _shown(cls, made, "Lost by resizing")
+        made = computed(lambda progress: convert.resize(loha, method=method, progress=progress, **limits))  # type: ignore[arg-type]
+        return shown(cls, made, "Lost by resizing")
 
 
 class LoHaConvert(io.ComfyNode):
@@ -150,7 +150,7 @@ class LoHaConvert(io.ComfyNode):
             description="Writes an adapter otherwise: as LoHa or LoRA, with other names, alphas or numbers.",
             inputs=[
                 LOHA.Input("loha", tooltip="The adapter to convert; it is not changed."),
-                _kind_input(keep=True),
+                kind_input(keep=True),
                 io.Int.Input(
                     "rank", default=0, min=0, max=4096,
                     tooltip="Rank when changing between LoHa and LoRA. 0: exact; a LoHa of rank r is a LoRA of r².",
@@ -170,7 +170,7 @@ class LoHaConvert(io.ComfyNode):
                     "blocks", optional=True, tooltip="Writes these block strengths into the adapter for good."
                 ),
             ],
-            outputs=_outputs("The converted adapter."),
+            outputs=outputs("The converted adapter."),
             is_output_node=True,
         )  # fmt: skip
 
@@ -178,8 +178,8 @@ class LoHaConvert(io.ComfyNode):
     def execute(
         cls, loha: Adapter, kind: str, rank: int, names: str, alpha: float, dtype: str, blocks: Any = None
     ) -> io.NodeOutput:
-        made = _computed(lambda progress: converted(loha, kind, rank, names, alpha, dtype, blocks, progress))
-        return _shown(cls, made, "Lost by converting")
+        made = computed(lambda progress: converted(loha, kind, rank, names, alpha, dtype, blocks, progress))
+        return shown(cls, made, "Lost by converting")
 
 
 def converted(
@@ -243,7 +243,7 @@ def _bound_inputs(rank: int) -> list[Any]:
     ]
 
 
-def _kind_input(*, keep: bool = False) -> Any:
+def kind_input(*, keep: bool = False) -> Any:
     return io.Combo.Input(
         "kind",
         options=["as it is", *KINDS] if keep else list(KINDS),
@@ -253,7 +253,7 @@ def _kind_input(*, keep: bool = False) -> Any:
     )
 
 
-def _outputs(tooltip: str) -> list[Any]:
+def outputs(tooltip: str) -> list[Any]:
     return [
         LOHA.Output(display_name="loha", tooltip=tooltip),
         io.String.Output(display_name="text", tooltip="The relative error, over all and where it is largest."),
@@ -271,21 +271,21 @@ def _known(name: str, value: str, choices: Any) -> str:
     return value
 
 
-def _choice(name: str, value: str, choices: dict[str, Any]) -> Any:
+def choice(name: str, value: str, choices: dict[str, Any]) -> Any:
     return choices[_known(name, value, choices)]
 
 
 # --- results ------------------------------------------------------------------------------------
 
 
-def _computed(work: Callable[[Callable[[int, int, str], object]], Made]) -> Made:
+def computed(work: Callable[[Callable[[int, int, str], object]], Made]) -> Made:
     """``work`` with ComfyUI's progress bar, which is also where Cancel acts."""
     bar = comfy.utils.ProgressBar(1)
     with torch.inference_mode(False), torch.no_grad():
         return work(lambda done, total, name: bar.update_absolute(done, total))
 
 
-def _shown(cls: Any, made: Made, title: str) -> io.NodeOutput:
+def shown(cls: Any, made: Made, title: str) -> io.NodeOutput:
     text, image = made.report.text(), error_chart(made.report, title)
     shown = {"text": (text,), **ui.PreviewImage(image, cls=cls).as_dict()}
     return io.NodeOutput(made.adapter, text, image, ui=shown)

@@ -19,7 +19,7 @@ from loha_core.formats import lycoris, peft
 from loha_core.formats.container import SUFFIXES
 from loha_core.formats.grouping import group
 
-from . import files
+from . import files, monitor
 from .strength import bars
 
 PICTURES = (".png", ".jpg", ".jpeg", ".webp")
@@ -33,7 +33,10 @@ def register() -> None:
     """Add the routes to ComfyUI's server; aiohttp answers 405 to everything but GET and HEAD."""
     from server import PromptServer  # a module of ComfyUI's that only a running server has
 
-    for path, handler in (("adapters", _adapters), ("info", _info), ("preview", _preview), ("blocks", _blocks)):
+    monitor.tell = PromptServer.instance.send_sync
+
+    handlers = {"adapters": _adapters, "info": _info, "preview": _preview, "blocks": _blocks, "training": _training}
+    for path, handler in handlers.items():
         PromptServer.instance.routes.get(f"/loha/{path}")(_answering(handler))
 
 
@@ -53,6 +56,11 @@ def _answering(handler: Handler) -> Handler:
 
 async def _adapters(request: web.Request) -> web.StreamResponse:
     return web.json_response({"names": await asyncio.to_thread(files.names)})
+
+
+async def _training(request: web.Request) -> web.StreamResponse:
+    """The whole of the latest runs, for a page that was not there: the events say only what is new."""
+    return web.json_response({"runs": [run.whole() for run in monitor.runs.values()]})
 
 
 async def _info(request: web.Request) -> web.StreamResponse:

@@ -1,0 +1,108 @@
+"""What fine-tuning did to a model, as a LoHa."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import comfy.lora
+import torch
+from comfy_api.latest import io
+from torch import Tensor
+
+from loha_core.extract import extract
+
+from .merge import CATEGORY, KINDS, choice, computed, kind_input, outputs, shown
+
+
+class Patched:
+    """A model's and its text encoders' weights as ComfyUI would run them, one at a time: merged and live adapters in.
+
+    What `loha_core.extract.Model` asks for.
+    """
+
+    def __init__(self, path: str, model: Any, clip: Any) -> None:
+        self.path = path
+        self.found: dict[str, tuple[Any, str, list[Any]]] = {}
+        patchers = [("", model)] if clip is None else [("", model), ("text_encoders.", clip.patcher)]
+        for lead, patcher in patchers:
+            for key, patches in patcher.get_key_patches().items():
+                if lead or key.startswith("diffusion_model."):
+                    self.found[lead + key] = (patcher, key, patches)
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        weights = ((key, patches[0][0]) for key, (_, _, patches) in self.found.items())
+        return {key: tuple(weight.shape) for key, weight in weights if weight.is_floating_point()}
+
+    def __getitem__(self, key: str) -> Tensor:
+        _, own, ((weight, convert), *patches) = self.found[key]
+        wide: Tensor = convert(weight.to("cpu", torch.float32, copy=True), inplace=True)
+        return comfy.lora.calculate_weight(patches, wide, own) if patches else wide
+
+
+class LoHaExtract(io.ComfyNode):
+    """Two MODELs (and CLIPs) -> the LOHA that leads from one to the other."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="LoHaExtract",
+            display_name="Extract LoHa",
+            category=CATEGORY,
+            description="Makes a LoHa of the difference of two models: what fine-tuning, or merging, did to one.",
+            inputs=[
+                io.Model.Input("base", tooltip="The model that the other one was made from."),
+                io.Model.Input("tuned", tooltip="The model whose difference is wanted; adapters on it count."),
+                io.Int.Input("rank", default=8, min=1, max=1024, tooltip="Rank of the LoHa."),
+                io.Int.Input(
+                    "conv_rank",
+                    default=8,
+                    min=0,
+                    max=1024,
+                    tooltip="Rank for convolutions with a kernel larger than 1; 0 leaves them out.",
+                ),
+                io.Combo.Input(
+                    "method",
+                    options=["fit", "svd"],
+                    default="fit",
+                    tooltip="fit: a LoHa with both halves free. svd: the best approximation of that matrix rank.",
+                ),
+                kind_input(),
+                io.Clip.Input("base_clip", optional=True, tooltip="Text encoders of the base; with tuned_clip."),
+                io.Clip.Input("tuned_clip", optional=True, tooltip="Text encoders whose difference is wanted."),
+                io.String.Input(
+                    "only",
+                    default="",
+                    optional=True,
+                    placeholder="attn",
+                    tooltip="A regular expression; layers whose name does not contain it are left out.",
+                ),
+            ],
+            outputs=outputs("The difference, for Apply LoHa or Save LoHa."),
+            is_output_node=True,
+        )
+
+    @classmethod
+    def execute(
+        cls,
+        base: Any,
+        tuned: Any,
+        rank: int,
+        conv_rank: int,
+        method: Any,
+        kind: str = "LoHa",
+        base_clip: Any = None,
+        tuned_clip: Any = None,
+        only: str = "",
+    ) -> io.NodeOutput:
+        both = base_clip is not None and tuned_clip is not None
+        models = (
+            Patched("the base model", base, base_clip if both else None),
+            Patched("the tuned model", tuned, tuned_clip if both else None),
+        )
+        made = computed(
+            lambda progress: extract(
+                *models, rank=rank, conv_rank=conv_rank, method=method, kind=choice("kind", kind, KINDS),
+                only=only or None, progress=progress,
+            )
+        )  # fmt: skip
+        return shown(cls, made, "Lost by extracting")
