@@ -72,7 +72,7 @@ def fit(u: Tensor, v: Tensor, rank: int, *, seed: int = 0, starts: int = 12, ite
     found, error = _truncated(left, sigma / size, right, rank, random), svd_error
     if error > _EXACT:
         may_be_exact = floor < 1e-2 or bool(sigma[rank**2 - 1] > 3 * sigma[rank**2])
-        may_be_exact = may_be_exact and rank**2 < min(len(x), len(y))
+        may_be_exact = may_be_exact and 2 * rank**2 < min(len(x), len(y))  # beyond, it is hardly ever found
         goal = max(_EXACT, floor * (1 + 1e-3))
         found, error = _descend(x, y, found, 8, error, goal)
         # Far below the svd's error after a few steps, it is on its way to the best there is.

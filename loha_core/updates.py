@@ -163,7 +163,8 @@ def join(layers: Mapping[str, Layer], rest: Mapping[str, Tensor], like: Adapter)
     for name, layer in layers.items():
         if isinstance(layer, LoRAFactors):
             extras |= {f"{name}.{suffix}": tensor for suffix, tensor in layer.tensors().items()}
-            extras[f"{name}.alpha"] = torch.tensor(layer.alpha)
+            alpha = torch.tensor(layer.alpha, dtype=torch.float64)
+            extras[f"{name}.alpha"] = alpha.float() if float(alpha.float()) == layer.alpha else alpha
     kept = {name: layer for name, layer in layers.items() if isinstance(layer, LoHaFactors)}
     return replace(like, layers=kept, extras=extras, metadata=dict(like.metadata), notes=[])
 
