@@ -226,7 +226,7 @@ class Diffusion:
     # What is trained
 
     def networks(self, config: LoHaConfig, text_encoders: bool) -> dict[str, dict[str, LoHaLayer]]:
-        """LoHa layers in the model, and in its text encoders if wanted, by the name that a file calls them."""
+        """LoHa layers in the model, and in its text encoders if wanted, by their paths in the pipeline."""
         for part in (self.model, *self._text_encoders().values()):
             part.requires_grad_(False)
         found = {"model": _wrapped(self.model, config, self.family.component)}
@@ -274,10 +274,7 @@ class Diffusion:
 def _wrapped(module: nn.Module, config: LoHaConfig, network: str) -> dict[str, LoHaLayer]:
     if config.target_modules is None:
         config = LoHaConfig(**{**vars(config), "target_modules": _blocks(module)})
-    inside = "text_model." if type(module).__name__.startswith("CLIPText") else ""
-    layers = LoHaModel(module, config).layers()
-    # Newer versions of transformers have left out a step of the path that all files have.
-    return {f"{network}.{'' if name.startswith(inside) else inside}{name}": layer for name, layer in layers}
+    return {f"{network}.{name}": layer for name, layer in LoHaModel(module, config).layers()}
 
 
 def _blocks(model: nn.Module) -> list[str]:

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import math
+import re
 import sys
 import time
 from collections.abc import Mapping
@@ -18,6 +19,7 @@ import torch
 from ..adapter import Adapter
 from ..errors import LoHaError
 from ..formats import save_adapter
+from ..names import flat
 from .data import Dataset, Item, digest
 from .folder import Entry, read_folder
 from .objectives import Objective
@@ -202,12 +204,9 @@ class Output:
             case Stepped():
                 self._tell(event)
             case Saved():
-                adapter = Adapter({name: f for found in self.trainer.factors().values() for name, f in found.items()})
-                adapter.metadata = self._metadata()
-                is_last = event.step == self.trainer.config.steps
-                path = self.path(None if is_last else event.step)
+                path = self.path(None if event.step == self.trainer.config.steps else event.step)
                 o = self.settings.output
-                save_adapter(adapter, path, format=o.format, dtype=DTYPES[o.dtype])
+                save_adapter(self._adapter(), path, format=o.format, dtype=DTYPES[o.dtype])
                 self.say(f"saved {path}")
             case Stopped(reason=KeyboardInterrupt()):
                 self.say(f"stopped at step {event.step}; the same command goes on from the state in {self.folder}")
@@ -220,6 +219,12 @@ class Output:
         left = (event.steps - event.step) * (now - self.began) / (event.step - self.first + 1)
         self.said = now
         self.say(f"step {event.step}/{event.steps}  loss {event.loss:.4f}  lr {event.lr:.3g}  {left:.0f} s left")
+
+    def _adapter(self) -> Adapter:
+        found = {name: f for layers in self.trainer.factors().values() for name, f in layers.items()}
+        if self.settings.output.format == "lycoris":
+            found = {_spelled(name): f for name, f in found.items()}
+        return Adapter(found, metadata=self._metadata())
 
     def _metadata(self) -> dict[str, str]:
         s = self.settings
@@ -235,3 +240,12 @@ class Output:
             "ss_seed": str(s.training.seed),
             "ss_output_name": s.output.name,
         }
+
+
+def _spelled(name: str) -> str:
+    """A module's path in a pipeline, as readers of single files know it."""
+    if name.startswith("transformer."):
+        # Under lora_unet_ they expect the names of a transformer's original code.
+        return "lora_transformer_" + flat(name.removeprefix("transformer."))
+    # Newer versions of transformers have left out a step of CLIP's paths.
+    return re.sub(r"^(text_encoder\w*\.)(encoder\.layers\.)", r"\1text_model.\2", name)

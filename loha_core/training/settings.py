@@ -163,7 +163,7 @@ def read_settings(path: Path) -> Settings:
         keys[TrainingConfig].remove("preview_every")  # there is nobody to look
         _refuse_unknown("[training]", "key", training, [name for found in keys.values() for name in found])
         parts = {kind: {key: training[key] for key in found if key in training} for kind, found in keys.items()}
-        return Settings(
+        found = Settings(
             root=path.parent,
             model=_made(ModelSettings, tables.get("model", {}), "model"),
             data=_made(DataSettings, tables.get("data", {}), "data"),
@@ -174,6 +174,9 @@ def read_settings(path: Path) -> Settings:
             run=_made(RunSettings, parts[RunSettings], "training"),
             output=_made(OutputSettings, tables.get("output", {}), "output"),
         )
+        if found.output.format == "peft" and found.network.use_dora:
+            raise LoHaError("[output] format is 'peft', which cannot hold the DoRA of [network]; choose 'lycoris'")
+        return found
     except LoHaError as error:
         raise LoHaError(f"{path}: {error}") from None
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +18,16 @@ pytest.importorskip("accelerate")
 
 import diffusers
 
-from loha_core import LoHaError, load_adapter
+from loha_core import LoHaConfig, LoHaError, load_adapter
 from loha_core.cli import main
 from loha_core.training import run
+from loha_core.training import settings as settings_module
 from loha_core.training.data import Dataset, Item, generator
 from loha_core.training.objectives import Objective
+from loha_core.training.optimizers import OptimizerConfig
 from loha_core.training.pipeline import Diffusion, Feed, noising
-from loha_core.training.settings import read_settings
+from loha_core.training.settings import DataSettings, ModelSettings, OutputSettings, RunSettings, read_settings
+from loha_core.training.trainer import TrainingConfig
 
 from . import pipelines
 
@@ -94,7 +98,7 @@ def test_every_family_trains(write, family, text, tmp_path):
     networks = {name.split("_")[1] for name in layers}
     expected = {"sd15": {"te"}, "sdxl": {"te1", "te2"}, "sd3": {"te1", "te2", "te3"}, "flux": {"te1", "te2"}}[family]
     assert {name for name in networks if name.startswith("te")} == (expected if text else set())
-    assert len(networks - expected) == 1
+    assert networks - expected == {"unet" if family in ("sd15", "sdxl") else "transformer"}
     if text and family == "sd15":
         assert "lora_te_text_model_encoder_layers_0_self_attn_q_proj" in layers
     norms = {name: factors.norm() for name, factors in layers.items()}
@@ -250,9 +254,20 @@ def test_gradient_checkpointing_changes_nothing_but_memory(write):
 
 
 def test_peft_folders_and_saves_on_the_way(write, tmp_path):
-    path = run.train(write(training={"save_every": 2}, output={"format": "peft"}))
+    """What peft itself reads from the folders acts as it did in training."""
+    from peft import PeftModel
+
+    path = run.train(write(training={"save_every": 2, "text_encoders": True}, output={"format": "peft"}))
     assert path == tmp_path / "out" / "mine"
     assert load_adapter(path).layers.keys() == load_adapter(tmp_path / "out" / "mine-000002").layers.keys()
+    pipe = pipelines.build("sd15")
+    for part, count in (("unet", 71), ("text_encoder", 18)):
+        model = PeftModel.from_pretrained(getattr(pipe, part), path / part)
+        found = {name: p for name, p in model.named_parameters() if "hada_w1_a" in name}
+        assert len(found) == count
+        mine = load_adapter(path / part).layers
+        for name, factors in mine.items():
+            assert torch.equal(found[f"base_model.model.{name}.hada_w1_a.default"], factors.w1_a)
 
 
 # --- several processes --------------------------------------------------------------------------
@@ -305,6 +320,7 @@ def test_two_processes_give_what_one_gives(write, tmp_path):
         ({"model": {"component": "pictures"}}, "diffusers cannot load it"),
         ({"output": {"name": "../x"}}, r"\[output\] name is '../x'"),
         ({"output": {"format": "zip"}}, r"\[output\] format is 'zip'"),
+        ({"output": {"format": "peft"}, "network": {"use_dora": True}}, "cannot hold the DoRA"),
         ({"network": {"target_modules": ["to_w"]}}, "match nothing"),
         ({"optimizer": {"lr": 1e30}}, "Lower the learning rate"),
     ],
@@ -370,3 +386,22 @@ def test_ctrl_c_keeps_what_was_learnt(write, monkeypatch, capsys, tmp_path):
     monkeypatch.undo()
     assert main(["train", str(write())]) == 0
     assert same(whole, tmp_path / "out" / "mine.safetensors")
+
+
+def test_the_example_has_every_key_with_its_default():
+    path = ROOT / "examples" / "train.toml"
+    tables = settings_module._toml(path)
+    settings = read_settings(path)
+    kinds = {
+        "model": [ModelSettings],
+        "data": [DataSettings],
+        "optimizer": [OptimizerConfig],
+        "training": [TrainingConfig, Objective, RunSettings],
+        "output": [OutputSettings],
+    }
+    chosen = {"path", "folder", "resolution", "schedule", "preview_every", "lr_text", "options"}
+    for table, classes in kinds.items():
+        known = {each.name: each.default for kind in classes for each in fields(kind)}
+        assert tables[table].keys() == known.keys() - {"preview_every", "lr_text", "options"}
+        assert all(tables[table][name] == known[name] for name in tables[table].keys() - chosen)
+    assert settings.network == LoHaConfig(8, 8.0, init_weights="lycoris") and settings.root == path.parent
