@@ -72,16 +72,14 @@ export function blocksWidget(node, name, spec) {
     const key = JSON.stringify(wanted);
     if (asking || key === asked) return; // whoever is asking looks again afterwards
     asking = true;
-    try {
-      bars = await ask("blocks", wanted);
-      error.textContent = "";
-      asked = key;
-    } catch (reason) {
-      error.textContent = String(/** @type {Error} */ (reason).message);
-      asked = key;
-    }
+    const answer = await ask("blocks", wanted).catch((/** @type {Error} */ reason) => ({ error: reason.message }));
     asking = false;
-    if (!dragging) draw();
+    if (wanted.vector === hosted.get()) {
+      asked = key;
+      error.textContent = answer.error ?? "";
+      if (!answer.error) bars = answer;
+      if (!dragging) draw();
+    }
     query();
   }
 
@@ -134,7 +132,7 @@ export function blocksWidget(node, name, spec) {
         },
         end() {
           dragging = false;
-          query();
+          draw(); // the last answer may tell more than the drag has shown
           committed();
         },
       };
@@ -165,7 +163,7 @@ export function blocksWidget(node, name, spec) {
   }
 
   function drawGroup(/** @type {string} */ part, /** @type {string[]} */ labels) {
-    const handle = el("button.loha-button", { type: "button", textContent: part, title: `All of ${part}: drag up or down, double-click for 1`, "aria-label": `all of ${part}`, style: `flex:${part === "BASE" ? 2.2 : labels.length} 0 0` });
+    const handle = el("button.loha-button", { type: "button", textContent: part, title: `All of ${part}: drag up or down, double-click for 1`, "aria-label": `all of ${part}`, style: `flex:${part === "BASE" ? 3 : labels.length} 0 0` });
     control(handle, labels, false);
     return handle;
   }

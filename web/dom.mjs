@@ -60,7 +60,7 @@ export function onDrag(element, start) {
  */
 export function openDialog(title, anchor, ...content) {
   const close = el("button.loha-icon", { type: "button", textContent: "✕", title: "Close", onclick: () => dialog.close() });
-  const dialog = el("dialog.loha-dialog", {}, el("header", {}, el("b", { textContent: title }), close), ...content);
+  const dialog = el("dialog.loha-dialog", { tabIndex: -1 }, el("header", {}, el("b", { textContent: title }), close), ...content);
   dialog.setAttribute("aria-label", title);
   isolate(dialog);
   dialog.addEventListener("pointerdown", (event) => {
@@ -68,7 +68,17 @@ export function openDialog(title, anchor, ...content) {
     const inside = event.clientX >= box.left && event.clientX <= box.right && event.clientY >= box.top && event.clientY <= box.bottom;
     if (event.target === dialog && !inside) dialog.close();
   });
-  dialog.addEventListener("close", () => dialog.remove());
+  // ComfyUI's own keys stay out of it, also while nothing in it has the focus.
+  const onKey = (/** @type {KeyboardEvent} */ event) => {
+    if (event.key === "Escape") dialog.close();
+    else if (dialog.contains(/** @type {Node} */ (event.target))) return;
+    event.stopPropagation();
+  };
+  window.addEventListener("keydown", onKey, true);
+  dialog.addEventListener("close", () => {
+    window.removeEventListener("keydown", onKey, true);
+    dialog.remove();
+  });
   document.body.append(dialog);
   dialog.showModal();
   const from = anchor.getBoundingClientRect();
@@ -105,10 +115,12 @@ export async function copyText(text) {
     await navigator.clipboard.writeText(text);
   } catch {
     // Pages that are not served by https have no clipboard of their own.
+    const focused = /** @type {HTMLElement | null} */ (document.activeElement);
     const area = el("textarea", { value: text });
     (document.querySelector("dialog[open]") ?? document.body).append(area);
     area.select();
     document.execCommand("copy");
     area.remove();
+    focused?.focus();
   }
 }

@@ -10,7 +10,7 @@ const MARGIN = 4;
  * @property {any} widget ComfyUI's widget
  * @property {() => V} get
  * @property {(value: V) => void} set as by the user: ComfyUI is told, the element already shows it
- * @property {() => void} fit after the height has changed
+ * @property {(byUser: boolean) => void} fit after the height may have changed
  */
 
 /**
@@ -32,6 +32,11 @@ export function host(node, name, element, { value, read, show, height, grows }) 
   frame.className = `loha-frame${grows ? " widget-expands" : ""}`;
   element.classList.add("loha");
   frame.append(element);
+  // ComfyUI blurs a widget's element when something else is pressed; what has the focus lies in it.
+  frame.blur = () => {
+    const focused = /** @type {HTMLElement | null} */ (document.activeElement);
+    if (frame.contains(focused)) focused?.blur();
+  };
   isolate(frame);
   passOn(frame);
 
@@ -58,18 +63,8 @@ export function host(node, name, element, { value, read, show, height, grows }) 
   after(node, "onConnectionsChange", overridden);
   after(node, "onConfigure", overridden);
 
-  /** The node grows with its widget, and shrinks with it as long as nobody has made it larger. */
-  let before = 0;
-  const fit = () => {
-    frame.style.minHeight = `${height()}px`;
-    if (before && !LiteGraph.vueNodesMode && node.graph) {
-      const spare = Math.max(0, node.size[1] - (node.computeSize()[1] - height() + before));
-      node.setSize([node.size[0], node.computeSize()[1] + (spare > 4 ? spare : 0)]);
-    }
-    before = height();
-    app.graph?.setDirtyCanvas?.(true, true);
-  };
-  fit();
+  let before = height();
+  frame.style.minHeight = `${before}px`;
   return {
     widget,
     get: () => current,
@@ -78,7 +73,14 @@ export function host(node, name, element, { value, read, show, height, grows }) 
       current = next;
       widget.callback?.(next);
     },
-    fit,
+    fit(byUser) {
+      const grown = height() - before;
+      before += grown;
+      frame.style.minHeight = `${before}px`;
+      // A loaded node has its size; Nodes 2.0 goes by the style.
+      if (grown && byUser && !LiteGraph.vueNodesMode) node.setSize([node.size[0], node.size[1] + grown]);
+      node.setDirtyCanvas?.(true, true);
+    },
   };
 }
 

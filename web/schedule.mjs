@@ -88,14 +88,28 @@ export function scheduleWidget(node, name, spec) {
       handle.title = `${text(frame.x * 100)} %: ${text(frame.y)}`;
       handle.setAttribute("aria-label", `keyframe at ${text(frame.x * 100)} %`);
       handle.setAttribute("aria-valuenow", text(frame.y));
-      plot.append(handle === document.activeElement ? "" : handle); // in order, for the tab key; moving it would blur it
     }
   }
 
   function newHandle(/** @type {Frame} */ frame) {
     const handle = el("div.loha-keyframe", { role: "slider", tabIndex: 0, "aria-valuemin": "-20", "aria-valuemax": "20", onkeydown: (/** @type {KeyboardEvent} */ event) => key(event, frame) });
     handles.set(frame, handle);
+    plot.append(handle);
     return handle;
+  }
+
+  /** A change is complete: the plot fits again, and the tab key goes through the keyframes in order. */
+  function settle() {
+    rescale();
+    draw();
+    const ordered = frames.map((frame) => handles.get(frame));
+    // Not without need: an element that moves gets no click.
+    if ([...plot.querySelectorAll(".loha-keyframe")].some((handle, index) => handle !== ordered[index])) {
+      const focused = document.activeElement;
+      plot.append(...ordered);
+      if (plot.contains(focused)) focused.focus();
+    }
+    committed();
   }
 
   function key(/** @type {KeyboardEvent} */ event, /** @type {Frame} */ frame) {
@@ -116,9 +130,7 @@ export function scheduleWidget(node, name, spec) {
       write();
     } else return;
     event.preventDefault();
-    rescale();
-    draw();
-    committed();
+    settle();
   }
 
   let added = 0; // when; the second press of the double-click that added a keyframe must not remove it
@@ -142,11 +154,7 @@ export function scheduleWidget(node, name, spec) {
         Object.assign(/** @type {Frame} */ (frame), at(e));
         write();
       },
-      end() {
-        rescale();
-        draw();
-        committed();
-      },
+      end: settle,
     };
   });
   plot.addEventListener("dblclick", (/** @type {MouseEvent} */ event) => {
@@ -154,9 +162,7 @@ export function scheduleWidget(node, name, spec) {
     if (!frame || event.timeStamp - added < 600) return;
     frames.splice(frames.indexOf(frame), 1);
     write();
-    rescale();
-    draw();
-    committed();
+    settle();
   });
 
   node.lohaCreated = () => {

@@ -28,14 +28,10 @@ export function stackWidget(node, name, spec) {
   /** @type {Set<string> | undefined} */
   let known;
 
-  const all = el("input.loha-switch", {
-    type: "checkbox",
-    title: "All on or off",
-    "aria-label": "all on or off",
-    onchange() {
-      for (const row of rows) row.on = all.checked;
-      changed();
-    },
+  const all = toggle("all on or off", () => {
+    const on = !rows.every((row) => row.on);
+    for (const row of rows) row.on = on;
+    changed();
   });
   const count = el("span.loha-count");
   const both = button("M|C", "A strength for the model and another for the text encoders", () => {
@@ -71,6 +67,7 @@ export function stackWidget(node, name, spec) {
   const changed = (focused = -1) => {
     store();
     draw(focused);
+    hosted.fit(true);
     committed();
   };
 
@@ -80,6 +77,7 @@ export function stackWidget(node, name, spec) {
     rows = found ?? [];
     if (rows.length) two = rows.some((row) => row.strength_clip !== undefined);
     draw();
+    hosted.fit(false);
   }
 
   /** @param {number} focused row that gets the focus; that of the focused one if it is negative */
@@ -92,13 +90,11 @@ export function stackWidget(node, name, spec) {
     if (part) /** @type {HTMLElement | null} */ (list.children[Math.min(at, rows.length - 1)]?.querySelector(`[data-part=${part}]`))?.focus();
 
     const on = rows.filter((row) => row.on).length;
-    all.checked = on > 0 && on === rows.length;
-    all.indeterminate = on > 0 && on < rows.length;
+    all.setAttribute("aria-checked", on && on < rows.length ? "mixed" : String(on > 0));
     all.disabled = !rows.length;
     count.textContent = rows.length ? `${on} of ${rows.length} on` : "";
     both.setAttribute("aria-pressed", String(two));
     mark();
-    hosted.fit();
   }
 
   function drawRow(/** @type {Row} */ row, /** @type {number} */ index) {
@@ -120,7 +116,8 @@ export function stackWidget(node, name, spec) {
       changed(to);
     };
     const replace = () => chooseAdapters(title, false, ([chosen]) => ((row.name = chosen), changed()));
-    const toggle = () => ((row.on = !row.on), changed());
+    const on = toggle(`${stem} on`, () => ((row.on = !row.on), changed()));
+    on.setAttribute("aria-checked", String(row.on));
     const remove = () => (rows.splice(index, 1), changed());
     const title = button(stem, row.name, replace, "name");
     if (folder) title.append(el("small", { textContent: folder }));
@@ -128,7 +125,7 @@ export function stackWidget(node, name, spec) {
       "div.loha-row.loha-stack-row",
       { role: "listitem" },
       el("button.loha-icon.loha-grip", { type: "button", title: "Drag to reorder, or ↑ ↓", "aria-label": `reorder ${stem}`, onkeydown: move, "data-part": "grip" }, el("i.pi.pi-ellipsis-v")),
-      el("input.loha-switch", { type: "checkbox", checked: row.on, title: "On or off", "aria-label": `${stem} on`, onchange: toggle, "data-part": "on" }),
+      on,
       title,
       strength("strength_model", two ? "model strength" : "strength"),
       ...(two ? [strength("strength_clip", "clip strength")] : []),
@@ -201,6 +198,11 @@ export function understand(value) {
   } catch {
     return undefined;
   }
+}
+
+/** Not a checkbox: ComfyUI leaves Ctrl+Z to whatever input has the focus. */
+function toggle(/** @type {string} */ label, /** @type {() => void} */ onclick) {
+  return el("button.loha-switch", { type: "button", role: "switch", title: label, "aria-label": label, onclick, "data-part": "on" });
 }
 
 function button(/** @type {string} */ label, /** @type {string} */ title, /** @type {() => void} */ onclick, part = "") {
