@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .charts import FAINT, INK, NEGATIVE, PANEL, Canvas, ramp
 
-# How many pictures are shown before the rest is counted.
+# How many pictures to show before counting the rest.
 MOST = 40
 COLUMNS, THUMB, GAP, TOP, LINE, CAPTION_LINES = 8, 150, 14, 60, 15, 3
 CELL = THUMB + 10 + LINE * (1 + CAPTION_LINES) + GAP
@@ -38,9 +38,8 @@ class Shown:
     regularisation: bool = False
 
 
-def contact_sheet(title: str, subtitle: str, pictures: Sequence[Shown]) -> Tensor:
-    """Thumbnails with captions: (1, height, width, 3) float32 in 0…1."""
-    shown, more = pictures[:MOST], len(pictures) - MOST
+def contact_sheet(title: str, subtitle: str, shown: Sequence[Shown], more: int) -> Tensor:
+    """Thumbnails with captions, and how many more there are: (1, height, width, 3) float32 in 0…1."""
     columns = min(COLUMNS, max(3, len(shown)))
     bottom = TOP + CELL * ceil(len(shown) / columns)
     canvas = Canvas(GAP + (THUMB + GAP) * columns, bottom + (24 if more > 0 else 0), title, subtitle)

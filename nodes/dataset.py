@@ -18,7 +18,7 @@ from loha_core.training.data import Dataset, Item
 from loha_core.training.pictures import Sizes
 
 from . import sources
-from .contact_sheet import Shown, contact_sheet, latent_picture
+from .contact_sheet import MOST, Shown, contact_sheet, latent_picture
 from .sources import Source
 
 LOHA_DATASET = io.Custom("LOHA_DATASET")
@@ -67,10 +67,10 @@ class LoHaDataset(io.ComfyNode):
         one = {name: values[0] for name, values in inputs.items()}
         captions = Captions(**{name: one[option] for name, option in CAPTION_OPTIONS.items()})
         _check_inputs(lists, one, captions)
-        found, items = _items(_sources(lists, one), one)
-        dataset = ClipDataset(items, captions, one.get("clip"))
+        found, sizes = _sources(lists, one), _sizes(one)
+        dataset = ClipDataset(_items(found, sizes, one), captions, one.get("clip"))
         _encode_captions(dataset)
-        image = _sheet(dataset, found)
+        image = _sheet(dataset, found, sizes)
         return io.NodeOutput(dataset, image, ui=ui.PreviewImage(image, cls=cls))
 
 
@@ -237,15 +237,10 @@ def _sources(lists: dict[str, Any], one: dict[str, Any]) -> list[Source]:
     return found
 
 
-def _items(found: Sequence[Source], one: dict[str, Any]) -> tuple[list[Source], list[Item]]:
-    """The sources as they will be seen, and the items that are made of them."""
-    latents = [source for source in found if source.is_latent]
+def _items(found: Sequence[Source], sizes: Sizes, one: dict[str, Any]) -> list[Item]:
+    latents = [sources.as_item(source, source.content) for source in found if source.is_latent]
     pictures = [source for source in found if not source.is_latent]
-    items = [sources.as_item(source, source.content) for source in latents]
-    if pictures:
-        pictures = sources.cropped(pictures, _sizes(one))
-        items += sources.encoded(pictures, one["vae"], one["flip"])
-    return [*latents, *pictures], items
+    return latents + (sources.encoded(pictures, sizes, one["vae"], one["flip"]) if pictures else [])
 
 
 def _check_inputs(lists: dict[str, Any], one: dict[str, Any], captions: Captions) -> None:
@@ -274,7 +269,8 @@ def _check_inputs(lists: dict[str, Any], one: dict[str, Any], captions: Captions
 
 
 def _sizes(one: dict[str, Any]) -> Sizes:
-    multiple = int(one["vae"].spacial_compression_encode())
+    vae = one.get("vae")
+    multiple = int(vae.spacial_compression_encode()) if vae is not None else 1  # latents only
     if not one["resolution"]:
         return Sizes(0, multiple)
     if one["bucket_step"] % multiple:
@@ -297,40 +293,42 @@ def _encode_captions(dataset: Dataset) -> None:
 # --- what is shown ------------------------------------------------------------------------------
 
 
-def _sheet(dataset: Dataset, found: Sequence[Source]) -> Tensor:
-    # Shuffled and dropped tags would show one of many; what stays is the trigger word. (The font has no ×.)
+def _sheet(dataset: Dataset, found: Sequence[Source], sizes: Sizes) -> Tensor:
+    # Shuffled and dropped tags would show one of many; what stays is the trigger word.
     plain = Captions(dataset.captions.trigger)
     shown = []
-    for source, item in zip(found, dataset.items, strict=True):
+    for source, item in zip(found[:MOST], dataset.items, strict=False):
         caption = plain.draw(item.caption, torch.Generator(), trigger=not item.regularisation)
         marks = {
-            _size(source): True,
+            _size(source, sizes): True,
             f"{item.repeats} times": item.repeats > 1,
             "flip": item.flipped is not None,
             "mask": item.mask is not None,
             f"reg {item.weight:g}": item.regularisation,
         }
-        text = caption if item.conditioning is None else "(conditioning)"
-        picture, mask = source.content, source.mask
         if source.is_latent:
             picture, mask = latent_picture(item.latent), None if item.mask is None else item.mask[0]
-        shown.append(Shown(picture, text, [m for m, on in marks.items() if on], mask, item.regularisation))
-    return contact_sheet(*_heading(dataset, found), shown)
+        else:
+            seen = sources.cropped(source, sizes)
+            picture, mask = seen.content, seen.mask
+        text = caption if item.conditioning is None else "(conditioning)"
+        shown.append(Shown(picture, text, [mark for mark, on in marks.items() if on], mask, item.regularisation))
+    return contact_sheet(*_heading(dataset, found, sizes), shown, len(found) - len(shown))
 
 
-def _size(source: Source) -> str:
-    height, width = source.content.shape[-2:] if source.is_latent else source.content.shape[:2]
-    return f"{width}x{height}" + " latent" * source.is_latent
+def _size(source: Source, sizes: Sizes) -> str:
+    height, width = sources.size_of(source, sizes)
+    return f"{width}x{height}" + " latent" * source.is_latent  # the font has no ×
 
 
-def _heading(dataset: Dataset, found: Sequence[Source]) -> tuple[str, str]:
+def _heading(dataset: Dataset, found: Sequence[Source], sizes: Sizes) -> tuple[str, str]:
     seen = sum(item.repeats for item in dataset.items)
     regular = sum(item.regularisation for item in dataset.items)
     title = f"{len(found) - regular} to learn"
     title += f", {regular} for regularisation" if regular else ""
     title += f"; {seen} seen in an epoch"
-    sizes = Counter(_size(source) for source in found).most_common()
-    named = [f"{count} of {size}" for size, count in sizes[:SIZES_NAMED]]
-    if len(sizes) > SIZES_NAMED:
-        named.append(f"{len(sizes) - SIZES_NAMED} more sizes")
+    counts = Counter(_size(source, sizes) for source in found).most_common()
+    named = [f"{count} of {size}" for size, count in counts[:SIZES_NAMED]]
+    if len(counts) > SIZES_NAMED:
+        named.append(f"{len(counts) - SIZES_NAMED} more sizes")
     return title, ", ".join(named)

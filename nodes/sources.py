@@ -13,7 +13,7 @@ from torch import Tensor
 
 from loha_core import LoHaError
 from loha_core.training.data import Item, digest
-from loha_core.training.pictures import Sizes, at_latent_size, check_picture, fit
+from loha_core.training.pictures import Size, Sizes, at_latent_size, check_picture, fit
 
 # Pictures that go to the VAE together; it makes smaller batches of them where memory is short.
 TOGETHER = 8
@@ -122,41 +122,44 @@ def _merged(sources: Sequence[Source]) -> list[Source]:
 # --- to items -----------------------------------------------------------------------------------
 
 
-def cropped(sources: Sequence[Source], sizes: Sizes) -> list[Source]:
-    """The same pictures and masks in the sizes that are trained.
+def size_of(source: Source, sizes: Sizes) -> Size:
+    """Height and width that it is trained at.
 
     Raises:
         LoHaError: a picture is too small.
     """
-    result = []
-    for source in sources:
-        try:
-            size = sizes.of(*source.content.shape[:2])
-        except LoHaError as error:
-            raise LoHaError(f"{source.name}: {error}; take it out, or set a resolution to enlarge it") from None
-        enlarge = sizes.resolution > 0
-        mask = None if source.mask is None else fit(source.mask, size, enlarge=enlarge)
-        result.append(replace(source, content=fit(source.content, size, enlarge=enlarge), mask=mask))
-    return result
+    if source.is_latent:
+        return source.content.shape[-2], source.content.shape[-1]
+    try:
+        return sizes.of(*source.content.shape[:2])
+    except LoHaError as error:
+        raise LoHaError(f"{source.name}: {error}; take it out, or set a resolution to enlarge it") from None
 
 
-def encoded(sources: Sequence[Source], vae: Any, flip: bool) -> list[Item]:
-    """Items of cropped pictures, in their order; ComfyUI's progress bar moves on, and Cancel stops it."""
-    by_size: dict[tuple[int, ...], list[int]] = defaultdict(list)
+def cropped(source: Source, sizes: Sizes) -> Source:
+    """The same picture and its mask as they are trained."""
+    size, enlarge = size_of(source, sizes), sizes.resolution > 0
+    mask = None if source.mask is None else fit(source.mask, size, enlarge=enlarge)
+    return replace(source, content=fit(source.content, size, enlarge=enlarge), mask=mask)
+
+
+def encoded(sources: Sequence[Source], sizes: Sizes, vae: Any, flip: bool) -> list[Item]:
+    """Items of pictures, in their order; ComfyUI's progress bar moves on, and Cancel stops it."""
+    by_size: dict[Size, list[int]] = defaultdict(list)
     for index, source in enumerate(sources):
-        by_size[tuple(source.content.shape)].append(index)
+        by_size[size_of(source, sizes)].append(index)
     # A video VAE takes a batch of pictures for the frames of one clip.
     together = TOGETHER if getattr(vae, "latent_dim", 2) == 2 else 1
     groups = [same[at : at + together] for same in by_size.values() for at in range(0, len(same), together)]
     items: dict[int, Item] = {}
     bar = comfy.utils.ProgressBar(len(sources))
     for group in groups:
-        batch = torch.stack([sources[index].content for index in group])
+        seen = [cropped(sources[index], sizes) for index in group]
+        batch = torch.stack([source.content for source in seen])
         plain = vae.encode(batch)
         mirrored = vae.encode(batch.flip(2)) if flip else [None] * len(group)
-        for index, latent, flipped in zip(group, plain, mirrored, strict=True):
-            origin = digest(sources[index].content, *_sample_of(vae))
-            items[index] = as_item(sources[index], latent, flipped, origin)
+        for index, source, latent, flipped in zip(group, seen, plain, mirrored, strict=True):
+            items[index] = as_item(source, latent, flipped, digest(source.content, *_sample_of(vae)))
         bar.update(len(group))
     return [items[index] for index in range(len(sources))]
 
