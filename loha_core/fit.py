@@ -45,7 +45,7 @@ class Halves(NamedTuple):
     b2: Tensor
 
 
-def fit(u: Tensor, v: Tensor, rank: int, *, seed: int = 0, starts: int = 12, iterations: int = 60) -> Fit:
+def fit(u: Tensor, v: Tensor, rank: int, *, seed: int = 0, starts: int = 24, iterations: int = 60) -> Fit:
     """A LoHa of ``rank`` near U·V; never further than U·V's truncation to that rank, from which one start goes.
 
     Args:

@@ -30,6 +30,8 @@ from loha_core.updates import product, split
 
 from . import oracle, samples
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 NAME = "lora_unet_down_blocks_0_attentions_0_proj_in"
 CONV = "lora_unet_down_blocks_0_resnets_0_conv1"
 
@@ -57,7 +59,7 @@ def file(tmp_path, case="kohya SD1.5", name="a"):
 @pytest.mark.parametrize(
     "bound", [{"rank": 2}, {"energy": 0.3}, {"max_error": 0.9}, {"rank": 2, "method": "fit"}], ids=str
 )
-def test_resize_says_its_error(bound, one_thread):
+def test_resize_says_its_error(bound):
     adapter = an_adapter()
     small, report = resize(adapter, **bound)
     for entry in report.layers:
@@ -67,7 +69,7 @@ def test_resize_says_its_error(bound, one_thread):
     assert 0 < report.error < 1 and "relative error" in report.text()
 
 
-def test_a_fit_is_the_better_resize(one_thread):
+def test_a_fit_is_the_better_resize():
     _, plain = resize(an_adapter(), rank=2)
     _, fitted = resize(an_adapter(), rank=2, method="fit")
     assert fitted.error < plain.error
@@ -101,7 +103,7 @@ def test_dora_keeps_its_magnitudes():
 # --- kinds -----------------------------------------------------------------------------------------------------------
 
 
-def test_loha_to_lora_to_loha_is_the_same_update(tmp_path, one_thread):
+def test_loha_to_lora_to_loha_is_the_same_update(tmp_path):
     adapter = an_adapter()
     lora, report = to_lora(adapter)
     assert report.error == 0 and not lora.layers and lora.extras[f"{NAME}.lora_down.weight"].shape == (16, 30)

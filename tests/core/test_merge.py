@@ -25,6 +25,8 @@ from loha_core.updates import product
 
 from . import oracle, samples
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 NAME = "lora_unet_down_blocks_0_attentions_0_proj_in"
 CONV = "lora_unet_down_blocks_0_resnets_0_conv1"
 
@@ -183,7 +185,7 @@ def test_the_range_of_a_noisy_matrix_is_near_the_best():
 
 
 @pytest.mark.parametrize("rank", [1, 2, 3, 4, 8])
-def test_a_fit_finds_the_loha_that_is_there(rank, one_thread):
+def test_a_fit_finds_the_loha_that_is_there(rank):
     factors = samples.factors((320, 340) if rank == 8 else (180, 260), rank, seed=rank)
     found = fit(*product(factors), rank)
     assert found.factors.rank == rank and found.error < 1e-5
@@ -206,7 +208,7 @@ def test_a_fit_is_never_worse_than_the_svd_of_its_rank(out, inner, rank, seed):
     assert found.lora_error == pytest.approx(np.linalg.norm(sigma[2 * rank :]) / size, abs=1e-7)
 
 
-def test_the_report_says_whether_a_fit_beats_a_lora_of_its_size(one_thread):
+def test_the_report_says_whether_a_fit_beats_a_lora_of_its_size():
     """One LoHa with itself: half the exact rank of the sum holds it. Two unrelated ones: it does not."""
     a, b = samples.factors((100, 120), 4), samples.factors((100, 120), 4, seed=9)
     _, same = merge([single(a), single(a)], 0.5, method="fit", rank=4)
