@@ -351,8 +351,9 @@ class Trainer:
         if self.folder is None:
             return False
         if self._rank == 0:
-            for name in (STATE, HISTORY):
-                for left in self.folder.glob(f".{name}.*.tmp"):  # by a run that was killed amid a save
+            # What a run that was killed amid a save left behind; safetensors' own files have six letters.
+            for pattern in (f".{STATE}.*.tmp", f".{HISTORY}.*.tmp", ".tmp??????"):
+                for left in self.folder.glob(pattern):
                     left.unlink(missing_ok=True)
         path = self.folder / STATE
         if not path.is_file():

@@ -61,7 +61,9 @@ def test_each_optimizer_goes_on_bit_for_bit(name, tmp_path):
     whole = Task().run(config, optimizer, folder=tmp_path / "whole")
     begun = Task().run(replace(config, steps=5), optimizer, folder=tmp_path / "cut")
     assert any(not torch.equal(a, b) for a, b in zip(begun.parameters, whole.parameters, strict=True))
-    Task().run(config, optimizer, folder=tmp_path / "cut")
+    resumed = Task().run(config, optimizer, folder=tmp_path / "cut")
+    for found, expected in zip(resumed.factors()["model"].values(), whole.factors()["model"].values(), strict=True):
+        assert all(map(torch.equal, found.tensors().values(), expected.tensors().values()))
     for file in (STATE, HISTORY):
         assert (tmp_path / "cut" / file).read_bytes() == (tmp_path / "whole" / file).read_bytes()
     if name == "adamw8bit":  # it did keep its state in 8 bits
@@ -128,6 +130,13 @@ def test_a_state_comes_back_as_it_was(tmp_path_factory, state):
     checkpoint.save(path, state)
     assume(path.read_bytes()[:2] not in MISTAKEN)
     assert same(checkpoint.load(path), state)
+
+
+def test_what_a_killed_save_left_behind_goes(tmp_path):
+    for name in (f".{STATE}.a1b2.tmp", f".{HISTORY}.a1b2.tmp", ".tmpHFaoQh", "mine.tmp", ".tmp", "a.safetensors"):
+        (tmp_path / name).touch()
+    assert not Task().trainer(TrainingConfig(), folder=tmp_path).resume()
+    assert sorted(os.listdir(tmp_path)) == [".tmp", "a.safetensors", "mine.tmp"]
 
 
 def test_what_is_no_state(tmp_path):

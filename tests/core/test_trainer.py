@@ -100,6 +100,11 @@ def test_the_seed_decides_what_is_dropped():
         Task(config=DROPPING).run(TrainingConfig(steps=3, seed=seed)) for seed in (0, 0, 1)
     )  # the data is of another seed
     assert equal(first, same) and not equal(first, other)
+    task = Task(config=DROPPING)
+    for layer in task.layers:
+        layer.training = False  # as in a model that was sampled with
+    assert equal(first, task.run(TrainingConfig(steps=3)))
+    assert not any(layer.training for layer in task.layers)
 
 
 def test_chance_outside_is_neither_used_nor_moved():
