@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from typing import Any
 
 import comfy.lora
+import comfy.model_management
 import torch
 from comfy_api.latest import io, ui
 from torch import Tensor, nn
@@ -55,11 +56,12 @@ class NetworkConfig:
         return bool(re.search(self.layers, path)) and not (self.exclude and re.search(self.exclude, path))
 
     def rank_and_alpha(self, path: str, kernel: int) -> tuple[int, float]:
-        rank, alpha = self.loha.resolved(path)
-        if kernel > 1:
-            rank = rank if rank != self.loha.r else self.conv_rank
-            alpha = alpha if alpha != self.loha.alpha else self.conv_alpha
-        return rank, alpha
+        if kernel == 1:
+            return self.loha.resolved(path)
+        return replace(self.loha, r=self.conv_rank, alpha=self.conv_alpha).resolved(path)
+
+
+_PLAIN = (torch.float32, torch.float16, torch.bfloat16)
 
 
 class _InComfyUI:
@@ -69,15 +71,26 @@ class _InComfyUI:
     _forward_is_its_own: Callable[[], bool]
 
     def _can_fuse(self) -> bool:
+        weight, here = self.base_layer.weight, self.hada_w1_a[ADAPTER].device  # type: ignore[attr-defined]
+        return self._is_plain() and weight.device == here and self._forward_is_its_own()
+
+    def _is_plain(self) -> bool:
+        """The weight itself is what acts."""
         base, weight = self.base_layer, self.base_layer.weight
         functions = [*getattr(base, "weight_function", ()), *getattr(base, "bias_function", ())]
-        plain = type(weight) in (nn.Parameter, Tensor) and weight.dtype in (
-            torch.float32,
-            torch.float16,
-            torch.bfloat16,
-        )
-        here = weight.device == self.hada_w1_a[ADAPTER].device  # type: ignore[attr-defined]
-        return plain and here and not functions and self._forward_is_its_own()
+        return type(weight) in (nn.Parameter, Tensor) and weight.dtype in _PLAIN and not functions
+
+    def _base_weight(self) -> Tensor:
+        """What DoRA looks at: the weight as ComfyUI hands it to the layer's own forward."""
+        base, weight = self.base_layer, self.base_layer.weight
+        factor = self.hada_w1_a[ADAPTER] if ADAPTER in self.hada_w1_a else weight  # type: ignore[attr-defined]
+        if self._is_plain() and weight.device == factor.device:
+            return weight  # type: ignore[no-any-return]
+        functions = getattr(base, "weight_function", ())
+        cast: Tensor = comfy.model_management.cast_to(weight, torch.float32, factor.device, copy=bool(functions))
+        for function in functions:
+            cast = function(cast)
+        return cast
 
 
 class _Linear(_InComfyUI, LoHaLinear):
@@ -160,9 +173,8 @@ def build(
             new.update_layer(ADAPTER, rank, alpha, config.loha)
         name = names.get(key, f"lora_unet_{flat(path)}" if not is_text else f"text_encoders.{path}")
         layers[name], paths[name] = new, key
-        for parameter in new.parameters():
-            if parameter is not layer.weight and parameter is not layer.bias:
-                parameter.data = parameter.data.to(patcher.load_device)
+        for _, parameter in new._parameters_of(ADAPTER):
+            parameter.data = parameter.data.to(patcher.load_device)
     return layers, paths
 
 

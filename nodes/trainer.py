@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from comfy_api.latest import io, ui
 from PIL import Image
+from torch import nn
 
 from loha_core import Adapter, LoHaError, save_adapter
 from loha_core.training.attach import attached, blocks_of, recomputing
@@ -37,7 +38,7 @@ from loha_core.training.trainer import (
     TrainingConfig,
 )  # fmt: skip
 
-from . import bridge, charts, monitor
+from . import bridge, charts, live, monitor, mutation
 from .dataset import LOHA_DATASET
 from .diffusion import Diffusion, trainable_weights
 from .loader import LOHA
@@ -118,8 +119,9 @@ class Job:
             trainer.callbacks = [watcher]
             if self.resume:
                 trainer.resume()
-            blocks = blocks_of(modules[0].diffusion_model) if self.gradient_checkpointing else []
-            with attached(layers), recomputing(blocks):
+            again = self.gradient_checkpointing
+            blocks = _blocks(modules[0].diffusion_model) + _text_blocks(*modules[1:])
+            with attached(layers), mutation.allowed(blocks, again=again), recomputing(blocks if again else ()):
                 trainer.run()
             self.losses = trainer.losses
             return watcher.adapter()
@@ -129,6 +131,11 @@ class Job:
             raise LoHaError("preview_every needs the vae input, to decode what is shown; connect it or set it to 0")
         if self.batch_size < 1:
             raise LoHaError(f"batch_size is {self.batch_size}; expected at least 1")
+        if (acting := live.of(self.model)) and any(entry.schedule for entry in acting.entries):
+            raise LoHaError(
+                "the model carries a LoHa with a schedule, which has no single strength to train on top of; "
+                "take the schedule or that LoHa away from the model input"
+            )
 
     def _config(self, diffusion: Diffusion) -> TrainingConfig:
         steps = ceil(self.epochs * diffusion.order.steps_per_epoch / self.accumulation) if self.epochs else self.steps
@@ -222,6 +229,18 @@ class Watcher:
         self.record.previewed(step)
         self.bar.update_absolute(step, preview=("JPEG", image.convert("RGB"), 512))
         comfy.model_management.load_models_gpu([self.patcher], memory_required=job._memory())
+
+
+def _blocks(model: nn.Module) -> list[nn.Module]:
+    """What is recomputed: a model's blocks; of a U-Net's sequences their members, which ComfyUI runs one by one."""
+    found = blocks_of(model)
+    return [part for block in found for part in (block if isinstance(block, nn.Sequential) else [block])]
+
+
+def _text_blocks(*encoders: nn.Module) -> list[nn.Module]:
+    """Text encoders have theirs deeper within."""
+    lists = [part for encoder in encoders for part in encoder.modules() if isinstance(part, nn.ModuleList)]
+    return [block for entries in lists for block in entries]
 
 
 def _preview_conditioning(job: Job, prompt: str, item: Any) -> Any:

@@ -1,4 +1,4 @@
-"""SD1.5 and SDXL with every kind of layer, and adapters for all of their layers in every dialect.
+"""SD1.5, SDXL, SD2 (v), SD3 and Flux, small, and adapters for all layers of the first two in every dialect.
 
 Reduced in depth and width only: block structure, context widths and names are the real ones.
 """
@@ -57,40 +57,106 @@ FAMILIES: dict[str, tuple[type, dict[str, Any]]] = {
         },
     ),
 }
+# For training: one of each way to predict that the two above lack.
+MORE: dict[str, tuple[type, dict[str, Any]]] = {
+    "sd2v": (
+        comfy.supported_models.SD20,
+        _UNET
+        | {
+            "context_dim": 1024,
+            "use_linear_in_transformer": True,
+            "transformer_depth": [1, 0, 0],
+            "transformer_depth_output": [1, 1, 0, 0, 0, 0],
+            "transformer_depth_middle": 1,
+        },
+    ),
+    "sd3": (
+        comfy.supported_models.SD3,
+        {
+            "input_size": None,
+            "in_channels": 16,
+            "patch_size": 2,
+            "depth": 2,
+            "pos_embed_max_size": None,
+            "num_patches": None,
+            "adm_in_channels": 128,
+            "context_embedder_config": {
+                "target": "torch.nn.Linear",
+                "params": {"in_features": 4096, "out_features": 128},
+            },
+            "dtype": torch.float32,
+        },
+    ),
+    "flux": (
+        comfy.supported_models.Flux,
+        {
+            "image_model": "flux",
+            "in_channels": 16,
+            "out_channels": 16,
+            "patch_size": 2,
+            "vec_in_dim": 768,
+            "context_in_dim": 4096,
+            "hidden_size": 128,
+            "mlp_ratio": 4.0,
+            "num_heads": 2,
+            "depth": 2,
+            "depth_single_blocks": 2,
+            "axes_dim": [16, 24, 24],
+            "theta": 10000,
+            "qkv_bias": True,
+            "guidance_embed": True,
+            "dtype": torch.float32,
+        },
+    ),
+}
+_NARROW = {
+    "sd15": {"context_dim": 64},
+    "sdxl": {"context_dim": 128, "adm_in_channels": 64 + 6 * 256},
+    "sd2v": {"context_dim": 64},
+}
+_SAYS_V = "output_blocks.11.1.transformer_blocks.0.norm1.bias"  # ComfyUI tells SD2's prediction by how it varies
 
 
 @dataclass
 class Models:
     family: str
     model: Any  # ModelPatcher
-    clip: Any  # comfy.sd.CLIP
+    clip: Any  # comfy.sd.CLIP; None for Flux, whose T5 comes in one size
 
     def modules(self) -> dict[str, torch.nn.Module]:
-        return {"MODEL": self.model.model, "CLIP": self.clip.cond_stage_model}
+        return {"MODEL": self.model.model} | ({"CLIP": self.clip.cond_stage_model} if self.clip is not None else {})
 
     def weights(self) -> dict[tuple[str, str], Tensor]:
         """(MODEL or CLIP, key) -> a copy of every tensor."""
         return {(label, k): v.clone() for label, m in self.modules().items() for k, v in m.state_dict().items()}
 
 
-def build(family: str, dtype: torch.dtype = torch.float32) -> Models:
-    """Random weights from a fixed seed, stored as ``dtype``."""
+def build(family: str, dtype: torch.dtype = torch.float32, *, narrow: bool = False) -> Models:
+    """Random weights from a fixed seed, stored as ``dtype``, computing in float32.
+
+    Args:
+        narrow: the diffusion model is as wide as its small text encoders, so that they work together.
+    """
     torch.manual_seed(0)
-    config_class, options = FAMILIES[family]
-    config = config_class(_UNET | options)
-    config.set_inference_dtype(torch.float32, None)
-    unet = config.get_model({}, "")
+    config_class, options = MORE.get(family) or (FAMILIES[family][0], _UNET | FAMILIES[family][1])
+    config = config_class(options | (_NARROW.get(family, {}) if narrow else {}))
+    config.set_inference_dtype(dtype, None if dtype == torch.float32 else torch.float32)
+    unet = config.get_model({_SAYS_V: torch.tensor([-1.0, 1.0])}, "")
     cpu = torch.device("cpu")
-    text = {"hidden_size": 64, "num_attention_heads": 4, **_TEXT}
-    clip = comfy.sd.CLIP(
-        config.clip_target({}),
-        model_options={"clip_l_model_config": text, "clip_g_model_config": text, "dtype": torch.float32},
-    )
-    for module in (unet.diffusion_model, clip.cond_stage_model):
+    clip = None if family == "flux" else _text_encoders(family, config)
+    for module in (unet.diffusion_model, *([clip.cond_stage_model] if clip else [])):
         for parameter in module.parameters():
             parameter.data = (torch.randn(parameter.shape) * 0.05).to(dtype if parameter.dim() > 1 else torch.float32)
             parameter.requires_grad_(False)
     return Models(family, comfy.model_patcher.ModelPatcher(unet, load_device=cpu, offload_device=cpu), clip)
+
+
+def _text_encoders(family: str, config: Any) -> Any:
+    text = {"hidden_size": 64, "num_attention_heads": 4, **_TEXT}
+    found = ("text_encoders.clip_l", "text_encoders.clip_g") if family == "sd3" else ()
+    says = {f"{name}.transformer.text_model.final_layer_norm.weight": torch.ones(1) for name in found}
+    small = {f"clip_{size}_model_config": text for size in "lgh"}
+    return comfy.sd.CLIP(config.clip_target(says), model_options={**small, "dtype": torch.float32})
 
 
 def layers(models: Models) -> dict[tuple[str, str], tuple[int, ...]]:
