@@ -72,6 +72,9 @@ def train(path: Path) -> Path:
         accelerator=accelerator,
     )
     output.trainer = trainer
+    layers = sum(len(found) for found in networks.values())
+    where = "one process" if accelerator.num_processes == 1 else f"{accelerator.num_processes} processes"
+    output.say(f"{len(dataset)} pictures, {layers} layers, {trainer.config.steps} steps on {where}")
     if settings.output.resume and trainer.resume():
         output.say(f"going on from step {trainer.step}")
     trainer.run()
@@ -85,7 +88,8 @@ def _accelerator(batch_size: int) -> Any:
         from accelerate import Accelerator
     except ImportError:
         raise LoHaError(f"training on the command line needs accelerate: {EXTRA}") from None
-    accelerator = Accelerator(mixed_precision="no")  # [training] precision says it
+    # Left to itself it takes processes without a GPU for runs of their own. Precision is said in [training].
+    accelerator = Accelerator(mixed_precision="no", cpu=not torch.accelerator.is_available())
     if batch_size % accelerator.num_processes:
         raise LoHaError(
             f"[training] batch_size is {batch_size}, for all {accelerator.num_processes} processes together: "
