@@ -22,7 +22,7 @@ from loha_core.formats.grouping import group
 from . import files, monitor
 from .strength import bars
 
-PICTURES = (".png", ".jpg", ".jpeg", ".webp")
+PICTURES = {".png": "image/png", ".jpg": "image/jpeg", ".jpeg": "image/jpeg", ".webp": "image/webp"}
 # A line of text in the page, not a book: what a file says of itself is cut.
 LONGEST, MOST_WORDS = 200, 50
 
@@ -71,7 +71,7 @@ async def _preview(request: web.Request) -> web.StreamResponse:
     picture = await asyncio.to_thread(picture_of, request.query.get("name", ""))
     if picture is None:
         raise LoHaError("no picture lies beside this adapter")
-    return web.FileResponse(picture)
+    return web.FileResponse(picture, headers={"Content-Type": PICTURES[picture.suffix.lower()]})
 
 
 async def _blocks(request: web.Request) -> web.StreamResponse:
@@ -128,7 +128,7 @@ def _info_of(name: str, path: Path, fingerprint: str) -> dict[str, Any]:
         "alpha": _counts(Counter(f"{alpha:g}" for alpha in adapter.alphas.elements())),
         "layers": f"{len(adapter.layers)}" + (f" and {len(adapter.extras)} other tensors" if adapter.extras else ""),
         "dtype": _counts(dtypes),
-        "size": f"{size / 2**20:.1f} MB",
+        "size": f"{size / 2**20:.1f} MB" if size >= 2**20 else f"{size / 2**10:.1f} KB",
         "title": adapter.metadata.get("modelspec.title") or adapter.metadata.get("ss_output_name") or "",
     }
     words = [word[:LONGEST] for word in trigger_words(adapter)[:MOST_WORDS]]

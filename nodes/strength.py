@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 from comfy_api.latest import io, ui
@@ -15,6 +16,8 @@ from .loader import LOHA_BLOCKS, LOHA_SCHEDULE
 AUTO = "auto"
 # How many rules the picture lists before it counts the rest.
 RULES_SHOWN = 8
+# What `spell` writes of a model that is not in FAMILIES.
+_SPELLED = re.compile(r"\w{1,40}:[1-9]\d{0,2}(,\w{1,40}:[1-9]\d{0,2}){0,15}")
 
 
 class LoHaBlockStrength(io.ComfyNode):
@@ -103,10 +106,10 @@ def bars(family: str, preset: str, vector: str) -> dict[str, Any]:
         LoHaError: says what cannot be understood.
     """
     known: str | list[str] | None = None if family == AUTO else family
-    if ":" in family:
+    if _SPELLED.fullmatch(family):
         counts = (entry.partition(":") for entry in family.split(","))
-        # of_keys looks for the last block of each part.
-        known = [f"diffusion_model.{part}.{int(count) - 1}." for part, _, count in counts if count.isdecimal()]
+        # A layout is found by the last block of each part.
+        known = [f"diffusion_model.{part}.{int(count) - 1}." for part, _, count in counts]
     blocks = BlockStrength.parse(known, vector, preset=preset)
     found: dict[str, Any] = {
         "family": blocks.layout and blocks.layout.family,

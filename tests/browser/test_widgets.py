@@ -30,6 +30,7 @@ ADD = """([kind, x, y, values]) => {
     widget.value = value;
     widget.callback?.(value);
   }
+  node.expandToFitContent(); // as ComfyUI does when it loads a node
   app.canvas.setDirty(true, true);
   return node.id;
 }"""
@@ -448,8 +449,6 @@ def test_the_curve_is_the_one_that_the_server_follows(page: Page):
 # --- what all have in common ------------------------------------------------------------------
 
 
-
-
 def everything(page: Page) -> dict[str, dict[str, Any]]:
     """One node of each kind with values of its own -> what they send."""
     add(page, "LoHaLoader", 120, 160, strength_model=0.85, strength_clip=-0.4)
@@ -555,7 +554,10 @@ def test_a_link_overrides_the_widget(page: Page, shoot):
     saved = page.evaluate("JSON.stringify(app.graph.serialize())")
     page.evaluate("async saved => { app.graph.clear(); await app.loadGraphData(JSON.parse(saved)) }", saved)
     expect(frame).to_have_attribute("data-overridden", "")
-    page.evaluate("id => { const n = app.graph.getNodeById(id); n.disconnectInput(n.inputs.findIndex(i => i.name === 'rows')) }", node)
+    page.evaluate(
+        "id => { const n = app.graph.getNodeById(id); n.disconnectInput(n.inputs.findIndex(i => i.name === 'rows')) }",
+        node,
+    )
     expect(frame).not_to_have_attribute("data-overridden", "")
     assert [row["name"] for row in rows_of(page, node)] == ["seven.safetensors"]
 

@@ -34,14 +34,10 @@ def run(server: Server, node: str, **inputs: Any) -> dict:
     return server.queue({"1": {"class_type": node, "inputs": inputs}})["outputs"]["1"]
 
 
-def slots(*names: str, on: bool = True, strength: float = 1.0) -> dict[str, Any]:
-    """The stack's widgets, with these adapters in its first slots."""
-    chosen = [*names, *["None"] * (4 - len(names))]
-    widgets: dict[str, Any] = {"mode": "merge"}
-    for slot, name in enumerate(chosen, 1):
-        widgets |= {f"on_{slot}": on, f"lora_name_{slot}": name}
-        widgets |= {f"strength_model_{slot}": strength, f"strength_clip_{slot}": strength}
-    return widgets
+def stacked(*names: str, on: bool = True, strength: float = 1.0) -> dict[str, Any]:
+    """The stack's widgets, with a row for each of these adapters."""
+    rows = [{"on": on, "name": name, "strength_model": strength, "strength_clip": strength} for name in names]
+    return {"rows": json.dumps(rows), "mode": "merge"}
 
 
 @pytest.fixture(scope="module")
@@ -252,7 +248,7 @@ def test_a_schedule_is_what_two_samplings_after_each_other_are(ready, sample):  
 
 
 def test_blocks_and_schedules_that_are_zero_draw_what_no_adapter_draws(sample):
-    plain = sample("loha_stack", LoHaStack={"on_1": False, "on_2": False})
+    plain = sample("loha_stack", LoHaStack={"rows": "[]"})
     assert np.abs(sample("loha_stack") - plain).max() > 10
     no_blocks = {"LoHaBlockStrength": {"preset": "NONE", "vector": ""}}
     # A schedule is about sampling; text encoders are done by then.
@@ -287,8 +283,8 @@ def test_stacked_shares_of_one_adapter_are_the_whole(sample, draw):  # noqa: F81
 def test_a_stack_without_a_model_is_a_list_that_chains(server, loras):
     entry = server.queue(
         {
-            "1": {"class_type": "LoHaStack", "inputs": slots(loras[0], strength=0.5)},
-            "2": {"class_type": "LoHaStack", "inputs": slots(loras[1]) | {"lora_stack": ["1", 2]}},
+            "1": {"class_type": "LoHaStack", "inputs": stacked(loras[0], strength=0.5)},
+            "2": {"class_type": "LoHaStack", "inputs": stacked(loras[1]) | {"lora_stack": ["1", 2]}},
             "3": {"class_type": "PreviewAny", "inputs": {"source": ["2", 2]}},
             "4": {"class_type": "PreviewAny", "inputs": {"source": ["2", 3]}},
         }
@@ -299,20 +295,20 @@ def test_a_stack_without_a_model_is_a_list_that_chains(server, loras):
 
 def test_a_stack_refuses_names_that_are_not_in_the_list(server, loras):
     with pytest.raises(ComfyUIError, match="not in list|no such adapter"):
-        stack = {"class_type": "LoHaStack", "inputs": slots("../../outside.safetensors")}
+        stack = {"class_type": "LoHaStack", "inputs": stacked("../../outside.safetensors")}
         server.queue({"1": stack, "2": {"class_type": "PreviewAny", "inputs": {"source": ["1", 3]}}})
 
 
 def test_a_stack_adds_up_its_adapters(stack, loras):
     models = reduced.build("sd15")
     before = models.weights()
-    widgets = slots(*loras, strength=0.5)
+    widgets = stacked(*loras, strength=0.5)
     model, clip, entries, report = stack.LoHaStack.execute(**widgets, model=models.model, clip=models.clip).result
     assert entries == [(name, 0.5, 0.5) for name in loras]
     assert all(name in report for name in loras)
     alone = []
     for name in loras:
-        one, _, _, _ = stack.LoHaStack.execute(**slots(name, strength=0.5), model=models.model).result
+        one, _, _, _ = stack.LoHaStack.execute(**stacked(name, strength=0.5), model=models.model).result
         alone.append(patched(one))
     for key, weight in patched(model).items():
         wanted = before["MODEL", key] + sum(one[key] - before["MODEL", key] for one in alone)
@@ -320,24 +316,53 @@ def test_a_stack_adds_up_its_adapters(stack, loras):
     assert clip.patcher.patches and models.weights().keys() == before.keys()
 
 
-def test_what_is_off_or_none_is_left_out(stack, loras):
+def test_what_is_off_is_left_out(stack, loras):
     models = reduced.build("sd15")
-    off = stack.LoHaStack.execute(**slots(*loras, on=False), model=models.model).result
+    off = stack.LoHaStack.execute(**stacked(*loras, on=False), model=models.model).result
     assert (off[0], off[1], off[2], off[3]) == (models.model, None, [], "no adapter is on")
-    widgets = slots(*loras) | {"on_1": False}
-    assert stack.chosen(widgets) == [(loras[1], 1.0, 1.0)]
-    assert stack.LoHaStack.fingerprint_inputs(**widgets) == stack.files.fingerprint(loras[1])
+    rows = json.dumps([{"on": False, "name": "gone.safetensors"}, {"name": loras[1], "strength_model": 0.5}])
+    assert stack.chosen(rows) == [(loras[1], 0.5, 0.5)]
+    assert stack.LoHaStack.fingerprint_inputs(rows=rows) == stack.files.fingerprint(loras[1])
+    assert stack.LoHaStack.fingerprint_inputs(rows=None) == ""  # connected: not known yet
+
+
+def test_any_number_of_rows(stack, loras):
+    assert stack.chosen(stacked(*loras * 50)["rows"]) == [(name, 1.0, 1.0) for name in loras * 50]
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ("", "rows is not JSON"),
+        ("[" * 100_000, "rows is not JSON"),
+        ('{"name": "a"}', "rows is dict; expected a list such as"),
+        ('["a"]', "row 1: expected an object with a name"),
+        ('[{"name": ""}]', "row 1: expected an object with a name"),
+        ('[{"name": "a"}, {"name": 3}]', "row 2: expected an object with a name"),
+        ('[{"name": "a", "on": "yes"}]', "row 1 (a): on is 'yes'; write true or false"),
+        ('[{"name": "a", "strength": 1}]', "row 1 (a): unknown strength"),
+        ('[{"name": "a", "strength_model": "1"}]', "row 1 (a): strength_model is '1'; write a finite number"),
+        ('[{"name": "a", "strength_model": NaN}]', "row 1 (a): strength_model is nan"),
+        ('[{"name": "a", "strength_clip": 1e999}]', "row 1 (a): strength_clip is inf"),
+        ('[{"name": "a", "strength_clip": true}]', "row 1 (a): strength_clip is True"),
+        ('[{"name": "a", "strength_clip": null, "on": false}]', "row 1 (a): strength_clip is None"),
+    ],
+)
+def test_rows_that_cannot_be_understood(stack, rows, message):
+    with pytest.raises(LoHaError) as raised:
+        stack.LoHaStack.execute(rows=rows, model=object())
+    assert message in str(raised.value)
 
 
 def test_lists_of_other_packs_are_applied_first_and_checked(stack, loras):
     models = reduced.build("sd15")
     foreign = [(loras[0], 0.5, None), ("None", 1.0, 1.0), [loras[1], 1, 1]]
     everything = {"model": models.model, "clip": models.clip, "lora_stack": foreign}
-    model, clip, entries, _ = stack.LoHaStack.execute(**slots(loras[0]), **everything).result
+    model, clip, entries, _ = stack.LoHaStack.execute(**stacked(loras[0]), **everything).result
     assert entries == [(loras[0], 0.5, 0.0), (loras[1], 1.0, 1.0), (loras[0], 1.0, 1.0)]
     assert max(map(len, model.patches.values())) == 3 and max(map(len, clip.patcher.patches.values())) == 2
     for wrong in (["x"], [("x", 1)], [("x", "strong", 1)], [("x", float("nan"), 1)], [(3, 1, 1)]):
         with pytest.raises(LoHaError, match=r"entry 1 of the lora_stack input: expected \(name, model strength"):
             stack.received(wrong)
     with pytest.raises(LoHaError, match="no such adapter"):
-        stack.LoHaStack.execute(**slots(), model=models.model, lora_stack=[("../secret.safetensors", 1, 1)])
+        stack.LoHaStack.execute(**stacked(), model=models.model, lora_stack=[("../secret.safetensors", 1, 1)])

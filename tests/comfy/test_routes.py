@@ -1,0 +1,203 @@
+"""The routes that the widgets read: what they answer, and that nothing else can be made of them."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import sys
+import urllib.parse
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+
+from demo.comfyui import Server
+from loha_core.blocks import LAYOUTS, BlockStrength
+
+from . import reduced
+
+ROUTES = ("adapters", "info", "preview", "blocks")
+MARKUP = "<script>window.hacked = 1</script>"
+
+
+def call(
+    server: Server, path: str, method: str = "GET", body: bytes | None = None, **headers: str
+) -> tuple[int, http.client.HTTPMessage, bytes]:
+    """One request as it is written, without a client's tidying up."""
+    connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=30)
+    try:
+        connection.request(method, path, body, headers)
+        answer = connection.getresponse()
+        return answer.status, answer.headers, answer.read()
+    finally:
+        connection.close()
+
+
+def ask(server: Server, route: str, **query: str) -> tuple[int, dict]:
+    status, _, body = call(server, f"/loha/{route}?{urllib.parse.urlencode(query)}")
+    return status, json.loads(body)
+
+
+@pytest.fixture(scope="module")
+def loras(server: Server) -> Path:
+    """A kohya file with metadata and a picture, a PEFT folder, and what must not be told of."""
+    folder = server.path("models", "loras", "routes", "x").parent
+    models = reduced.build("sd15")
+    path, _ = reduced.write(models, "kohya", folder, 4)
+    path.rename(folder / "good.safetensors")
+    reduced.write(models, "peft", folder)
+    factors = {f"lora_unet_mid_block_x.hada_{name}": torch.ones(8, 8) for name in ("w1_a", "w1_b", "w2_a", "w2_b")}
+    words = {
+        "modelspec.trigger_phrase": f"cat, {MARKUP}",
+        "modelspec.architecture": MARKUP,
+        "modelspec.title": "x" * 999,
+    }
+    save_file(factors, folder / "said.safetensors", words)
+    (folder / "broken.safetensors").write_bytes(b"\x10\0\0\0\0\0\0\0{")
+    (folder / "notes.txt").write_text("private")
+    Image.new("RGB", (8, 6)).save(folder / "good.png")
+    Image.new("RGB", (8, 6)).save(folder / "said.preview.webp")
+
+    outside = server.path("outside", "secret.safetensors")
+    save_file(factors, outside)
+    Image.new("RGB", (8, 6)).save(outside.with_suffix(".png"))
+    for name, target in (("link.safetensors", outside), ("broken.png", outside.with_suffix(".png"))):
+        (folder / name).unlink(missing_ok=True)
+        (folder / name).symlink_to(target)
+    (folder / "notes.png").mkdir(exist_ok=True)
+    server.object_info("LoHaStack")
+    return folder
+
+
+def test_the_list_is_that_of_the_nodes(server, loras):
+    status, answer = ask(server, "adapters")
+    options = server.object_info("LoHaLoader")["input"]["required"]["lora_name"][1]["options"]
+    assert status == 200 and answer["names"] == options and "routes/good.safetensors" in options
+
+
+def test_info_of_a_file_and_of_a_folder(server, loras):
+    for name, dialect in (("routes/good.safetensors", "lycoris"), ("routes/peft", "peft")):
+        status, answer = ask(server, "info", name=name)
+        facts = answer["facts"]
+        assert status == 200 and facts["dialect"] == dialect and facts["layers"] == "150"
+        assert facts["base model"] == "SD 1.x" and facts["rank"].isdecimal() and "size" in facts
+        assert answer["picture"] == (name == "routes/good.safetensors")
+
+
+def test_info_reads_no_factor(pack, loras):
+    """Shapes stay on the meta device; only single numbers are read."""
+    routes = sys.modules[f"{pack.__name__}.nodes.routes"]
+    adapter, dtypes, size = routes._read(loras / "good.safetensors")
+    assert all(tensor.is_meta for layer in adapter.layers.values() for tensor in layer.tensors().values())
+    assert set(dtypes) == {"F32"} and size == (loras / "good.safetensors").stat().st_size
+
+
+def test_what_a_file_says_is_data(server, loras):
+    status, headers, body = call(server, "/loha/info?name=routes/said.safetensors")
+    answer = json.loads(body)
+    assert status == 200 and answer["words"] == ["cat", MARKUP] and answer["facts"]["base model"] == MARKUP
+    assert len(answer["facts"]["title"]) == 200
+    assert headers["Content-Type"].startswith("application/json") and headers["X-Content-Type-Options"] == "nosniff"
+
+
+def test_pictures(server, loras):
+    for name, kind in (("good.safetensors", "image/png"), ("said.safetensors", "image/webp")):
+        status, headers, body = call(server, f"/loha/preview?name=routes/{name}")
+        assert status == 200 and headers["Content-Type"] == kind and body
+    assert ask(server, "preview", name="routes/peft") == (400, {"error": "no picture lies beside this adapter"})
+
+
+def test_blocks_are_those_of_the_library(server):
+    for family, layout in LAYOUTS.items():
+        for vector in ("", "BASE=0.5"):
+            status, answer = ask(server, "blocks", family=family, preset="NONE", vector=vector)
+            assert status == 200 and answer["family"] == family and answer["listed"] is None
+            assert answer["values"] == BlockStrength.parse(family, vector, preset="NONE").table()
+            assert list(answer["values"]) == ["BASE", *layout.labels()]
+        for labels in layout.vectors():
+            vector = ",".join(str(number) for number in range(len(labels)))
+            answer = ask(server, "blocks", family=family, vector=vector)[1]
+            assert tuple(answer["listed"]) == labels and answer["start"] is None
+            assert all(answer["values"][label] == number for number, label in enumerate(labels))
+    assert ask(server, "blocks", family="auto", vector="OUT=0.5")[1]["values"]["OUT"] == 0.5
+    assert list(ask(server, "blocks", family="blocks:2,layers:1")[1]["values"]) == [
+        "BASE",
+        "blocks00",
+        "blocks01",
+        "layers00",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("query", "message"),
+    [
+        ({"family": "SD9"}, "no model family 'SD9'"),
+        ({"preset": "<b>"}, "no preset"),
+        ({"vector": "1,2"}, "the vector has 2 numbers"),
+        ({"vector": "IN99=1", "family": "SD1.5"}, "no block IN99"),
+        ({"family": "blocks:999999999"}, "no model family"),
+        ({"family": "nothing:3"}, "no numbered blocks"),
+        ({"family": "blocks:x"}, "no model family"),
+    ],
+)
+def test_blocks_say_what_is_wrong(server, query, message):
+    status, answer = ask(server, "blocks", **query)
+    assert status == 400 and message in answer["error"]
+
+
+NAMES = [
+    "",
+    ".",
+    "..",
+    "../outside/secret.safetensors",
+    "routes/../../../outside/secret.safetensors",
+    "/etc/passwd",
+    "routes/link.safetensors",
+    "routes/notes.txt",
+    "routes/broken.safetensors",
+    "routes",
+    "nowhere.safetensors",
+    "good\0.safetensors",
+    "routes/good.safetensors\0.png",
+    "..\\outside\\secret.safetensors",
+    "C:\\windows\\win.ini",
+    "x" * 5000,
+    "\ud83d".encode("utf-16", "surrogatepass").decode("utf-16", "replace"),
+]
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("route", ["info", "preview"])
+def test_names_that_lead_elsewhere_are_refused(server, loras, route, name):
+    status, _, body = call(server, f"/loha/{route}?{urllib.parse.urlencode({'name': name})}")
+    assert 400 <= status < 500
+    assert str(server.base).encode() not in body and b"root:" not in body and b"private" not in body
+
+
+@pytest.mark.parametrize("raw", ["%00", "%2e%2e%2foutside%2fsecret.safetensors", "..%5coutside", "%ff%fe", "%"])
+def test_odd_spellings_are_refused(server, loras, raw):
+    assert 400 <= call(server, f"/loha/info?name={raw}")[0] < 500
+    assert 400 <= call(server, f"/loha/preview/{raw}")[0] < 500
+
+
+def snapshot(folder: Path) -> dict[str, tuple[int, int]]:
+    found = (path for path in folder.rglob("*") if path.is_file() and path.name != "comfyui.log")
+    return {str(path): (path.stat().st_mtime_ns, path.stat().st_size) for path in found}
+
+
+@pytest.mark.parametrize("prefix", ["/loha", "/api/loha"])
+@pytest.mark.parametrize("route", ROUTES)
+def test_nothing_but_reading(server, loras, route, prefix):
+    before = snapshot(server.base)
+    path = f"{prefix}/{route}?name=routes/good.safetensors"
+    for method in ("POST", "PUT", "DELETE", "PATCH"):
+        assert call(server, path, method, b"{}")[0] == 405
+    assert call(server, path, "POST", b"x" * 5_000_000, **{"Content-Type": "text/plain"})[0] == 405
+    assert call(server, path, "POST", b"\xff\0<", **{"Content-Type": "application/json"})[0] == 405
+    assert call(server, path, "POST", b"{}", Origin="http://evil.example")[0] == 403
+    assert call(server, path, Origin="http://evil.example")[0] == 403
+    assert call(server, path, "GET", b"{" * 100_000, **{"Content-Type": "application/json"})[0] == 200  # not read
+    assert snapshot(server.base) == before
+    assert call(server, "/system_stats")[0] == 200
