@@ -12,7 +12,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from demo import comfyui, model, prepare
+from demo import comfyui, model, prepare, train_loha
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 WORKFLOWS = sorted((REPOSITORY / "example_workflows").glob("*.json"))
@@ -28,7 +28,7 @@ def ready(server: comfyui.Server) -> comfyui.Server:
         shapes = {k: file.get_slice(k).get_shape() for k in file.keys() if k.endswith(".weight")}
     torch.manual_seed(0)
     names = {"model.diffusion_model.": "lora_unet_", "cond_stage_model.transformer.": "lora_te_"}
-    for seed, file_name in enumerate((prepare.LOHA, "second.safetensors")):
+    for seed, file_name in enumerate((prepare.LOHA, "loha_demo_three.safetensors", "second.safetensors")):
         torch.manual_seed(seed)
         tensors = {}
         for key, shape in shapes.items():
@@ -42,6 +42,7 @@ def ready(server: comfyui.Server) -> comfyui.Server:
                 tensors[f"{module}.hada_{name.replace('1', '2')}"] = torch.randn(size) * 0.24
             tensors[f"{module}.alpha"] = torch.tensor(4.0)
         save_file(tensors, server.path("models", "loras", file_name))
+    train_loha.write_pictures(server)
     server.object_info()
     return server
 
@@ -112,9 +113,13 @@ def test_every_sampler(draw, sampler):
 @pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.stem)
 def test_example_workflows_run(ready, path):
     prompt = comfyui.to_api(json.loads(path.read_text()), ready.object_info())
+    quick = {
+        "KSampler": {"steps": 2},
+        "LoHaTrainer": {"steps": 2, "batch_size": 2, "name": "example", "resume": False},
+        "LoHaSave": {"filename": "example"},
+    }
     for node in prompt.values():
-        if node["class_type"] == "KSampler":
-            node["inputs"]["steps"] = 2
+        node["inputs"] |= quick.get(node["class_type"], {})
     entry = ready.queue(prompt)
     assert entry["status"]["status_str"] == "success"
     assert any(output.get("images") for output in entry["outputs"].values())
