@@ -63,6 +63,11 @@ class Factoring:
             LoHaError: values that are not finite, also after the cast.
         """
         target, columns, size = (u, v), u.shape[1], size_of(name, u, v)
+        beyond = 0.0
+        if self.rank is not None and (whole := lowrank.dense(u, v)) is not None:
+            # Written out, an update has its whole rank; what is looked for lies in its leading range.
+            u, v = lowrank.range_of(whole, (self.rank**2 if self.method == "fit" else self.rank) + 32, steps=3)
+            beyond = max(0.0, size**2 - lowrank.norm(u, v) ** 2) ** 0.5
         error, lora_error = 0.0, None
         if self.method == "fit" and size > 0:
             assert self.rank is not None
@@ -73,6 +78,10 @@ class Factoring:
             if self.method != "exact":
                 u, v, error = lowrank.truncate(u, v, self.rank, self.energy, self.max_error)
             layer = as_layer(u, v, self.kind, shape)
+        if beyond:
+            kept = max(0.0, size**2 - beyond**2)  # the rest is orthogonal to it
+            error = ((error**2 * kept + beyond**2) ** 0.5) / size
+            lora_error = lora_error and ((lora_error**2 * kept + beyond**2) ** 0.5) / size
         if self.dtype is not None and self.dtype != layer.dtype:
             layer = cast(name, layer, self.dtype)
             error = lowrank.distance(target, product(layer)) / (size or 1)

@@ -59,8 +59,18 @@ def as_product(whole: Tensor) -> tuple[Tensor, Tensor]:
     return (eye, whole) if len(whole) <= whole.shape[1] else (whole, eye)
 
 
+def dense(u: Tensor, v: Tensor) -> Tensor | None:
+    """The matrix that `as_product` wrote as U·V, or None where it is another product."""
+    for eye, whole in ((u, v), (v, u)):
+        if len(eye) == eye.shape[1] and torch.equal(eye, torch.eye(len(eye), dtype=eye.dtype, device=eye.device)):
+            return whole
+    return None
+
+
 def norm(u: Tensor, v: Tensor) -> float:
     """‖UV‖_F = ⟨UᵀU, VVᵀ⟩^½ in float64."""
+    if (whole := dense(u, v)) is not None:
+        return float(torch.linalg.vector_norm(whole, dtype=torch.float64))
     u, v = u.double(), v.double()
     return float(((u.T @ u) * (v @ v.T)).sum().clamp_min(0).sqrt())
 
@@ -121,3 +131,22 @@ def svd(u: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     qv, rv = torch.linalg.qr(v.T)
     left, sigma, right = torch.linalg.svd(ru @ rv.T)
     return qu @ left, sigma, right @ qv.T
+
+
+def range_of(whole: Tensor, columns: int, *, seed: int = 0, steps: int = 2) -> tuple[Tensor, Tensor]:
+    """Q·(Qᵀ·W): a matrix in its own leading range, by subspace iteration from random vectors (arXiv 0909.4061, 4.4).
+
+    Args:
+        whole: (o, n), in float32 or float64.
+        columns: of Q; some more than the rank that is looked for. From half the shorter side on, W itself is returned.
+        steps: of the iteration; each makes the error of a flat spectrum smaller.
+    """
+    if 2 * columns >= min(whole.shape):
+        return as_product(whole)
+    random = torch.Generator().manual_seed(seed)
+    q = whole @ torch.randn(whole.shape[1], columns, generator=random, dtype=whole.dtype).to(whole.device)
+    for _ in range(steps):
+        q = torch.linalg.qr(q)[0]
+        q = whole @ torch.linalg.qr(whole.T @ q)[0]
+    q = torch.linalg.qr(q)[0]
+    return q, q.T @ whole

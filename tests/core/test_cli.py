@@ -190,3 +190,98 @@ def test_text_from_a_file_cannot_forge_lines_or_drive_the_terminal():
     metadata = {"modelspec.trigger_phrase": "cat\nsuspicious    nothing", "modelspec.architecture": "SD\x1b[2J"}
     text = describe(Adapter({"a\x1b[31m": replace(good, alpha=1000.0)}, metadata=metadata))
     assert not any(line.startswith("suspicious    nothing") for line in text.splitlines()) and "\x1b" not in text
+
+
+# --- merge, resize, convert, extract, bake ---------------------------------------------------------------------------
+
+MID = "lora_unet_mid_block_attentions_0_proj_in"
+
+
+@pytest.fixture
+def files(tmp_path, one_thread):
+    """Two adapters of one model, and two checkpoints of it."""
+    for number in (1, 2):
+        tensors = samples.module(MID, (40, 48), seed=number)
+        samples.write(tmp_path / f"{number}.safetensors", tensors, {"ss_network_dim": "2"})
+    weight = {"model.diffusion_model.middle_block.1.proj_in.weight": torch.randn(40, 48)}
+    samples.write(tmp_path / "base.safetensors", weight)
+    change = samples.factors((40, 48), 1).delta()
+    samples.write(tmp_path / "tuned.safetensors", {key: t + 0.1 * change for key, t in weight.items()})
+    return tmp_path
+
+
+RUNS = {
+    "merge": (["merge", "1", "2", "--weights", "0.5", "-1"], "rank          8 ×1"),
+    "merge by svd": (["merge", "1", "2", "--method", "svd", "--rank", "3"], "1 layers, rank 3; relative error 0."),
+    "merge by ties": (
+        ["merge", "1", "2", "--method", "ties", "--energy", "0.5", "--density", "0.3"],
+        "1 layers, rank ",
+    ),
+    "merge as LoRA": (["merge", "1", "2", "--kind", "lora"], "lora_up.weight ×1"),
+    "merge by blocks": (["merge", "1", "2", "--blocks", "MID=0.5", "--rules", "proj_in: 2"], "rank          8 ×1"),
+    "resize": (["resize", "1", "--rank", "1"], "1 layers, rank 1; relative error 0."),
+    "resize by fit": (["resize", "1", "--rank", "1", "--method", "fit"], "a LoRA of equal size: "),
+    "convert to LoRA": (["convert", "1", "--to", "lora", "--rank", "2"], "lora_down.weight ×1"),
+    "convert alpha and dtype": (["convert", "1", "--alpha", "2", "--dtype", "fp16"], "float16 ×1"),
+    "convert names": (["convert", "1", "--unet", "ldm"], "wrote"),
+    "extract": (["extract", "base", "tuned", "--rank", "1"], "1 layers, rank 1; relative error"),
+    "bake": (["bake", "base", "1", "2", "--strengths", "0.5", "2.0"], "checkpoint: 1 layers matched"),
+}
+
+
+def arguments(words, folder):
+    """Words that name one of the files become its path."""
+    plain = {"1", "2", "base", "tuned"}
+    paths = (word in plain and not words[i - 1].startswith("--") for i, word in enumerate(words))
+    return [str(folder / f"{w}.safetensors") if is_path else w for w, is_path in zip(words, paths, strict=True)]
+
+
+@pytest.mark.parametrize(("words", "said"), RUNS.values(), ids=RUNS)
+def test_every_command_writes_and_says_what(words, said, files, capsys):
+    out = files / "out.safetensors"
+    call = [*arguments(words, files), "-o", str(out)]
+    assert main([*call, "--dry-run"]) == 0
+    text = capsys.readouterr()
+    assert said.replace("wrote", "was not written") in text.out and "dry run" in text.out and not out.exists()
+    assert main(call) == 0 and out.exists()
+    text = capsys.readouterr()
+    assert said in text.out and f"wrote {out}" in text.out and not text.err
+    before = out.read_bytes()
+    assert main(call) == 1 and "exists already" in capsys.readouterr().err and out.read_bytes() == before
+    assert main([*call, "--force"]) == 0
+    if words[0] != "bake" and "--unet" not in words:
+        assert load_adapter(out).metadata.get("loha_history")
+
+
+@pytest.mark.parametrize("words", [words for words, _ in RUNS.values()], ids=RUNS)
+def test_no_command_writes_over_its_input(words, files, capsys):
+    call = arguments(words, files)
+    before = {path: path.read_bytes() for path in files.iterdir()}
+    assert main([*call, "-o", call[1], "--force"]) == 1
+    assert "never changed" in capsys.readouterr().err
+    assert {path: path.read_bytes() for path in files.iterdir()} == before
+
+
+def test_a_merge_as_a_peft_folder(files):
+    out = files / "peft"
+    assert main(["merge", *arguments(["1", "2"], files), "-o", str(out), "--format", "peft"]) == 0
+    assert load_adapter(out).ranks == {8: 1}
+
+
+WRONG = {
+    "another model": (["merge", "1", "odd"], "different base models"),
+    "a weight too many": (["merge", "1", "2", "--weights", "0.5", "0.5", "0.5"], "2 adapters and 3 weights"),
+    "a rank for an exact sum": (["merge", "1", "2", "--rank", "3"], "exact"),
+    "rank 0": (["resize", "1", "--rank", "0"], "rank is 0"),
+    "a bound without a kind": (["convert", "1", "--rank", "3"], "belong to --to"),
+    "an unknown block": (["merge", "1", "--blocks", "XX=1"], "no block XX"),
+    "no checkpoint": (["extract", "1", "base", "--rank", "1"], "no layer in common"),
+}
+
+
+@pytest.mark.parametrize(("words", "message"), WRONG.values(), ids=WRONG)
+def test_what_a_command_refuses(words, message, files, capsys):
+    samples.write(files / "odd.safetensors", samples.module(MID, (40, 50)))
+    words = [str(files / "odd.safetensors") if word == "odd" else word for word in words]
+    assert main([*arguments(words, files), "-o", str(files / "out.safetensors")]) == 1
+    assert message in capsys.readouterr().err and not (files / "out.safetensors").exists()
