@@ -50,15 +50,14 @@ export function split(/** @type {string} */ name) {
  */
 export function fit(typed, name) {
   const low = name.toLowerCase();
-  let score = 0, at = -1, run = 0;
+  const begins = (at) => !/[a-z0-9]/.test(low[at - 1] ?? " ");
+  let score = 0, at = -1;
   for (const letter of typed.toLowerCase().replace(/\s+/g, "")) {
-    // Prefer to go on where the last letter was, then the beginning of a word, then anywhere.
-    let next = low[at + 1] === letter ? at + 1 : -1;
-    for (let i = at + 1; next < 0 && i < low.length; i++) if (low[i] === letter && /[^a-z0-9]/.test(low[i - 1] ?? " ")) next = i;
-    if (next < 0 || low.indexOf(letter, at + 1) < 0) next = low.indexOf(letter, at + 1);
-    if (next < 0) return undefined;
-    run = next === at + 1 ? run + 1 : 1;
-    score += run * 2 + (/[^a-z0-9]/.test(low[next - 1] ?? " ") ? 3 : 0) - (next - at) * 0.02;
+    const places = [...low].flatMap((found, place) => (found === letter && place > at ? [place] : []));
+    if (!places.length) return undefined;
+    // On from where the last letter was, else at the beginning of a word, else the first.
+    const next = places[0] === at + 1 ? places[0] : (places.find(begins) ?? places[0]);
+    score += (next === at + 1 ? 2 : 0) + (begins(next) ? 3 : 0) - (next - at) * 0.02;
     at = next;
   }
   return score - name.length * 0.01;
@@ -74,7 +73,7 @@ export function find(all, typed, folder) {
   const inside = [...all].filter((name) => !folder || split(name)[0] === folder || /^[\\/]/.test(name.slice(folder.length)) && name.startsWith(folder));
   if (!typed.trim()) return inside;
   return inside
-    .map((name) => /** @type {const} */ ([fit(typed, name), name]))
+    .map((name) => ([fit(typed, name), name]))
     .filter(([score]) => score !== undefined)
     .sort((a, b) => Number(b[0]) - Number(a[0]))
     .map(([, name]) => name);

@@ -3,7 +3,6 @@ import { ask } from "./adapters.mjs";
 import { el, onDrag } from "./dom.mjs";
 import { after, committed, host, valueOf } from "./host.mjs";
 import { clamp, snap, stepped, text, FINE, STEP } from "./number.mjs";
-import { openPresets } from "./presets.mjs";
 
 const LOW = -1, HIGH = 2;
 const BARS = 132, HEIGHT = 226;
@@ -35,7 +34,10 @@ export function blocksWidget(node, name, spec) {
     type: "button",
     textContent: "Presets",
     title: "Save, load, and share",
-    onclick: () => openPresets(presets, node, { vector: hosted.get(), numbers: () => numbers(), apply: (/** @type {string} */ text) => put(text) }),
+    async onclick() {
+      const { openPresets } = await import("./presets.mjs"); // rarely needed
+      openPresets(presets, node, { vector: hosted.get(), numbers: () => numbers(), apply: (text) => put(text) });
+    },
   });
   const plot = el("div.loha-bars");
   const groups = el("div.loha-groups");
@@ -59,7 +61,7 @@ export function blocksWidget(node, name, spec) {
   });
 
   /** A new vector, from wherever: the server tells what it means. */
-  function put(/** @type {string} */ value, typed = true) {
+  function put(value, typed = true) {
     hosted.set(value);
     if (typed && area.value !== value) area.value = value;
     query();
@@ -72,7 +74,7 @@ export function blocksWidget(node, name, spec) {
     const key = JSON.stringify(wanted);
     if (asking || key === asked) return; // whoever is asking looks again afterwards
     asking = true;
-    const answer = await ask("blocks", wanted).catch((/** @type {Error} */ reason) => ({ error: reason.message }));
+    const answer = await ask("blocks", wanted).catch((reason) => ({ error: reason.message }));
     asking = false;
     if (wanted.vector === hosted.get()) {
       asked = key;
@@ -98,12 +100,12 @@ export function blocksWidget(node, name, spec) {
       element.style.setProperty("--zero", `${(-LOW / (HIGH - LOW)) * 100}%`);
       element.style.setProperty("--one", `${((1 - LOW) / (HIGH - LOW)) * 100}%`);
     }
-    labels.forEach((label, index) => showBar(/** @type {HTMLElement} */ (plot.children[index]), bars.values[label]));
+    labels.forEach((label, index) => showBar((plot.children[index]), bars.values[label]));
   }
 
-  function showBar(/** @type {HTMLElement} */ bar, /** @type {number} */ value) {
+  function showBar(bar, value) {
     const [from, to] = [Math.min(0, value), Math.max(0, value)].map((v) => ((clamp(v, LOW, HIGH) - LOW) / (HIGH - LOW)) * 100);
-    const fill = /** @type {HTMLElement} */ (bar.firstElementChild);
+    const fill = (bar.firstElementChild);
     Object.assign(fill.style, { bottom: `${from}%`, height: `${Math.max(to - from, 1)}%` });
     fill.classList.toggle("negative", value < 0);
     bar.classList.toggle("beyond", value < LOW || value > HIGH);
@@ -112,14 +114,14 @@ export function blocksWidget(node, name, spec) {
   }
 
   /** A press or key on a bar or group changes the values of its labels. */
-  function control(/** @type {HTMLElement} */ handle, /** @type {string[]} */ labels, /** @type {boolean} */ jumps) {
+  function control(handle, labels, jumps) {
     onDrag(handle, (event) => {
       const box = plot.getBoundingClientRect();
       const unit = (HIGH - LOW) / box.height;
       const before = labels.map((label) => bars.values[label]);
       let y = event.clientY, moved = 0;
       const jump = jumps && !event.shiftKey ? HIGH - (y - box.top) * unit - before[0] : 0;
-      const change = (/** @type {PointerEvent} */ e) =>
+      const change = (e) =>
         assign(labels, before.map((value) => clamp(snap(value + jump + moved, e.shiftKey ? FINE : STEP), LOW, HIGH)));
       handle.focus();
       dragging = true;
@@ -148,32 +150,32 @@ export function blocksWidget(node, name, spec) {
       if (beside) handle[beside]?.focus();
       else if (next[0] === undefined) return;
       else {
-        assign(labels, /** @type {number[]} */ (next));
+        assign(labels, (next));
         committed();
       }
       event.preventDefault();
     });
   }
 
-  function drawBar(/** @type {string} */ label, /** @type {number} */ index) {
+  function drawBar(label, index) {
     const bar = el("div.loha-bar", { role: "slider", tabIndex: index ? -1 : 0, "aria-label": label, "aria-valuemin": LOW, "aria-valuemax": HIGH, "aria-orientation": "vertical" }, el("div.loha-fill"));
     if (index && partOf(label) !== partOf(Object.keys(bars.values)[index - 1])) bar.classList.add("first");
     control(bar, [label], true);
     return bar;
   }
 
-  function drawGroup(/** @type {string} */ part, /** @type {string[]} */ labels) {
+  function drawGroup(part, labels) {
     const handle = el("button.loha-button", { type: "button", textContent: part, title: `All of ${part}: drag up or down, double-click for 1`, "aria-label": `all of ${part}`, style: `flex:${part === "BASE" ? 3 : labels.length} 0 0` });
     control(handle, labels, false);
     return handle;
   }
 
   /** Show new values at once, and write the vector that means them. */
-  function assign(/** @type {string[]} */ labels, /** @type {number[]} */ values) {
+  function assign(labels, values) {
     const all = Object.keys(bars.values);
     labels.forEach((label, index) => {
       bars.values[label] = values[index];
-      showBar(/** @type {HTMLElement} */ (plot.children[all.indexOf(label)]), values[index]);
+      showBar((plot.children[all.indexOf(label)]), values[index]);
     });
     put(bars.listed ? numbers(labels) : named());
   }
@@ -191,7 +193,7 @@ export function blocksWidget(node, name, spec) {
     const labels = Object.keys(values);
     for (let first = 0; first < labels.length; ) {
       const part = partOf(labels[first]);
-      const end = (/** @type {(label: string) => boolean} */ fits) => {
+      const end = (fits) => {
         let last = first;
         while (last + 1 < labels.length && partOf(labels[last + 1]) === part && fits(labels[last + 1])) last++;
         return last;
@@ -210,12 +212,12 @@ export function blocksWidget(node, name, spec) {
   after(node, "onConfigure", query);
   node.lohaCreated = () => {
     for (const other of ["preset", "family"]) {
-      after(node.widgets.find((/** @type {any} */ widget) => widget.name === other), "callback", query);
+      after(node.widgets.find((widget) => widget.name === other), "callback", query);
     }
     query();
   };
   const onExecuted = node.onExecuted;
-  node.onExecuted = function (/** @type {any} */ output) {
+  node.onExecuted = function (output) {
     onExecuted?.apply(this, arguments);
     learned = output?.layout?.[0] ?? "auto";
     query();

@@ -42,17 +42,17 @@ export async function chooseAdapters(anchor, several, chosen) {
     ...(several ? [el("footer", {}, el("small", { textContent: "Enter adds one; tick to add several" }), add)] : []),
   );
 
-  const finish = (/** @type {string[]} */ found) => {
+  const finish = (found) => {
     dialog.close();
     if (found.length) chosen(found);
   };
-  const tick = (/** @type {string} */ name) => {
+  const tick = (name) => {
     if (!several) return finish([name]);
     if (!ticked.delete(name)) ticked.add(name);
     draw(shown.indexOf(name));
     filter.focus();
   };
-  const draw = (/** @type {number} */ next) => {
+  const draw = (next) => {
     const found = find(names, filter.value, folder.value);
     shown = found.slice(0, MOST);
     at = Math.max(0, Math.min(next, shown.length - 1));
@@ -68,7 +68,7 @@ export async function chooseAdapters(anchor, several, chosen) {
             role: "option",
             title: name,
             "aria-selected": String(several ? ticked.has(name) : index === at),
-            onclick(/** @type {Event} */ event) {
+            onclick(event) {
               event.preventDefault(); // the box follows the set, not the click
               tick(name);
             },
@@ -89,7 +89,7 @@ export async function chooseAdapters(anchor, several, chosen) {
     add.textContent = ticked.size ? `Add ${ticked.size}` : "Add";
     add.disabled = !ticked.size;
   };
-  filter.addEventListener("keydown", (/** @type {KeyboardEvent} */ event) => {
+  filter.addEventListener("keydown", (event) => {
     const step = { ArrowDown: 1, ArrowUp: -1, PageDown: 8, PageUp: -8 }[event.key];
     if (step) {
       event.preventDefault();
@@ -113,13 +113,13 @@ export async function chooseAdapters(anchor, several, chosen) {
  * @param {string} name
  */
 export async function showInfo(anchor, name) {
-  const body = el("div.loha-info.loha-scrolls", { textContent: "…" });
+  const body = el("div.loha-about.loha-scrolls", { textContent: "…" });
   openDialog(split(name)[1], anchor, body);
   let about;
   try {
     about = await ask("info", { name });
   } catch (error) {
-    body.replaceChildren(el("p.loha-error", { textContent: String(/** @type {Error} */ (error).message) }));
+    body.replaceChildren(el("p.loha-error", { textContent: String(error.message) }));
     return;
   }
   const facts = Object.entries({ file: about.name, ...about.facts }).flatMap(([label, value]) => [
@@ -128,7 +128,7 @@ export async function showInfo(anchor, name) {
   ]);
   body.replaceChildren(el("dl", {}, ...facts));
   if (about.words.length) {
-    const words = about.words.map((/** @type {string} */ word) => wordButton(word, word));
+    const words = about.words.map((word) => wordButton(word, word));
     const all = about.words.length > 1 ? [wordButton("copy all", about.words.join(", "))] : [];
     body.append(el("p", { textContent: "trigger words (click to copy)" }), el("div.loha-words", {}, ...words, ...all));
   }

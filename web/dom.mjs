@@ -39,8 +39,8 @@ export function onDrag(element, start) {
     const drag = start(event);
     if (!drag) return;
     element.setPointerCapture(event.pointerId);
-    const move = (/** @type {PointerEvent} */ e) => drag.move(e);
-    const end = (/** @type {PointerEvent} */ e) => {
+    const move = (e) => drag.move(e);
+    const end = (e) => {
       element.removeEventListener("pointermove", move);
       for (const type of ["pointerup", "pointercancel"]) element.removeEventListener(type, end);
       drag.end?.(e);
@@ -69,9 +69,9 @@ export function openDialog(title, anchor, ...content) {
     if (event.target === dialog && !inside) dialog.close();
   });
   // ComfyUI's own keys stay out of it, also while nothing in it has the focus.
-  const onKey = (/** @type {KeyboardEvent} */ event) => {
+  const onKey = (event) => {
     if (event.key === "Escape") dialog.close();
-    else if (dialog.contains(/** @type {Node} */ (event.target))) return;
+    else if (dialog.contains((event.target))) return;
     event.stopPropagation();
   };
   window.addEventListener("keydown", onKey, true);
@@ -97,7 +97,7 @@ export function openDialog(title, anchor, ...content) {
 export function isolate(element) {
   for (const type of ["pointerdown", "pointermove", "pointerup", "mousedown"]) {
     element.addEventListener(type, (event) => {
-      const { button, buttons } = /** @type {PointerEvent} */ (event);
+      const { button, buttons } = (event);
       if (button !== 1 && !(buttons & 4)) event.stopPropagation(); // the middle button pans
     });
   }
@@ -115,7 +115,7 @@ export async function copyText(text) {
     await navigator.clipboard.writeText(text);
   } catch {
     // Pages that are not served by https have no clipboard of their own.
-    const focused = /** @type {HTMLElement | null} */ (document.activeElement);
+    const focused = (document.activeElement);
     const area = el("textarea", { value: text });
     (document.querySelector("dialog[open]") ?? document.body).append(area);
     area.select();

@@ -34,7 +34,7 @@ export function host(node, name, element, { value, read, show, height, grows }) 
   frame.append(element);
   // ComfyUI blurs a widget's element when something else is pressed; what has the focus lies in it.
   frame.blur = () => {
-    const focused = /** @type {HTMLElement | null} */ (document.activeElement);
+    const focused = (document.activeElement);
     if (frame.contains(focused)) focused?.blur();
   };
   isolate(frame);
@@ -87,7 +87,7 @@ export function host(node, name, element, { value, read, show, height, grows }) 
 /** Wheel and middle button over a widget mean the canvas; Nodes 2.0 passes them on itself. */
 function passOn(/** @type {HTMLElement} */ frame) {
   frame.addEventListener("wheel", (event) => {
-    const list = /** @type {HTMLElement} */ (event.target).closest?.(".loha-scrolls, textarea");
+    const list = event.target.closest?.(".loha-scrolls, textarea");
     if (list && list.scrollHeight > list.clientHeight && !event.ctrlKey) return event.stopPropagation();
     if (LiteGraph.vueNodesMode) return;
     event.preventDefault();
@@ -96,7 +96,7 @@ function passOn(/** @type {HTMLElement} */ frame) {
   const forward = { pointerdown: "processMouseDown", pointermove: "processMouseMove", pointerup: "processMouseUp" };
   for (const [type, process] of Object.entries(forward)) {
     frame.addEventListener(type, (event) => {
-      const { button, buttons } = /** @type {PointerEvent} */ (event);
+      const { button, buttons } = (event);
       if ((button === 1 || buttons & 4) && !LiteGraph.vueNodesMode) app.canvas[process](event);
     });
   }
@@ -120,11 +120,11 @@ export function after(object, method, then) {
 
 /** Another widget's value. */
 export const valueOf = (/** @type {any} */ node, /** @type {string} */ name) =>
-  node.widgets?.find((/** @type {any} */ widget) => widget.name === name)?.value;
+  node.widgets?.find((widget) => widget.name === name)?.value;
 
 /** Set another widget as its own controls do. */
 export function setValue(/** @type {any} */ node, /** @type {string} */ name, /** @type {any} */ value) {
-  const widget = node.widgets?.find((/** @type {any} */ found) => found.name === name);
+  const widget = node.widgets?.find((found) => found.name === name);
   if (!widget || widget.value === value) return;
   widget.value = value;
   widget.callback?.(value);

@@ -52,12 +52,12 @@ export function numberField(label, change, done) {
     "aria-label": label,
     title: `${label}: drag sideways (Shift: fine), click to type, double-click for 1`,
   });
-  const show = (/** @type {number} */ next) => {
+  const show = (next) => {
     value = next;
     if (document.activeElement !== element) element.value = text(value);
     element.setAttribute("aria-valuenow", text(value));
   };
-  const put = (/** @type {number} */ next) => {
+  const put = (next) => {
     if (next !== value) change(next);
     show(next);
     element.value = text(next);

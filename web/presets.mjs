@@ -37,23 +37,23 @@ export async function openPresets(anchor, node, equaliser) {
   const form = el("form.loha-row", { onsubmit: store }, name, save);
   const dialog = openDialog("Block presets", anchor, list, form, el("footer", {}, copy), error);
 
-  const attempt = async (/** @type {() => Promise<void>} */ action) => {
+  const attempt = async (action) => {
     try {
       await action();
       error.textContent = "";
     } catch (reason) {
-      error.textContent = String(/** @type {Error} */ (reason).message);
+      error.textContent = String(reason.message);
     }
   };
   /** Read, change, write: another tab may have saved one, too. */
-  const change = (/** @type {(saved: Record<string, Saved>) => void} */ edit) =>
+  const change = (edit) =>
     attempt(async () => {
       const saved = await read();
       edit(saved);
       await api.storeUserData(FILE, saved);
       show(saved);
     });
-  function store(/** @type {Event} */ event) {
+  function store(event) {
     event.preventDefault();
     const key = name.value.trim();
     if (!key) return;
@@ -61,12 +61,12 @@ export async function openPresets(anchor, node, equaliser) {
     change((saved) => (saved[key] = now));
     name.value = "";
   }
-  function show(/** @type {Record<string, Saved>} */ saved) {
+  function show(saved) {
     const names = Object.keys(saved).sort();
     list.replaceChildren(...names.map((key) => el("div.loha-row", {}, choice(key, saved[key]), removal(key))));
     if (!names.length) list.append(el("small", { textContent: "none saved yet" }));
   }
-  const choice = (/** @type {string} */ key, /** @type {Saved} */ { preset, family, vector }) =>
+  const choice = (key, { preset, family, vector }) =>
     el("button.loha-button.loha-wide", {
       type: "button",
       textContent: key,
@@ -79,7 +79,7 @@ export async function openPresets(anchor, node, equaliser) {
         committed();
       },
     });
-  const removal = (/** @type {string} */ key) =>
+  const removal = (key) =>
     el("button.loha-icon", { type: "button", title: `Remove ${key}`, "aria-label": `remove ${key}`, onclick: () => change((saved) => delete saved[key]) }, el("i.pi.pi-times"));
 
   await attempt(async () => show(await read()));

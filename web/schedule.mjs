@@ -43,7 +43,7 @@ export function scheduleWidget(node, name, spec) {
     show: load,
   });
 
-  function load(/** @type {string} */ value) {
+  function load(value) {
     if (area.value !== value) area.value = value;
     const found = parseFrames(value);
     error.textContent = found ? "" : "expected progress: strength pairs, such as 0: 0, 0.5: 1";
@@ -68,7 +68,7 @@ export function scheduleWidget(node, name, spec) {
     low = Math.floor(Math.min(0, ...values) * 2) / 2;
     high = Math.max(1.5, Math.ceil(Math.max(0, ...values) * 2) / 2);
   }
-  const toY = (/** @type {number} */ value) => 100 - ((value - low) / (high - low)) * 100;
+  const toY = (value) => 100 - ((value - low) / (high - low)) * 100;
 
   function draw() {
     const interpolation = valueOf(node, "interpolation") ?? "linear";
@@ -91,8 +91,8 @@ export function scheduleWidget(node, name, spec) {
     }
   }
 
-  function newHandle(/** @type {Frame} */ frame) {
-    const handle = el("div.loha-keyframe", { role: "slider", tabIndex: 0, "aria-valuemin": "-20", "aria-valuemax": "20", onkeydown: (/** @type {KeyboardEvent} */ event) => key(event, frame) });
+  function newHandle(frame) {
+    const handle = el("div.loha-keyframe", { role: "slider", tabIndex: 0, "aria-valuemin": "-20", "aria-valuemax": "20", onkeydown: (event) => key(event, frame) });
     handles.set(frame, handle);
     plot.append(handle);
     return handle;
@@ -112,7 +112,7 @@ export function scheduleWidget(node, name, spec) {
     committed();
   }
 
-  function key(/** @type {KeyboardEvent} */ event, /** @type {Frame} */ frame) {
+  function key(event, frame) {
     const [dx, dy] = { ArrowLeft: [-1, 0], ArrowRight: [1, 0], ArrowUp: [0, 1], ArrowDown: [0, -1] }[event.key] ?? [0, 0];
     const at = frames.indexOf(frame);
     if (event.key === "Delete" || event.key === "Backspace") {
@@ -136,7 +136,7 @@ export function scheduleWidget(node, name, spec) {
   let added = 0; // when; the second press of the double-click that added a keyframe must not remove it
   onDrag(plot, (event) => {
     const box = plot.getBoundingClientRect();
-    const at = (/** @type {PointerEvent} */ e) => ({
+    const at = (e) => ({
       x: clamp(snap((e.clientX - box.left) / box.width, e.shiftKey ? FINE_X : STEP_X), 0, 1),
       y: clamp(snap(high - ((e.clientY - box.top) / box.height) * (high - low), e.shiftKey ? FINE : STEP)),
     });
@@ -151,13 +151,13 @@ export function scheduleWidget(node, name, spec) {
     handles.get(frame)?.focus();
     return {
       move(e) {
-        Object.assign(/** @type {Frame} */ (frame), at(e));
+        Object.assign((frame), at(e));
         write();
       },
       end: settle,
     };
   });
-  plot.addEventListener("dblclick", (/** @type {MouseEvent} */ event) => {
+  plot.addEventListener("dblclick", (event) => {
     const frame = frames.find((found) => handles.get(found) === document.activeElement);
     if (!frame || event.timeStamp - added < 600) return;
     frames.splice(frames.indexOf(frame), 1);
@@ -167,7 +167,7 @@ export function scheduleWidget(node, name, spec) {
 
   node.lohaCreated = () => {
     for (const other of ["interpolation", "start_percent", "end_percent"]) {
-      after(node.widgets.find((/** @type {any} */ widget) => widget.name === other), "callback", draw);
+      after(node.widgets.find((widget) => widget.name === other), "callback", draw);
     }
   };
   after(node, "onConfigure", draw);

@@ -1,9 +1,11 @@
 // Stack: rows of adapters. The node's value is one string, the rows as JSON.
 import { adapterNames, split } from "./adapters.mjs";
-import { chooseAdapters, showInfo } from "./chooser.mjs";
 import { el, onDrag } from "./dom.mjs";
 import { after, committed, host } from "./host.mjs";
 import { clamp, numberField, parse } from "./number.mjs";
+
+// Loaded when it is first needed.
+const chooser = () => import("./chooser.mjs");
 
 const ROW = 28, HEAD = 32, LEAST_ROWS = 1, MOST_ROWS = 8;
 
@@ -42,15 +44,15 @@ export function stackWidget(node, name, spec) {
     }
     changed();
   });
-  const add = button("+ Add", "Add adapters", () =>
-    chooseAdapters(add, true, (names) => {
+  const add = button("+ Add", "Add adapters", async () => {
+    (await chooser()).chooseAdapters(add, true, (names) => {
       for (const chosen of names) {
         rows.push({ on: true, name: chosen, strength_model: 1, ...(two ? { strength_clip: 1 } : {}) });
       }
       changed();
       list.scrollTop = list.scrollHeight;
-    }),
-  );
+    });
+  });
   const list = el("div.loha-rows.loha-scrolls", { role: "list" });
   const element = el("div.loha-stack", {}, el("div.loha-row", {}, all, count, both, add), list);
 
@@ -71,7 +73,7 @@ export function stackWidget(node, name, spec) {
     committed();
   };
 
-  function load(/** @type {string} */ value) {
+  function load(value) {
     const found = understand(value);
     problem = found ? "" : "not a list of rows; adding one replaces it";
     rows = found ?? [];
@@ -82,12 +84,12 @@ export function stackWidget(node, name, spec) {
 
   /** @param {number} focused row that gets the focus; that of the focused one if it is negative */
   function draw(focused = -1) {
-    const active = /** @type {HTMLElement | null} */ (list.contains(document.activeElement) ? document.activeElement : null);
+    const active = (list.contains(document.activeElement) ? document.activeElement : null);
     const at = focused < 0 ? [...list.children].findIndex((row) => row.contains(active)) : focused;
     list.replaceChildren(...rows.map(drawRow));
     if (!rows.length) list.append(el("div.loha-empty", { textContent: problem || "Add adapters to apply them together." }));
     const part = active?.dataset.part;
-    if (part) /** @type {HTMLElement | null} */ (list.children[Math.min(at, rows.length - 1)]?.querySelector(`[data-part=${part}]`))?.focus();
+    if (part) (list.children[Math.min(at, rows.length - 1)]?.querySelector(`[data-part=${part}]`))?.focus();
 
     const on = rows.filter((row) => row.on).length;
     all.setAttribute("aria-checked", on && on < rows.length ? "mixed" : String(on > 0));
@@ -97,10 +99,10 @@ export function stackWidget(node, name, spec) {
     mark();
   }
 
-  function drawRow(/** @type {Row} */ row, /** @type {number} */ index) {
+  function drawRow(row, index) {
     const [folder, stem] = split(row.name);
-    const strength = (/** @type {"strength_model" | "strength_clip"} */ key, /** @type {string} */ label) => {
-      const set = (/** @type {number} */ value) => {
+    const strength = (key, label) => {
+      const set = (value) => {
         row[key] = value;
         store();
       };
@@ -108,14 +110,15 @@ export function stackWidget(node, name, spec) {
       field.show(row[key] ?? row.strength_model);
       return field.element;
     };
-    const move = (/** @type {KeyboardEvent} */ event) => {
+    const move = (event) => {
       const to = index + ({ ArrowUp: -1, ArrowDown: 1 }[event.key] ?? NaN);
       if (!(to >= 0 && to < rows.length)) return;
       event.preventDefault();
       rows.splice(to, 0, ...rows.splice(index, 1));
       changed(to);
     };
-    const replace = () => chooseAdapters(title, false, ([chosen]) => ((row.name = chosen), changed()));
+    const replace = async () =>
+      (await chooser()).chooseAdapters(title, false, ([chosen]) => ((row.name = chosen), changed()));
     const on = toggle(`${stem} on`, () => ((row.on = !row.on), changed()));
     on.setAttribute("aria-checked", String(row.on));
     const remove = () => (rows.splice(index, 1), changed());
@@ -129,7 +132,7 @@ export function stackWidget(node, name, spec) {
       title,
       strength("strength_model", two ? "model strength" : "strength"),
       ...(two ? [strength("strength_clip", "clip strength")] : []),
-      icon("pi-info-circle", `About ${stem}`, (event) => showInfo(event.currentTarget, row.name), "info"),
+      icon("pi-info-circle", `About ${stem}`, async ({ currentTarget }) => (await chooser()).showInfo(currentTarget, row.name), "info"),
       icon("pi-times", `Remove ${stem}`, remove, "remove"),
     );
     line.classList.toggle("off", !row.on);
@@ -141,14 +144,14 @@ export function stackWidget(node, name, spec) {
     for (const [index, row] of rows.entries()) {
       const missing = Boolean(known && !known.has(row.name));
       list.children[index].classList.toggle("missing", missing);
-      const title = /** @type {HTMLElement} */ (list.children[index].querySelector("[data-part=name]"));
+      const title = (list.children[index].querySelector("[data-part=name]"));
       title.title = missing ? `${row.name}: not in models/loras. Click to choose another.` : row.name;
     }
   }
 
   // The list has the capture: a row that moves in the page would lose it.
   onDrag(list, (event) => {
-    const line = /** @type {HTMLElement} */ (event.target).closest(".loha-grip")?.closest(".loha-stack-row");
+    const line = event.target.closest(".loha-grip")?.closest(".loha-stack-row");
     if (!line) return undefined;
     let at = [...list.children].indexOf(line);
     const from = at;

@@ -58,7 +58,7 @@ export function strengthWidget(node, name, spec) {
     height: () => 26,
     show,
   });
-  function show(/** @type {number} */ value) {
+  function show(value) {
     const [from, to] = [place(Math.min(0, value)), place(Math.max(0, value))];
     Object.assign(fill.style, { left: `${from}%`, width: `${to - from}%` });
     fill.classList.toggle("negative", value < 0);
@@ -68,7 +68,7 @@ export function strengthWidget(node, name, spec) {
     field.show(value);
   }
   /** As by the user: the partner follows. */
-  const change = (/** @type {number} */ value) => {
+  const change = (value) => {
     hosted.set(value);
     show(value);
     if (node.properties[LINKED]) setValue(node, partner, value);
@@ -80,7 +80,7 @@ export function strengthWidget(node, name, spec) {
     let x = event.clientX;
     // A fine drag starts from the value as it is, a plain one from where the track was pressed.
     let raw = event.shiftKey ? hosted.get() : LOW + (x - box.left) * unit;
-    const put = (/** @type {PointerEvent} */ e) => {
+    const put = (e) => {
       raw = clamp(raw, LOW, HIGH);
       change(snap(raw, e.shiftKey ? FINE : STEP));
     };
