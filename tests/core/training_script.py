@@ -155,7 +155,7 @@ def kill_often(root: Path, kills: int) -> None:
                 time.sleep(chance.uniform(0.01, 0.3))
                 while done % 2 and _alive(child) and not _writing(folder) - left:
                     pass
-                time.sleep(chance.uniform(0, 0.003))
+                time.sleep(chance.uniform(0, 0.001))
                 os.kill(child, signal.SIGKILL)  # a child that has ended waits to be asked how
             status = os.waitpid(child, 0)[1]
             assert status in (0, signal.SIGKILL), status
