@@ -10,13 +10,14 @@ Writing and copying both end with fsync.
 from __future__ import annotations
 
 import argparse
+import ctypes
 import os
 import resource
 import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from math import prod
 from pathlib import Path
 
@@ -49,6 +50,8 @@ def random_adapter(model: str, rank: int, seed: int) -> Adapter:
 def measured(what: str) -> Iterator[None]:
     """Print wall and CPU seconds, and by how much resident memory peaked above what was held at the start."""
     reset = Path("/proc/self/clear_refs")
+    with suppress(AttributeError, OSError):
+        ctypes.CDLL(None).malloc_trim(0)  # what was freed before is not what the call will need
     if reset.exists():
         reset.write_text("5")  # peak := now
     before, cpu, wall = _memory("VmRSS"), time.process_time(), time.perf_counter()
