@@ -133,13 +133,21 @@ def targets(module: nn.Module, config: NetworkConfig, *, text: bool = False) -> 
         if wanted:
             found[path] = layer
     if not found:
-        some = get_close_matches(config.layers, there, 5, 0.0) or there[:5]
         raise LoHaError(
             f"no layer's name contains {config.layers!r}"
             + (f" without {config.exclude!r}" if config.exclude else "")
-            + f"; the model has {', '.join(some)}, …"
+            + ("" if config.conv_rank else " (convolutions are out: conv_rank is 0)")
+            + f"; the model has {', '.join(_nearest(config.layers, there))}, …"
         )
     return found
+
+
+def _nearest(wanted: str, paths: list[str]) -> list[str]:
+    """Some paths, those first that have a part such as the one that was perhaps meant."""
+    parts = dict.fromkeys(part for path in paths for part in path.split("."))
+    close = [near for word in re.findall(r"\w+", wanted) for near in get_close_matches(word, parts, 2)]
+    found = [next(path for path in paths if near in path.split(".")) for near in close]
+    return list(dict.fromkeys([*found, *paths]))[:5]
 
 
 def _kernel(layer: nn.Module) -> int:
@@ -161,13 +169,20 @@ def build(
     names = spelled(module, is_text)
     begun = _begun(start, module, label) if start else {}
     layers, paths = {}, {}
-    for path, layer in targets(inner, config, text=is_text).items():
+    found = targets(inner, config, text=is_text)
+    if lost := begun.keys() - {f"{lead}{path}.weight" for path in found}:
+        raise LoHaError(
+            f"the loha input has {len(begun)} layers for the {label}, and the network leaves out {len(lost)} of them, "
+            f"such as {min(lost)}; what they do would be lost. Choose more layers (preset all, a conv_rank above 0)."
+        )
+    for path, layer in found.items():
         kind = next(new for old, new in _CLASSES.items() if isinstance(layer, old))
         new = kind(layer)
         new._active = [ADAPTER]
         key = f"{lead}{path}.weight"
         if (factors := begun.get(key)) is not None:
-            new.add_factors(ADAPTER, factors, config.loha)
+            own: dict[str, Any] = {part: tensor.clone() for part, tensor in factors.tensors().items()}
+            new.add_factors(ADAPTER, replace(factors, **own), config.loha)  # the input stays what it is
         else:
             rank, alpha = config.rank_and_alpha(path, _kernel(layer))
             new.update_layer(ADAPTER, rank, alpha, config.loha)
@@ -183,6 +198,28 @@ def _begun(start: Adapter, module: nn.Module, label: str) -> dict[str, LoHaFacto
     model, clip = (module, None) if label == MODEL else (None, module)
     bound = bind(start, networks_of((model, clip)), [MODEL, CLIP])
     return {target: factors for _, target, factors in bound.layers[label] if isinstance(target, str)}
+
+
+def check_start(start: Adapter, model: nn.Module, clip: nn.Module | None) -> None:
+    """Whether all of an adapter can be gone on from.
+
+    Raises:
+        LoHaError: part of it belongs elsewhere, and would be lost.
+    """
+    networks = networks_of((model, clip))
+    bound = bind(start, networks, {MODEL, CLIP} - networks.keys())
+    found = [(name, target) for layers in bound.layers.values() for name, target, _ in layers]
+    if not found:
+        raise LoHaError(f"the loha input: nothing in {start.source} fits this model; connect one that was made for it")
+    lost = dict(bound.report.unmatched)
+    lost |= {name: "a part of a fused weight" for name, target in found if not isinstance(target, str)}
+    lost |= {name: "not a LoHa" for name in start.extras}
+    if lost:
+        some = "; ".join(f"{name}: {why}" for name, why in list(lost.items())[:3])
+        raise LoHaError(
+            f"the loha input: training cannot go on from {len(lost)} parts of {start.source}, and they would be lost "
+            f"({some}). Connect clip if they are the text encoders', or apply that adapter to the model instead."
+        )
 
 
 def spelled(module: nn.Module, is_text: bool) -> dict[str, str]:

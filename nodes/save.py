@@ -116,7 +116,7 @@ def free_path(filename: str, suffix: str, overwrite: bool) -> Path:
     """
     stem = filename.strip().removesuffix(suffix) if suffix else filename.strip()
     parts = [part for part in re.split(r"[/\\]", stem) if part]
-    if not parts or any(part in (".", "..") or set(part) & set('\0:*?"<>|') for part in parts):
+    if not parts or stem[0] in "/\\" or any(part in (".", "..") or set(part) & set('\0:*?"<>|') for part in parts):
         raise LoHaError(f"filename is {filename!r}; expected a name inside the loras folder, such as style/my_loha")
     base = root()
     path = base.joinpath(*parts[:-1], parts[-1] + suffix)

@@ -42,7 +42,7 @@ from . import bridge, charts, live, monitor, mutation
 from .dataset import LOHA_DATASET
 from .diffusion import Diffusion, trainable_weights
 from .loader import LOHA
-from .network import LOHA_CONFIG, NetworkConfig, build
+from .network import LOHA_CONFIG, NetworkConfig, build, check_start
 from .optimizer import LOHA_OBJECTIVE, LOHA_OPTIMIZER, Optimizing, optimizing
 from .patches import CLIP, MODEL
 
@@ -115,10 +115,10 @@ class Job:
                 folder=self.folder,
                 identity=self._identity(built),
             )
-            watcher = Watcher(self, trainer, patchers[0])
-            trainer.callbacks = [watcher]
             if self.resume:
                 trainer.resume()
+            watcher = Watcher(self, trainer, patchers[0])
+            trainer.callbacks = [watcher]
             again = self.gradient_checkpointing
             blocks = _blocks(modules[0].diffusion_model) + _text_blocks(*modules[1:])
             with attached(layers), mutation.allowed(blocks, again=again), recomputing(blocks if again else ()):
@@ -131,6 +131,8 @@ class Job:
             raise LoHaError("preview_every needs the vae input, to decode what is shown; connect it or set it to 0")
         if self.batch_size < 1:
             raise LoHaError(f"batch_size is {self.batch_size}; expected at least 1")
+        if self.start is not None:
+            check_start(self.start, self.model.model, None if self.clip is None else self.clip.cond_stage_model)
         if (acting := live.of(self.model)) and any(entry.schedule for entry in acting.entries):
             raise LoHaError(
                 "the model carries a LoHa with a schedule, which has no single strength to train on top of; "

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-import types
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -34,16 +33,9 @@ def node(name: str) -> Any:
 
 @pytest.fixture
 def page(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[list[tuple[str, dict[str, Any]]]]:
-    """What is sent to the page; and an output folder.
-
-    ComfyUI's server module cannot be imported beside pytest (another `utils` is in its way), so a stand-in takes what
-    would go through its websocket. The real one is in the tests with a server.
-    """
+    """What is sent to the page; and an output folder."""
     sent: list[tuple[str, dict[str, Any]]] = []
-    server: Any = types.ModuleType("server")
-    instance = types.SimpleNamespace(send_sync=lambda event, data: sent.append((event, data)))
-    server.PromptServer = types.SimpleNamespace(instance=instance)
-    monkeypatch.setitem(sys.modules, "server", server)
+    monkeypatch.setattr(node("monitor"), "tell", lambda event, data: sent.append((event, data)))
     before = folder_paths.get_output_directory()
     folder_paths.set_output_directory(str(tmp_path))
     yield sent
