@@ -6,6 +6,7 @@
 
 from .adapter import Adapter
 from .apply import add_delta_, plan
+from .bake import apply_to_checkpoint
 from .bind import Binding, Network, Report, bind
 from .config import LoHaConfig
 from .convert import (
@@ -21,6 +22,7 @@ from .convert import (
 )
 from .describe import describe
 from .errors import LoHaError
+from .extract import extract
 from .factors import KhatriRao, LoHaFactors
 from .formats import load_adapter, save_adapter
 from .functional import loha_conv, loha_delta, loha_linear
@@ -52,10 +54,12 @@ __all__ = [
     "Network",
     "Report",
     "add_delta_",
+    "apply_to_checkpoint",
     "bake_blocks",
     "bind",
     "change_alpha",
     "describe",
+    "extract",
     "from_lora",
     "get_peft_model",
     "load_adapter",

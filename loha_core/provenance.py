@@ -11,8 +11,7 @@ from .adapter import Adapter
 
 HISTORY = "loha_history"
 # They speak of the file that was, and would win over what is true now when it is saved.
-_STALE = ("ss_network_dim", "ss_network_alpha", "ss_network_args", "ss_network_module", "modelspec.hash_sha256")
-_STALE_PREFIXES = ("sshs_",)
+_STALE = ("ss_network_dim", "ss_network_alpha", "ss_network_args", "ss_network_module")
 _PHRASE = "modelspec.trigger_phrase"
 _TAGS = "ss_tag_frequency"
 
@@ -23,16 +22,25 @@ def metadata(sources: Sequence[Adapter], operation: str, **details: Any) -> dict
     Args:
         details: what to write beside the operation's name and the sources, for JSON; None is left out.
     """
-    kept = {k: v for k, v in sources[0].metadata.items() if k not in _STALE and not k.startswith(_STALE_PREFIXES)}
+    kept = {k: v for k, v in sources[0].metadata.items() if k not in _STALE and not is_hash(k)}
     if phrases := [a.metadata[_PHRASE] for a in sources if a.metadata.get(_PHRASE)]:
         kept[_PHRASE] = ", ".join(dict.fromkeys(phrases))
     if tags := _tags([a.metadata[_TAGS] for a in sources if a.metadata.get(_TAGS)]):
         kept[_TAGS] = tags
-    entry = {"operation": operation, "sources": [PurePath(a.source).name for a in sources]}
-    entry |= {name: value for name, value in details.items() if value is not None}
-    earlier = [e for a in sources for e in _history(a.metadata)]
-    kept[HISTORY] = json.dumps([*earlier, entry], ensure_ascii=False)
+    earlier = [e for a in sources for e in history(a.metadata)]
+    kept[HISTORY] = json.dumps([*earlier, entry(sources, operation, **details)], ensure_ascii=False)
     return kept
+
+
+def entry(sources: Sequence[Adapter], operation: str, **details: Any) -> dict[str, Any]:
+    """What was done, for the history; details that are None are left out."""
+    what = {"operation": operation, "sources": [PurePath(a.source).name for a in sources]}
+    return what | {name: value for name, value in details.items() if value is not None}
+
+
+def is_hash(key: str) -> bool:
+    """Whether a metadata key holds a hash of the tensors that were."""
+    return key.startswith("sshs_") or key == "modelspec.hash_sha256"
 
 
 def lora_metadata(kept: Mapping[str, str], ranks: Sequence[int], alphas: Sequence[float]) -> dict[str, str]:
@@ -44,7 +52,8 @@ def lora_metadata(kept: Mapping[str, str], ranks: Sequence[int], alphas: Sequenc
     return dict(kept) | own
 
 
-def _history(found: Mapping[str, str]) -> list[Any]:
+def history(found: Mapping[str, str]) -> list[Any]:
+    """The entries that a file's metadata has so far."""
     try:
         entries = json.loads(found.get(HISTORY, "[]"))
     except (ValueError, RecursionError):

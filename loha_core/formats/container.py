@@ -26,7 +26,7 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     Raises:
         LoHaError: not a safetensors file, damaged, or with values that are not finite.
     """
-    _check_is_safetensors(path)
+    check_is_safetensors(path)
     try:
         with safe_open(path, framework="pt", device="cpu") as file:
             for key in file.keys():
@@ -130,7 +130,7 @@ def check_finite(tensor: Tensor, what: str) -> None:
         raise LoHaError(f"{what}: {bad} of {tensor.numel()} values are NaN or infinite; the training run broke")
 
 
-def _check_is_safetensors(path: Path) -> None:
+def check_is_safetensors(path: Path) -> None:
     if os.path.isdir(path):
         raise LoHaError(f"{path}: a folder without adapter_config.json; expected a .safetensors file or a PEFT folder")
     if not os.path.isfile(path):

@@ -1,0 +1,305 @@
+"""A model's weights in a .safetensors file, one tensor at a time: read, found by an adapter's names, and written again.
+
+Memory never grows with the file: nothing is mapped, and a tensor is read when it is asked for.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from . import names, spelling
+from .bind import Network, Target
+from .errors import LoHaError
+from .formats.container import atomic, check_is_safetensors
+
+_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+}
+_BLOCK = 8 << 20
+
+Change = Callable[[Tensor], object]
+
+
+@dataclass(frozen=True)
+class Entry:
+    """Where a tensor lies: its dtype as the file names it, its shape, and its bytes from ``start`` to ``stop``."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    stop: int
+
+
+class Weights:
+    """The tensors of a .safetensors file.
+
+    >>> weights = Weights("model.safetensors")                              # doctest: +SKIP
+    >>> weights["model.diffusion_model.out.2.weight"].shape                 # doctest: +SKIP
+    torch.Size([4, 320, 3, 3])
+
+    Raises:
+        LoHaError: not a safetensors file, or a damaged one; names the file.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        check_is_safetensors(self.path)
+        try:
+            with safe_open(self.path, framework="pt", device="cpu") as checked:
+                self.metadata: dict[str, str] = dict(checked.metadata() or {})
+            with open(self.path, "rb") as file:
+                length = int.from_bytes(file.read(8), "little")
+                header = json.loads(file.read(length))
+        except (SafetensorError, OSError, ValueError) as error:
+            why = str(error).partition("\n")[0]
+            raise LoHaError(f"{path}: not a readable safetensors file ({why}); download or save it again") from error
+        header.pop("__metadata__", None)
+        begin = 8 + length
+        found = {
+            key: Entry(e["dtype"], tuple(e["shape"]), begin + e["data_offsets"][0], begin + e["data_offsets"][1])
+            for key, e in header.items()
+        }
+        self.entries = dict(sorted(found.items(), key=lambda item: item[1].start))
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.entries)
+
+    def __contains__(self, key: object) -> bool:
+        return key in self.entries
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Of the tensors that are floating point."""
+        return {key: entry.shape for key, entry in self.entries.items() if entry.dtype in _DTYPES}
+
+    def __getitem__(self, key: str) -> Tensor:
+        """A copy of one tensor of floating point.
+
+        Raises:
+            LoHaError: the file ends too early, or cannot be read any more.
+        """
+        return self._read(key)[0]
+
+    def _read(self, key: str) -> tuple[Tensor, bytearray]:
+        """A tensor, and the memory that it lies in."""
+        entry = self.entries[key]
+        data = bytearray(entry.stop - entry.start)
+        try:
+            with open(self.path, "rb", buffering=0) as file:
+                file.seek(entry.start)
+                view, count = memoryview(data), 0
+                while count < len(data) and (read := file.readinto(view[count:])):
+                    count += read
+        except OSError as error:
+            raise LoHaError(f"{self.path}: {key} cannot be read ({error})") from error
+        if count < len(data):
+            raise LoHaError(f"{self.path}: ends within {key}; it was changed while it was read")
+        if not data:
+            return torch.empty(entry.shape, dtype=_DTYPES[entry.dtype]), data
+        return torch.frombuffer(data, dtype=_DTYPES[entry.dtype]).view(entry.shape), data
+
+    def rewritten(self, out: Path, change: Callable[[str], Change | None], metadata: Mapping[str, str]) -> None:
+        """Write a copy with some tensors changed, each in its dtype.
+
+        Tensors are read, changed and written one after another, into a temporary file that takes the name ``out``
+        only when all is written.
+
+        Args:
+            change: key -> what changes the tensor in place, or None to copy it as it is.
+
+        Raises:
+            LoHaError: the file cannot be written; ``out`` is then as it was.
+        """
+        header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+        begin = min((entry.start for entry in self.entries.values()), default=0)
+        for key, e in self.entries.items():
+            header[key] = {"dtype": e.dtype, "shape": e.shape, "data_offsets": [e.start - begin, e.stop - begin]}
+        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+        text += b" " * (-len(text) % 8)
+        with atomic(out) as temporary, open(self.path, "rb") as source, open(temporary, "wb") as target:
+            target.write(len(text).to_bytes(8, "little") + text)
+            for key, entry in self.entries.items():
+                changed = change(key)
+                if changed is None:
+                    _copy(source, target, entry)
+                    continue
+                tensor, data = self._read(key)
+                changed(tensor)
+                target.write(data)
+
+
+def _copy(source: BinaryIO, target: BinaryIO, entry: Entry) -> None:
+    source.seek(entry.start)
+    left = entry.stop - entry.start
+    while left and (block := source.read(min(left, _BLOCK))):
+        target.write(block)
+        left -= len(block)
+    if left:
+        raise OSError("the source ends too early")
+
+
+# What parts of a checkpoint begin with -> the prefix that an adapter's names have. The first that fits counts.
+_PARTS = (
+    ("model.diffusion_model.", "lora_unet_"),
+    ("diffusion_model.", "lora_unet_"),
+    ("unet.", "lora_unet_"),
+    ("transformer.", "lora_unet_"),
+    ("cond_stage_model.transformer.", "lora_te_"),
+    ("cond_stage_model.model.", "lora_te_"),
+    ("conditioner.embedders.0.transformer.", "lora_te1_"),
+    ("conditioner.embedders.1.model.", "lora_te2_"),
+    ("text_encoders.clip_l.transformer.", "lora_te1_"),
+    ("text_encoders.clip_g.transformer.", "lora_te2_"),
+    ("text_encoders.t5xxl.transformer.", "lora_te3_"),
+    ("text_encoder.", "lora_te1_"),
+    ("text_encoder_2.", "lora_te2_"),
+    ("text_encoder_3.", "lora_te3_"),
+    ("text_model.", "lora_te_text_model_"),
+)
+_NOT_ADAPTED = re.compile(
+    r"(first_stage_model|vae|model_ema|encoder|decoder|quant_conv|post_quant_conv|denoiser|control_model)\."
+    r"|.*(_embedding|embeddings\.\w+|shared|embed_tokens|pos_embed|logit_scale|relative_attention_bias)\.weight$"
+)
+# OpenCLIP's text encoder in the names of transformers.
+_OPENCLIP = {
+    "attn.out_proj": ("self_attn_out_proj",),
+    "mlp.c_fc": ("mlp_fc1",),
+    "mlp.c_proj": ("mlp_fc2",),
+    "attn.in_proj_weight": ("self_attn_q_proj", "self_attn_k_proj", "self_attn_v_proj"),
+}
+# Blocks of a DiT: (native list, diffusers' list, native module -> its parts in diffusers' names).
+_DITS: tuple[tuple[str, str, dict[str, tuple[str, ...]]], ...] = (
+    (
+        "double_blocks",
+        "transformer_blocks",
+        {
+            "img_attn.qkv": ("attn_to_q", "attn_to_k", "attn_to_v"),
+            "txt_attn.qkv": ("attn_add_q_proj", "attn_add_k_proj", "attn_add_v_proj"),
+            "img_attn.proj": ("attn_to_out_0",),
+            "txt_attn.proj": ("attn_to_add_out",),
+            "img_mod.lin": ("norm1_linear",),
+            "txt_mod.lin": ("norm1_context_linear",),
+            "img_mlp.0": ("ff_net_0_proj",),
+            "img_mlp.2": ("ff_net_2",),
+            "txt_mlp.0": ("ff_context_net_0_proj",),
+            "txt_mlp.2": ("ff_context_net_2",),
+        },
+    ),
+    (
+        "single_blocks",
+        "single_transformer_blocks",
+        {
+            "linear1": ("attn_to_q", "attn_to_k", "attn_to_v", "proj_mlp"),
+            "linear2": ("proj_out",),
+            "modulation.lin": ("norm_linear",),
+        },
+    ),
+    (
+        "joint_blocks",
+        "transformer_blocks",
+        {
+            "x_block.attn.qkv": ("attn_to_q", "attn_to_k", "attn_to_v"),
+            "x_block.attn2.qkv": ("attn2_to_q", "attn2_to_k", "attn2_to_v"),
+            "context_block.attn.qkv": ("attn_add_q_proj", "attn_add_k_proj", "attn_add_v_proj"),
+            "x_block.attn.proj": ("attn_to_out_0",),
+            "x_block.attn2.proj": ("attn2_to_out_0",),
+            "context_block.attn.proj": ("attn_to_add_out",),
+            "x_block.mlp.fc1": ("ff_net_0_proj",),
+            "x_block.mlp.fc2": ("ff_net_2",),
+            "context_block.mlp.fc1": ("ff_context_net_0_proj",),
+            "context_block.mlp.fc2": ("ff_context_net_2",),
+            "x_block.adaLN_modulation.1": ("norm1_linear",),
+            "context_block.adaLN_modulation.1": ("norm1_context_linear",),
+        },
+    ),
+)
+
+
+def modules(shapes: Mapping[str, tuple[int, ...]], least_axes: int = 2) -> dict[str, Target]:
+    """The layers that adapters act on, by the name that kohya's files give them -> weight, or slice of a weight.
+
+    A Stable Diffusion U-Net's blocks get diffusers' names, whichever the file has; a DiT's keep their own.
+    """
+    found: dict[str, Target] = {}
+    for key, shape in shapes.items():
+        if len(shape) < least_axes or _NOT_ADAPTED.match(key):
+            continue
+        lead, rest = next(((new, key[len(old) :]) for old, new in _PARTS if key.startswith(old)), ("lora_unet_", key))
+        if openclip := re.fullmatch(r"transformer\.resblocks\.(\d+)\.(.+?)(?:\.weight)?", rest):
+            if parts := _OPENCLIP.get(openclip[2]):
+                within = f"{lead}text_model_encoder_layers_{openclip[1]}_"
+                found |= {within + part: target for part, target in _slices(key, shape, parts)}
+        elif rest == "text_projection":
+            found[f"{lead}text_projection"] = (key, None, "transposed")
+        elif rest.endswith(".weight"):
+            path = names.flat(rest.removesuffix(".weight"))
+            found[lead + (spelling.to_diffusers(path) if lead == "lora_unet_" else path)] = key
+    return found
+
+
+def network(shapes: Mapping[str, tuple[int, ...]], least_axes: int = 2) -> Network:
+    """A checkpoint's, diffusers' or bare model's weights under every name that adapters have for them."""
+    found: dict[str, Target] = {}
+    for name, target in modules(shapes, least_axes).items():
+        key = target if isinstance(target, str) else target[0]
+        found[name] = target
+        if target == key:
+            found[key.removesuffix(".weight")] = target
+            found |= dict(_in_diffusers(name, key, shapes[key]))
+    return Network(found, shapes)
+
+
+def _in_diffusers(name: str, key: str, shape: tuple[int, ...]) -> Iterator[tuple[str, Target]]:
+    """Names that diffusers has for a DiT's weight, or its slices; and LDM's name for a U-Net's weight."""
+    path = name.removeprefix("lora_unet_")
+    if path != name:
+        # The families differ in one name, which both lead here.
+        yield from ((f"lora_unet_{spelling.to_ldm(path, family)}", key) for family in ("SDXL", "SD1.5"))
+    for native, diffusers, table in _DITS:
+        block = re.search(rf"(?:^|\.){native}\.(\d+)\.(.+)\.weight$", key)
+        if block and block[2] in table:
+            yield from (
+                (f"lora_unet_{diffusers}_{block[1]}_{part}", target)
+                for part, target in _slices(key, shape, table[block[2]])
+            )
+
+
+def _slices(key: str, shape: tuple[int, ...], parts: tuple[str, ...]) -> Iterator[tuple[str, Target]]:
+    """Parts of a fused weight: each has as many rows as the weight has columns, the last what is left."""
+    if len(parts) == 1:
+        yield parts[0], key
+        return
+    width = shape[1]
+    for number, part in enumerate(parts):
+        length = width if number < len(parts) - 1 else shape[0] - width * number
+        if length > 0:
+            yield part, (key, (0, width * number, length))
+
+
+def part_of(weight: Tensor, target: Target) -> Tensor:
+    """The view of a weight that a target means."""
+    if isinstance(target, str):
+        return weight
+    if target[1] is not None:
+        axis, start, length = target[1]
+        return weight.narrow(axis, start, length)
+    return weight.T
+
+
+def rows(shape: tuple[int, ...]) -> tuple[int, int]:
+    """A weight's shape as a matrix: (o, i·∏k)."""
+    return shape[0], prod(shape[1:])
