@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import importlib
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple, get_args
 
@@ -19,22 +18,43 @@ Curve = Literal["constant", "linear", "cosine", "restarts"]
 class Source(NamedTuple):
     """Where an optimizer comes from, and what it needs to be told."""
 
-    module: str
-    name: str
+    find: Callable[[], Any]  # its class
     extra: str = ""  # of our package; empty: torch itself has it
     options: Mapping[str, Any] = {}
     one_rate: bool = False  # it finds the learning rate itself, the same for all groups
 
 
+def _adamw8bit() -> Any:
+    from bitsandbytes.optim import AdamW8bit
+
+    return AdamW8bit
+
+
+def _prodigy() -> Any:
+    from prodigyopt import Prodigy
+
+    return Prodigy
+
+
+def _schedule_free() -> Any:
+    from schedulefree import AdamWScheduleFree
+
+    return AdamWScheduleFree
+
+
+def _lion() -> Any:
+    from lion_pytorch import Lion
+
+    return Lion
+
+
 SOURCES: dict[str, Source] = {
-    "adamw": Source("torch.optim", "AdamW"),
-    "adamw8bit": Source("bitsandbytes.optim", "AdamW8bit", "adamw8bit"),
-    "prodigy": Source(
-        "prodigyopt", "Prodigy", "prodigy", {"safeguard_warmup": True, "use_bias_correction": True}, one_rate=True
-    ),
-    "schedule-free": Source("schedulefree", "AdamWScheduleFree", "schedule-free"),
-    "adafactor": Source("torch.optim", "Adafactor"),
-    "lion": Source("lion_pytorch", "Lion", "lion"),
+    "adamw": Source(lambda: torch.optim.AdamW),
+    "adamw8bit": Source(_adamw8bit, "adamw8bit"),
+    "prodigy": Source(_prodigy, "prodigy", {"safeguard_warmup": True, "use_bias_correction": True}, one_rate=True),
+    "schedule-free": Source(_schedule_free, "schedule-free"),
+    "adafactor": Source(lambda: torch.optim.Adafactor),
+    "lion": Source(_lion, "lion"),
 }
 
 
@@ -102,7 +122,7 @@ class OptimizerConfig:
         """
         source = SOURCES[self.name]
         try:
-            kind = getattr(importlib.import_module(source.module), source.name)
+            kind = source.find()
         except (ImportError, AttributeError) as error:
             how = f"pip install 'comfyui-loha[{source.extra}]'" if source.extra else "update torch"
             raise LoHaError(f"the optimizer {self.name} needs a library that is not here ({error}): {how}") from error

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import math
 import sys
 
@@ -20,7 +19,7 @@ from loha_core.training.optimizers import SOURCES, OptimizerConfig, parameter_gr
 
 def installed(name: str) -> bool:
     try:
-        importlib.import_module(SOURCES[name].module)
+        SOURCES[name].find()
     except ImportError:
         return False
     return True
@@ -85,10 +84,17 @@ def test_options_out_of_range(name):
         minimum(name, options=options)
 
 
+PACKAGES = {
+    "adamw8bit": "bitsandbytes",
+    "prodigy": "prodigyopt",
+    "schedule-free": "schedulefree",
+    "lion": "lion_pytorch",
+}
+
+
 @pytest.mark.parametrize("name", [name for name, source in SOURCES.items() if source.extra])
 def test_a_missing_extra_is_named(name, monkeypatch):
-    source = SOURCES[name]
-    package = source.module.partition(".")[0]
+    source, package = SOURCES[name], PACKAGES[name]
     for found in [m for m in sys.modules if m == package or m.startswith(f"{package}.")]:
         monkeypatch.delitem(sys.modules, found)
     monkeypatch.setitem(sys.modules, package, None)  # as if it were not installed
