@@ -61,9 +61,9 @@ export function blocksWidget(node, name, spec) {
   });
 
   /** A new vector, from wherever: the server tells what it means. */
-  function put(value, typed = true) {
+  function put(value, write = true) {
     hosted.set(value);
-    if (typed && area.value !== value) area.value = value;
+    if (write && area.value !== value) area.value = value;
     query();
   }
 

@@ -19,6 +19,8 @@ MARKUP = "<img src=x onerror=window.hacked=1>"
 STYLES = [f"styles/film/look_{number:02d}.safetensors" for number in range(30)]
 READY = "!!(window.app?.graph && app.extensionManager?.setting && LiteGraph.registered_node_types?.LoHaStack)"
 
+LOADED = """performance.getEntriesByType('resource').filter(e => /ComfyUI-LoHa\\/.*js$/.test(e.name))
+  .reduce((sum, e) => sum + e.decodedBodySize, 0)"""
 ADD = """([kind, x, y, values]) => {
   const node = LiteGraph.createNode(kind);
   node.pos = [x, y];
@@ -64,6 +66,7 @@ def opened(request: pytest.FixtureRequest, browser: Browser, server: Server, ada
     page.reload()
     page.wait_for_function(READY, timeout=60_000)
     page.keyboard.press("Escape")  # the template browser opens by itself on an empty profile
+    assert page.evaluate(LOADED) <= 60 * 1024
     yield page
     assert page.evaluate("failures") == []
     context.close()
