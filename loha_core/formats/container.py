@@ -142,10 +142,11 @@ def check_is_safetensors(path: Path) -> None:
         head = file.read(9)
     if size == 0:
         raise LoHaError(f"{path}: the file is empty; download or save it again")
-    if head[:2] in (b"PK", b"\x80\x02", b"\x80\x04", b"\x80\x05"):
-        raise LoHaError(f"{path}: a pickle renamed to {path.suffix}; loading one can run code, so it is refused")
     header = int.from_bytes(head[:8], "little")
     if size < 9 or header > size - 8 or head[8:9] != b"{":
+        # Not before: the length of a sound header may begin with the same two bytes.
+        if head[:2] in (b"PK", b"\x80\x02", b"\x80\x04", b"\x80\x05"):
+            raise LoHaError(f"{path}: a pickle renamed to {path.suffix}; loading one can run code, so it is refused")
         raise LoHaError(
             f"{path}: not a safetensors file: {size} bytes, of which its first 8 claim {header} as header. "
             "It may be truncated, or a web page saved by mistake: download it again."

@@ -40,7 +40,8 @@ class TrainingConfig:
         steps: optimizer steps.
         accumulation: batches per step.
         seed: of everything.
-        precision: "fp32", or "bf16" or "fp16" for autocast around the loss; factors stay float32.
+        precision: "fp32", or "bf16" or "fp16" for autocast around the loss; factors stay float32. There is no
+            loss scaling: fp16 may lose small gradients.
         max_grad_norm: gradients are scaled down to this norm; 0 is off.
         ema: decay of the exponential moving average that is saved and shown instead of the factors; 0 is off.
         max_norm: no layer's ‖ΔW‖ gets above this; 0 is off.
