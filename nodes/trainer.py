@@ -22,7 +22,7 @@ from comfy_api.latest import io, ui
 from PIL import Image
 from torch import nn
 
-from loha_core import Adapter, LoHaError, save_adapter
+from loha_core import Adapter, LoHaError, LoHaLayer, save_adapter
 from loha_core.training.attach import attached, blocks_of, recomputing
 from loha_core.training.data import Dataset
 from loha_core.training.objectives import Objective
@@ -121,7 +121,8 @@ class Job:
             trainer.callbacks = [watcher]
             again = self.gradient_checkpointing
             blocks = _blocks(modules[0].diffusion_model) + _text_blocks(*modules[1:])
-            with attached(layers), mutation.allowed(blocks, again=again), recomputing(blocks if again else ()):
+            recomputed = recomputing(blocks if again else ())
+            with _attached(layers, patchers), mutation.allowed(blocks, again=again), recomputed:
                 trainer.run()
             self.losses = trainer.losses
             return watcher.adapter()
@@ -233,10 +234,31 @@ class Watcher:
         comfy.model_management.load_models_gpu([self.patcher], memory_required=job._memory())
 
 
+@contextmanager
+def _attached(layers: list[LoHaLayer], patchers: list[Any]) -> Iterator[None]:
+    """The layers act beneath what ComfyUI injects: it ejects and injects again whenever it likes, as for a preview."""
+
+    def injected(inject: bool) -> None:
+        for patcher in patchers:
+            patcher.inject_model() if inject else patcher.eject_model()
+
+    injected(False)
+    try:
+        with attached(layers):
+            injected(True)
+            try:
+                yield
+            finally:
+                injected(False)
+    finally:
+        injected(True)
+
+
 def _blocks(model: nn.Module) -> list[nn.Module]:
     """What is recomputed: a model's blocks; of a U-Net's sequences their members, which ComfyUI runs one by one."""
     found = blocks_of(model)
-    return [part for block in found for part in (block if isinstance(block, nn.Sequential) else [block])]
+    parts = (part for block in found for part in (block if isinstance(block, nn.Sequential) else [block]))
+    return [part for part in parts if any(True for _ in part.children())]
 
 
 def _text_blocks(*encoders: nn.Module) -> list[nn.Module]:

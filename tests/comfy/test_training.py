@@ -343,6 +343,28 @@ def test_a_model_that_has_a_loha_already(sd15, mode):
     assert before != plain.losses[0]
 
 
+class Blank:
+    """A VAE; what it shows is not looked at here."""
+
+    def decode(self, latent):
+        return torch.zeros(1, 8, 8, 3)
+
+
+@pytest.mark.parametrize("mode", [None, "merge", "live"])
+def test_previews_change_nothing(mode):
+    """ComfyUI loads, ejects and injects for them as it likes."""
+    m = t.models("flux" if mode else "sd3")
+    with t.untouched(m):
+        first = t.train(m, steps=2, name="first")
+        model = t.node("bridge").apply(m.model, None, first, 1.0, 1.0, mode=mode)[0] if mode else m.model
+        settings = {"model": model, "text": m.clip is not None, "steps": 3}
+        plain = t.train(m, name="plain", **settings)
+        shown = t.train(m, name="shown", preview_every=1, preview_steps=2, vae=Blank(), **settings)
+        comfy.model_management.unload_all_models()
+        m.model.detach()
+    assert t.same(plain, shown)
+
+
 def test_a_loha_with_a_schedule_upstream_is_refused(sd15):
     first = t.train(sd15, steps=1)
     bridge = t.node("bridge")

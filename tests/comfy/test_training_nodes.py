@@ -410,7 +410,7 @@ def test_cancel_ends_within_a_step_and_resuming_finishes(server, workflow):
     assert ended - asked < 10
     state = server.path("output", "loha", "cancelled", "state.safetensors")
     assert state.is_file() and not server.path("output", "loha", "cancelled", "cancelled.safetensors").exists()
-    prompt_id, how, events = asyncio.run(watched(server, job()))
+    _, how, events = asyncio.run(watched(server, job()))
     assert how == "execution_success"
     assert events[0][1]["step"] > last["step"] and events[-1][1]["step"] == 12
     assert len((state.parent / "loss.csv").read_text().splitlines()) == 13
