@@ -42,6 +42,7 @@ export function host(node, name, element, { value, read, show, height, grows }) 
 
   const widget = node.addDOMWidget(name, "loha", frame, {
     margin: MARGIN,
+    selectOn: [],
     getMinHeight: () => height() + 2 * MARGIN,
     getMaxHeight: () => (grows ? undefined : height() + 2 * MARGIN),
     getValue: () => current,
@@ -51,6 +52,11 @@ export function host(node, name, element, { value, read, show, height, grows }) 
       current = next;
       show(current);
     },
+  });
+
+  // ComfyUI would bring the node to the front, too; that numbers all nodes anew, and a redo after an undo is lost.
+  frame.addEventListener("click", () => {
+    if (!LiteGraph.vueNodesMode) app.canvas.selectNode(node);
   });
 
   const overridden = () => {
@@ -77,8 +83,9 @@ export function host(node, name, element, { value, read, show, height, grows }) 
       const grown = height() - before;
       before += grown;
       frame.style.minHeight = `${before}px`;
-      // A loaded node has its size; Nodes 2.0 goes by the style.
-      if (grown && byUser && !LiteGraph.vueNodesMode) node.setSize([node.size[0], node.size[1] + grown]);
+      if (LiteGraph.vueNodesMode) return; // goes by the style
+      if (grown && byUser) node.setSize([node.size[0], node.size[1] + grown]);
+      else if (grown > 0) node.expandToFitContent(); // a loaded node may have room already
       node.setDirtyCanvas?.(true, true);
     },
   };

@@ -30,7 +30,6 @@ ADD = """([kind, x, y, values]) => {
     widget.value = value;
     widget.callback?.(value);
   }
-  node.expandToFitContent(); // as ComfyUI does when it loads a node
   app.canvas.setDirty(true, true);
   return node.id;
 }"""
@@ -74,7 +73,7 @@ def opened(request: pytest.FixtureRequest, browser: Browser, server: Server, ada
 
 @pytest.fixture
 def page(opened: Page) -> Page:
-    opened.evaluate("app.graph.clear(); app.canvas.ds.reset(); app.canvas.setDirty(true, true)")
+    opened.evaluate("app.graph.clear(); app.nodeOutputs = {}; app.canvas.ds.reset(); app.canvas.setDirty(true, true)")
     opened.mouse.move(5, 895)
     return opened
 

@@ -1,0 +1,40 @@
+// What a node says about its result, on the node.
+import { app } from "../../scripts/app.js";
+import { el, isolate } from "./dom.mjs";
+
+const LINE = 17; // pixels
+
+/** @type {Record<string, number>} node -> lines that are shown at least */
+const LINES = { LoHaInfo: 11, LoHaMerge: 6, LoHaResize: 6, LoHaConvert: 6, LoHaExtract: 6, LoHaNetwork: 3, LoHaSave: 3 };
+
+/** @type {Record<string, string>} node -> what there is to see after a run */
+const HINTS = {
+  LoHaInfo: "what is in the adapter",
+  LoHaNetwork: "how many layers this means",
+  LoHaSave: "where the file lies",
+};
+
+app.registerExtension({
+  name: "LoHa.Text",
+  nodeCreated(node) {
+    const lines = LINES[node.comfyClass];
+    if (!lines) return;
+
+    const height = lines * LINE + 13;
+    const text = el("pre.loha-info", {
+      textContent: `Run the workflow to see ${HINTS[node.comfyClass] ?? "what is lost"}.`,
+    });
+    text.style.minHeight = `${height}px`; // Nodes 2.0 sizes a widget by its CSS
+    isolate(text); // selecting text must not drag the node
+    node.addDOMWidget("summary", "loha_text", text, { serialize: false, getMinHeight: () => height });
+    // Room for the picture below, where there is one.
+    const [width, least] = lines > 3 ? [400, 320] : [320, 0];
+    node.setSize([Math.max(node.size[0], width), node.computeSize()[1] + least]);
+
+    const onExecuted = node.onExecuted;
+    node.onExecuted = function (output) {
+      onExecuted?.apply(this, arguments);
+      if (output?.text) text.textContent = [].concat(output.text).join("\n");
+    };
+  },
+});
