@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 from playwright.sync_api import Locator, Page, expect
 
+from loha_core.blocks import BlockStrength
 from loha_core.schedule import INTERPOLATIONS, Schedule
 
 from .test_widgets import (  # noqa: F401  (fixtures among them)
@@ -83,6 +84,16 @@ def test_blocks(page: Page, shoot):  # noqa: F811
 
     page.evaluate("app.queuePrompt(0)")
     page.wait_for_function("id => app.nodeOutputs[id]?.layout?.[0] === 'SD1.5'", arg=node, timeout=30_000)
+
+
+def test_blocks_of_a_model_that_is_not_known_yet(page: Page):  # noqa: F811
+    node = add(page, "LoHaBlockStrength", vector="OUT03-OUT05=0")
+    expect(page.locator(".loha-bar")).to_have_count(8)  # BASE, six parts, and the range
+    drag(page, page.get_by_role("slider", name="IN", exact=True), (0.5, 0.5), (0, 0))
+    written = sent(page, node)["vector"]
+    assert written == "IN=0.5, OUT03-05=0"
+    for block, value in (("input_blocks.7", 0.5), ("output_blocks.4", 0), ("output_blocks.6", 1)):
+        assert BlockStrength.parse(None, written)(f"diffusion_model.{block}.0.weight") == value
 
 
 def test_block_presets_are_kept_and_shared(page: Page, shoot):  # noqa: F811
