@@ -381,7 +381,8 @@ def test_the_workflow_trains_shows_and_saves(server, workflow):
     job = workflow(LoHaTrainer=settings | preview, LoHaSave={"filename": "short"})
     prompt_id, how, events = asyncio.run(watched(server, job))
     assert how == "execution_success"
-    entry = server.get(f"/history/{prompt_id}")[prompt_id]
+    while not (entry := server.get(f"/history/{prompt_id}").get(prompt_id)):  # written after the event
+        time.sleep(0.05)
     curve = server.images({"outputs": {"7": outputs(job, entry, "LoHaTrainer")}})
     assert curve.shape[1] > 100 and curve.std() > 10
     assert outputs(job, entry, "LoHaSave")["text"] == ["saved as short.safetensors"]
