@@ -9,10 +9,14 @@ export OMP_WAIT_POLICY ?= PASSIVE
 
 PIP := -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo ui test lint test-core test-comfy chromium clean
+.PHONY: demo demo-merge ui test lint test-core test-comfy chromium clean
 
 demo: $(VENV)/.ready
 	$(VENV)/bin/python -m demo
+
+# Two LoHas as one: which ways of merging keep what both have learnt.
+demo-merge: $(VENV)/.ready
+	$(VENV)/bin/python -m demo.merge
 
 ui: $(VENV)/.ready
 	$(VENV)/bin/python -m demo --ui

@@ -1,4 +1,4 @@
-"""`python -m demo.merge`: two LoHas, for two digits that the model never saw, merged into one; does it know both?
+"""`make demo-merge`: two LoHas, for two digits that the model never saw, merged into one; does it know both?
 
 Each is trained in ComfyUI on its own. The table says how often the judge sees the digit that was asked for, over
 pictures made by ComfyUI with each merged file. The parameters are those of the file.
@@ -47,7 +47,6 @@ WAYS: dict[str, Callable[[list[Adapter]], Made]] = {
     "exact, rank 128": lambda a: merge(a, method="exact"),
     "svd, rank 64": lambda a: merge(a, method="svd", rank=HALF),
     "LoRA svd, rank 64": lambda a: merge(a, method="svd", rank=HALF, kind="lora"),
-    "fit, rank 32 (as many numbers)": lambda a: merge(a, method="fit", rank=HALF // 2),
     "fit, rank 8 (as a parent)": lambda a: merge(a, method="fit", rank=8),
     "LoRA svd, rank 16 (as a parent)": lambda a: merge(a, method="svd", rank=16, kind="lora"),
     "ties, rank 64": lambda a: merge(a, method="ties", rank=HALF),
