@@ -295,7 +295,7 @@ def error_chart(report: ErrorReport, title: str) -> torch.Tensor:
     """The relative error of each block of the model."""
     squares: dict[str, list[float]] = defaultdict(lambda: [0.0, 0.0])
     for layer in report.layers:
-        sums = squares[names.block_of(layer.name)]
+        sums = squares[names.block_of(layer.name).replace("_blocks", "")]  # bars are narrow
         sums[0] += (layer.error * layer.size) ** 2
         sums[1] += layer.size**2
     values = {b: math.sqrt(squares[b][0] / (squares[b][1] or 1.0)) for b in sorted(squares, key=block_order)}
