@@ -1,6 +1,6 @@
 """Training in ComfyUI: our nodes beside its own TrainLoraNode (LoHa and LoRA).
 
-    PYTHONPATH=. python -m benchmarks.train_node [--part speed|validation] [--steps 6] [--repeats 3] [--threads 2]
+    PYTHONPATH=. python -m benchmarks.train_node [--part speed|validation] [--steps 6] [--repeats 3]
 
 A reduced SD1.5 (107M-parameter UNet of random weights), 32×32 latents, batch 1, float32, AdamW, rank 8 on all linear
 and convolution layers. Each trainer runs in a process of its own; what it steps by is ComfyUI's progress bar.
@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 WAYS = ("ours", "native LoHa", "native LoRA")
-RATES = (3e-4, 1e-3, 3e-3)
+RATES = (3e-5, 1e-4, 3e-4, 1e-3, 3e-3)
 TRAINED, HELD_OUT = 64, 64
 RANK = 8
 
@@ -183,18 +183,19 @@ def speed(steps: int, repeats: int, threads: int) -> None:
         )
 
 
-def validation(steps: int, threads: int) -> None:
+def validation(steps: int, rates: list[float], threads: int) -> None:
     print(f"ε-error on held-out digits after {steps} steps, by learning rate")
-    print(f"{'':<14}" + "".join(f"{rate:>9g}" for rate in RATES) + f"{'best':>9}")
+    print(f"{'':<14}" + "".join(f"{rate:>9g}" for rate in rates) + f"{'best':>9}")
     for way in WAYS:
-        losses = [run(way, steps, rate, threads, True)["validation"] for rate in RATES]
+        losses = [run(way, steps, rate, threads, True)["validation"] for rate in rates]
         print(f"{way:<14}" + "".join(f"{loss:>9.4f}" for loss in [*losses, min(losses)]), flush=True)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--part", choices=["speed", "validation"])
-    parser.add_argument("--steps", type=int, help="6 for speed, 60 for validation")
+    parser.add_argument("--steps", type=int, help="6 for speed, 30 for validation")
+    parser.add_argument("--rates", type=float, nargs="+", default=list(RATES), help="learning rates to choose from")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--child", nargs=5, help=argparse.SUPPRESS)
@@ -206,7 +207,7 @@ def main() -> None:
     if options.part != "validation":
         speed(options.steps or 6, options.repeats, options.threads)
     if options.part != "speed":
-        validation(options.steps or 60, options.threads)
+        validation(options.steps or 30, options.rates, options.threads)
 
 
 if __name__ == "__main__":
