@@ -36,6 +36,7 @@ class Run:
     state: str = "running"
     began: float = field(default_factory=time.time)
     first: int = 0  # steps that were there when it began
+    previous: list[float] = field(default_factory=list)  # losses of the node's run before
     sent: float = 0.0
 
     def stepped(self, event: Stepped) -> None:
@@ -70,10 +71,12 @@ class Run:
             "seconds_left": self.seconds_left(),
             "previews": self.previews,
             "state": self.state,
+            "began": self.began,
         }
 
-    def whole(self) -> dict[str, Any]:
-        return self.brief() | {"losses": self.losses}
+    def whole(self, since: int = 0) -> dict[str, Any]:
+        """With the losses, for a page that has `since` of them already."""
+        return self.brief() | {"losses": self.losses[since:], "previous": self.previous}
 
     def _send(self) -> None:
         self.sent = time.time()
@@ -85,7 +88,9 @@ def begin(name: str, trainer: Trainer) -> Run:
     context = get_executing_context()
     node = "" if context is None else str(context.node_id)
     run = Run(name, node, trainer.config.steps, list(trainer.losses), first=trainer.step)
-    runs.pop(node, None)
+    if before := runs.pop(node, None):
+        # What a resumed run goes on from is in its own losses.
+        run.previous = before.previous if run.first and before.name == name else before.losses
     runs[node] = run
     while len(runs) > KEPT:
         runs.pop(next(iter(runs)))

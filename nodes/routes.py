@@ -60,7 +60,10 @@ async def _adapters(request: web.Request) -> web.StreamResponse:
 
 async def _training(request: web.Request) -> web.StreamResponse:
     """The whole of the latest runs, for a page that was not there: the events say only what is new."""
-    return web.json_response({"runs": [run.whole() for run in monitor.runs.values()]})
+    since = request.query.get("since", "0")
+    if not (since.isascii() and since.isdecimal() and len(since) < 10):
+        raise LoHaError(f"since is {since[:LONGEST]!r}; expected how many losses the page has")
+    return web.json_response({"runs": [run.whole(int(since)) for run in monitor.runs.values()]})
 
 
 async def _info(request: web.Request) -> web.StreamResponse:

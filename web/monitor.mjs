@@ -1,0 +1,182 @@
+// The training monitor: loss while it runs, from the server's events and, after a gap or a reload, from its buffer.
+import { api } from "../../scripts/api.js";
+import { el } from "./dom.mjs";
+
+const SMOOTHING = 0.95;
+const PICTURES = 6;
+
+/**
+ * @param {any} node that trains
+ * @param {HTMLElement} view to fill
+ */
+export function monitor(node, view) {
+  let run, losses = [], previous = [];
+  let held, asking, drawing;
+  const toggle = (label, title, then) =>
+    el("button.loha-button", {
+      type: "button", textContent: label, title, "aria-pressed": "false",
+      onclick({ currentTarget }) {
+        const on = currentTarget.getAttribute("aria-pressed") !== "true";
+        currentTarget.setAttribute("aria-pressed", String(on));
+        then(on);
+        draw();
+      },
+    });
+  let log = false, range;
+  const canvas = el("canvas", { role: "img" });
+  const status = el("span.loha-count", { textContent: "Run the workflow to see the loss." });
+  const pictures = el("div.loha-row.loha-previews");
+  const cancel = el("button.loha-button", {
+    type: "button", textContent: "Cancel", title: "End the run; its state is kept", disabled: true,
+    onclick: () => api.interrupt(),
+  });
+  view.append(
+    el("div.loha-row", {}, status,
+      toggle("Log", "Logarithmic scale", (on) => (log = on)),
+      toggle("Fix", "Keep the loss axis as it is", (on) => (held = on ? range : undefined)),
+      cancel),
+    el("div.loha-plot", {}, canvas), pictures);
+
+  const isOurs = (id) => id === String(node.id) || id.endsWith(`:${node.id}`);
+
+  function tell(event) {
+    if (!isOurs(event.node)) return;
+    if (event.began !== run?.began) losses = [];
+    run = event;
+    if (event.step === losses.length + 1) losses.push(event.loss);
+    else if (event.step !== losses.length) ask(); // events skip steps
+    show();
+  }
+
+  async function ask() {
+    if (asking) return;
+    asking = true;
+    try {
+      const since = losses.length;
+      const answer = await (await api.fetchApi(`/loha/training?since=${since}`)).json();
+      const found = answer.runs.findLast((one) => isOurs(one.node));
+      if (!found) return;
+      const same = found.began === run?.began;
+      if (same || !since) {
+        losses = losses.slice(0, since).concat(found.losses);
+        previous = found.previous;
+        run = found;
+      } else {
+        run = found;
+        losses = [];
+        setTimeout(ask);
+      }
+      show();
+    } finally {
+      asking = false;
+    }
+  }
+
+  function show() {
+    const left = run.state === "running" ? run.seconds_left : null;
+    status.textContent = [
+      `${run.step} of ${run.steps}`,
+      run.loss != null && `loss ${run.loss.toPrecision(3)}`,
+      run.lr != null && `lr ${run.lr.toPrecision(2)}`,
+      left != null ? `${clock(left)} left` : run.state,
+    ].filter(Boolean).join(" · ");
+    status.title = status.textContent;
+    cancel.disabled = run.state !== "running";
+    const wanted = run.previews.slice(-PICTURES).map((step) => {
+      const query = new URLSearchParams({
+        filename: `preview_${String(step).padStart(6, "0")}.png`, type: "output", subfolder: `loha/${run.name}`,
+        of: run.began,
+      });
+      return [step, api.apiURL(`/view?${query}`)];
+    });
+    if (pictures.dataset.shown !== String(wanted)) {
+      pictures.dataset.shown = String(wanted);
+      pictures.replaceChildren(...wanted.map(([step, src]) => el("img", { src, alt: `Step ${step}`, title: `Step ${step}` })));
+    }
+    draw();
+  }
+
+  function draw() {
+    drawing ??= requestAnimationFrame(() => {
+      drawing = undefined;
+      range = paint(canvas, { losses, previous, steps: run?.steps ?? 1, log, held });
+    });
+  }
+
+  const listen = ({ detail }) => tell(detail);
+  api.addEventListener("loha.training", listen);
+  const again = () => ask();
+  api.addEventListener("reconnected", again);
+  const sized = new ResizeObserver(draw);
+  sized.observe(canvas);
+  const onRemoved = node.onRemoved;
+  node.onRemoved = function () {
+    onRemoved?.apply(this, arguments);
+    api.removeEventListener("loha.training", listen);
+    api.removeEventListener("reconnected", again);
+    sized.disconnect();
+  };
+  // A node that is being loaded gets its id after this.
+  setTimeout(ask);
+}
+
+const clock = (seconds) =>
+  seconds < 90 ? `${Math.round(seconds)} s` : seconds < 5400 ? `${Math.round(seconds / 60)} min` : `${(seconds / 3600).toFixed(1)} h`;
+
+/** An exponential average that is right from the first value on. */
+function smoothed(values) {
+  let sum = 0, weight = 0;
+  return values.map((value) => {
+    sum = SMOOTHING * sum + (1 - SMOOTHING) * value;
+    weight = SMOOTHING * weight + (1 - SMOOTHING);
+    return sum / weight;
+  });
+}
+
+/** Draws the curves; returns the axis' range. */
+function paint(canvas, { losses, previous, steps, log, held }) {
+  const scale = devicePixelRatio;
+  const width = (canvas.width = Math.max(1, Math.round(canvas.clientWidth * scale)));
+  const height = (canvas.height = Math.max(1, Math.round(canvas.clientHeight * scale)));
+  const pen = canvas.getContext("2d");
+  const values = losses.concat(previous).filter((value) => value > 0);
+  if (!values.length) return held;
+  let low = Infinity, high = 0;
+  for (const value of values) [low, high] = [Math.min(low, value), Math.max(high, value)];
+  const range = held ?? [low, high];
+  const [from, to] = log ? range.map(Math.log) : [0, range[1]];
+  const y = (value) => height - 4 - (((log ? Math.log(Math.max(value, 1e-12)) : value) - from) / (to - from || 1)) * (height - 8);
+  const length = Math.max(steps, losses.length, previous.length, 2) - 1;
+  const style = getComputedStyle(canvas);
+  const color = (name) => style.getPropertyValue(name).trim();
+
+  // A pixel's column gets one stroke, from its least to its greatest value, however many steps fall on it.
+  const curve = (numbers, stroke, alpha, thick) => {
+    pen.strokeStyle = stroke;
+    pen.globalAlpha = alpha;
+    pen.lineWidth = thick * scale;
+    pen.beginPath();
+    for (let i = 0; i < numbers.length; ) {
+      const x = Math.round((i / length) * (width - 1));
+      let [least, most] = [numbers[i], numbers[i]];
+      for (i++; i < numbers.length && Math.round((i / length) * (width - 1)) === x; i++) {
+        least = Math.min(least, numbers[i]);
+        most = Math.max(most, numbers[i]);
+      }
+      pen.lineTo(x, y(most));
+      pen.lineTo(x, y(least));
+    }
+    pen.stroke();
+  };
+  const muted = color("--descrip-text") || "#999", accent = color("--accent") || "#4a9eff";
+  curve(smoothed(previous), muted, 0.6, 1);
+  curve(losses, accent, 0.35, 1);
+  curve(smoothed(losses), accent, 1, 2);
+  pen.globalAlpha = 1;
+  pen.fillStyle = muted;
+  pen.font = `${10 * scale}px system-ui, sans-serif`;
+  pen.fillText(range[1].toPrecision(3), 4 * scale, 11 * scale);
+  pen.fillText(log ? range[0].toPrecision(3) : "0", 4 * scale, height - 4 * scale);
+  canvas.setAttribute("aria-label", `Loss of ${losses.length} steps`);
+  return range;
+}
