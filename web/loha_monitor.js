@@ -2,7 +2,7 @@
 import { app } from "../../scripts/app.js";
 import { el, isolate } from "./dom.mjs";
 
-const HEIGHT = 230;
+const HEIGHT = 250;
 
 app.registerExtension({
   name: "LoHa.Monitor",

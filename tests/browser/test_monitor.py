@@ -51,12 +51,19 @@ def test_curve_reload_and_cancel(page: Page, ready, request):  # noqa: F811
     cancel.focus()
     before = run_of(ready, name)
     assert before["state"] == "running"
-    page.keyboard.press("Enter")
+    with page.expect_response("**/interrupt"):
+        page.keyboard.press("Enter")
+    asked = run_of(ready, name)["step"]
     deadline = time.monotonic() + 30
     while (run := run_of(ready, name))["state"] == "running":
         assert time.monotonic() < deadline
         time.sleep(0.02)
     assert run["state"] == "cancelled"
-    assert run["step"] < 400
+    assert before["step"] <= run["step"] <= asked + 1
+    while not (history := ready.get("/history")) or name not in json.dumps(history):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    [entry] = [one for one in history.values() if name in json.dumps(one["prompt"])]
+    assert "execution_interrupted" in [event for event, _ in entry["status"]["messages"]]
     expect(page.locator(".loha-monitor")).to_contain_text("cancelled")
     assert list(ready.path("output", "loha", name, "").glob("*state*"))

@@ -1,0 +1,94 @@
+"""Merging on the page: text and picture say what is lost, and a slid weight changes both."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+from PIL import Image
+from playwright.sync_api import Page, expect
+
+from ..comfy.test_sampling import REPOSITORY, ready  # noqa: F401  (the demo's checkpoint, and random LoHas)
+from .test_nodes import shoot
+
+WORKFLOW = json.loads((REPOSITORY / "example_workflows" / "loha_merge.json").read_text())
+# Where a LiteGraph slider lies on the page; in Nodes 2.0 it is an element.
+SLIDER = """() => {
+  const node = app.graph._nodes.find(n => n.comfyClass === "LoHaMerge");
+  const widget = node.widgets.find(w => w.name === "weight_1");
+  const place = app.canvas.convertOffsetToCanvas([node.pos[0] + 15, node.pos[1] + widget.last_y + 10]);
+  const canvas = app.canvas.canvas.getBoundingClientRect();
+  return [canvas.left + place[0], canvas.top + place[1], (node.size[0] - 30) * app.canvas.ds.scale];
+}"""
+SET = """([type, name, value]) => {
+  app.graph._nodes.find(n => n.type === type).widgets.find(w => w.name === name).value = value;
+}"""
+WEIGHT = "app.graph._nodes.find(n => n.comfyClass === 'LoHaMerge').widgets.find(w => w.name === 'weight_1').value"
+PICTURE = """old => {
+  const node = app.graph._nodes.find(n => n.comfyClass === "LoHaMerge");
+  const shown = node.imgs?.[0] ?? document.querySelector(`[data-node-id="${node.id}"] img`);
+  return shown?.complete && shown.naturalWidth > 0 && shown.src !== old && shown.src;
+}"""
+
+
+LOOK = """() => {
+  const node = app.graph._nodes.find(n => n.comfyClass === "LoHaMerge");
+  app.canvas.ds.scale = 0.8;
+  app.canvas.ds.offset = [120 - node.pos[0], 160 - node.pos[1]];
+  app.canvas.setDirty(true, true);
+  return new Promise(done => setTimeout(done, 500));
+}"""
+
+
+def slide(page: Page, by: float) -> None:
+    """weight_1, by a share of its range."""
+    x, y, width = page.evaluate(SLIDER)
+    node = page.evaluate("app.graph._nodes.find(n => n.comfyClass === 'LoHaMerge').id")
+    slider = page.locator(f"[data-node-id='{node}'] [role=slider]")
+    if slider.count():
+        handle = slider.first.bounding_box()
+        track = slider.first.locator("xpath=..").bounding_box()
+        assert handle and track
+        x, y, width = handle["x"] + handle["width"] / 2, handle["y"] + handle["height"] / 2, track["width"]
+    else:
+        x += width * (page.evaluate(WEIGHT) + 20) / 40
+    page.mouse.move(x, y)
+    page.mouse.down()
+    page.mouse.move(x + by * width, y, steps=8)
+    page.mouse.up()
+
+
+def test_merge_shows_what_is_lost(page: Page, ready, request):  # noqa: F811
+    page.evaluate("workflow => app.loadGraphData(workflow)", WORKFLOW)
+    # Ranks of 16 and 16 in 8: some of it is lost.
+    for node, name, value in (("KSampler", "steps", 4), ("LoHaMerge", "rank", 8)):
+        page.evaluate(SET, [node, name, value])
+    merged = page.locator("pre.loha-info").filter(has_text="what is lost")
+    expect(merged).to_have_count(1)
+    page.evaluate("app.queuePrompt(0)")
+    text = page.locator("pre.loha-info").filter(has_text="relative error")
+    expect(text).to_contain_text("layers", timeout=60_000)
+    first = text.inner_text()
+    picture = page.wait_for_function(PICTURE, timeout=30_000).json_value()
+    expect(page.locator("pre.loha-info").filter(has_text="loha_demo_merged.safetensors")).to_have_count(1)
+    shoot(page, "merge", request)
+
+    page.evaluate(LOOK)  # from here on it does not move
+    slide(page, 0.1)
+    assert page.evaluate(WEIGHT) > 2, shoot(page, "merge-slid", request)
+    page.evaluate("app.queuePrompt(0)")
+    expect(text).not_to_have_text(first, timeout=60_000)
+    page.wait_for_function(PICTURE, arg=picture, timeout=30_000)
+    shoot(page, "merge-slid", request)
+
+    page.wait_for_function("app.ui.lastQueueSize === 0", timeout=60_000)
+    *_, entry = ready.get("/history").values()
+    assert entry["status"]["status_str"] == "success"
+    [shown] = [
+        picture
+        for output in entry["outputs"].values()
+        for picture in output.get("images", ())
+        if picture["type"] == "output"
+    ][:1]
+    saved = ready.path("output", shown["subfolder"], shown["filename"])
+    assert np.asarray(Image.open(saved)).std() > 5
