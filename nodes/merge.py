@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections import defaultdict
 from collections.abc import Callable
 from typing import Any
@@ -295,7 +296,7 @@ def error_chart(report: ErrorReport, title: str) -> torch.Tensor:
     """The relative error of each block of the model."""
     squares: dict[str, list[float]] = defaultdict(lambda: [0.0, 0.0])
     for layer in report.layers:
-        sums = squares[names.block_of(layer.name).replace("_blocks", "")]  # bars are narrow
+        sums = squares[re.sub("_blocks| layers", "", names.block_of(layer.name))]  # bars are narrow
         sums[0] += (layer.error * layer.size) ** 2
         sums[1] += layer.size**2
     values = {b: math.sqrt(squares[b][0] / (squares[b][1] or 1.0)) for b in sorted(squares, key=block_order)}
