@@ -47,10 +47,10 @@ WAYS: dict[str, Callable[[list[Adapter]], Made]] = {
     "exact, rank 128": lambda a: merge(a, method="exact"),
     "svd, rank 64": lambda a: merge(a, method="svd", rank=HALF),
     "LoRA svd, rank 64": lambda a: merge(a, method="svd", rank=HALF, kind="lora"),
-    "fit, rank 8 (as a parent)": lambda a: merge(a, method="fit", rank=8),
     "LoRA svd, rank 16 (as a parent)": lambda a: merge(a, method="svd", rank=16, kind="lora"),
     "ties, rank 64": lambda a: merge(a, method="ties", rank=HALF),
     "factors averaged": averaged,
+    "fit, rank 8 (as a parent)": lambda a: merge(a, method="fit", rank=8),
 }
 assert {"exact", "svd", "fit", "ties"} <= set(METHODS)
 
