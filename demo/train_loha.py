@@ -58,7 +58,9 @@ def train(server: comfyui.Server, target: int, lora_name: str, metadata: dict[st
         if node["class_type"] == "CLIPTextEncode" and inputs["text"]:
             inputs["text"] = digits.prompt(target)
         if node["class_type"] == "LoHaTrainer":
-            inputs |= {"name": name, "resume": False}
+            # Each begins elsewhere, as adapters of different people do.
+            seed = digits.HELD_BACK[::-1].index(target)
+            inputs |= {"name": name, "resume": False, "training_seed": seed}
         if node["class_type"] == "LoHaSave":
             words = {"trigger_words": digits.prompt(target), "metadata": json.dumps(metadata)}
             inputs |= {"filename": name, "overwrite": True, **words}

@@ -228,7 +228,7 @@ def test_stack_rows(page: Page, shoot):
     assert "strength_clip" not in rows_of(page, node)[1]
     page.get_by_role("button", name="Remove look_07").click()
     page.locator(".loha-stack-row .loha-button", has_text="look_02").click()
-    page.get_by_role("dialog", name="Choose an adapter").get_by_role("option", name="seven").click()
+    page.get_by_role("dialog", name="Choose an adapter").get_by_role("option", name="seven", exact=True).click()
     assert [row["name"] for row in rows_of(page, node)] == ["characters/anna_v2.safetensors", "seven.safetensors"]
     assert page.evaluate(PLACES) == places
 
