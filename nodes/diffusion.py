@@ -19,7 +19,8 @@ import torch
 from torch import Tensor, nn
 
 from loha_core import LoHaError
-from loha_core.training.data import Dataset, Sample, generator, order
+from loha_core.training.data import Dataset, Sample
+from loha_core.training.draws import Draws
 from loha_core.training.objectives import Objective
 
 # What places a conditioning in a picture or in time, for sampling.
@@ -55,7 +56,7 @@ class Diffusion:
     ) -> None:
         self.patcher, self.model, self.clip = patcher, patcher.model, clip
         self.dataset, self.objective, self.seed = dataset, objective, seed
-        self.order = order(dataset.buckets(), batch_size, seed)
+        self.draws = Draws(dataset, objective, batch_size, seed)
         self.device = patcher.load_device
         channels, found = self.model.latent_format.latent_channels, dataset.items[0].latent.shape[0]
         if channels != found:
@@ -68,17 +69,12 @@ class Diffusion:
 
     def batch(self, number: int) -> Batch:
         """Batch ``number`` since training began: what is in it and all its noise follow from the number."""
-        chance = [generator(self.seed, "draw", number, place) for place in range(self.order.batch_size)]
-        samples = [self.dataset.draw(i, g) for i, g in zip(self.order.at(number), chance, strict=True)]
-        sigma = torch.tensor([self._sigma(self.objective.time(g)) for g in chance])
-        noise = torch.stack([self.objective.noise(s.latent.shape, g) for s, g in zip(samples, chance, strict=True)])
-        clean = self.model.process_latent_in(torch.stack([s.latent for s in samples]))
-        masks = [s.mask for s in samples]
-        mask = None if all(m is None for m in masks) else _masks(masks, clean)
-        share = torch.tensor([s.weight for s in samples])
-        noisy = self.model.model_sampling.noise_scaling(sigma.to(clean), noise, clean, False)
-        clean, noisy, sigma, share = (t.to(self.device, torch.float32) for t in (clean, noisy, sigma, share))
-        return Batch(clean, noisy, sigma, samples, None if mask is None else mask.to(self.device), share)
+        draw = self.draws.at(number)
+        sigma = torch.tensor([self._sigma(time) for time in draw.times])
+        clean = self.model.process_latent_in(draw.latents)
+        noisy = self.model.model_sampling.noise_scaling(sigma.to(clean), draw.noise, clean, False)
+        clean, noisy, sigma, share = (t.to(self.device, torch.float32) for t in (clean, noisy, sigma, draw.share))
+        return Batch(clean, noisy, sigma, draw.samples, None if draw.mask is None else draw.mask.to(self.device), share)
 
     def _sigma(self, time: float) -> float:
         """Noise at a share of the way from clean to noise; one of the steps that a model knows, if it knows steps."""
@@ -136,13 +132,6 @@ class Diffusion:
         conds = comfy.samplers.process_conds(self.model, noisy, conds, self.device, latent_image=noisy, seed=self.seed)
         found = comfy.samplers.get_area_and_mult(conds["positive"][0], noisy, sigma)
         return dict(found.conditioning)
-
-
-def _masks(masks: list[Tensor | None], clean: Tensor) -> Tensor:
-    """(n, 1, *size): a sample without one is seen whole, and the frames of a video share theirs."""
-    axes = [1] * (clean.dim() - 4)
-    whole = torch.ones(1, *clean.shape[-2:])
-    return torch.stack([(whole if m is None else m).view(1, *axes, *clean.shape[-2:]) for m in masks])
 
 
 def _fit(one: dict[str, Any], other: dict[str, Any]) -> bool:

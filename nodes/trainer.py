@@ -141,7 +141,9 @@ class Job:
             )
 
     def _config(self, diffusion: Diffusion) -> TrainingConfig:
-        steps = ceil(self.epochs * diffusion.order.steps_per_epoch / self.accumulation) if self.epochs else self.steps
+        steps = (
+            ceil(self.epochs * diffusion.draws.order.steps_per_epoch / self.accumulation) if self.epochs else self.steps
+        )
         o = self.optimizing
         return TrainingConfig(
             steps, self.accumulation, self.seed, self.precision, o.max_grad_norm, o.ema, o.max_norm, self.save_every,

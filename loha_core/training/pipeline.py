@@ -19,7 +19,8 @@ from ..config import LoHaConfig
 from ..errors import LoHaError
 from ..layer import LoHaLayer
 from ..model import LoHaModel
-from .data import Dataset, Sample, generator, order
+from .data import Dataset, Sample
+from .draws import Draws
 from .objectives import PREDICTIONS, Objective
 from .settings import ModelSettings
 
@@ -306,38 +307,29 @@ class Feed:
         seed: int,
         places: range | None = None,
     ) -> None:
-        self.diffusion, self.dataset, self.objective, self.seed = diffusion, dataset, objective, seed
-        self.order = order(dataset.buckets(), batch_size, seed)
-        self.places = range(batch_size) if places is None else places
+        self.diffusion, self.dataset, self.objective = diffusion, dataset, objective
+        self.draws = Draws(dataset, objective, batch_size, seed, places)
 
     def batch(self, number: int) -> Batch:
         """This process's part of batch ``number`` since training began; all chance follows from the number."""
-        d, indices = self.diffusion, self.order.at(number)
-        chance = [generator(self.seed, "draw", number, place) for place in self.places]
-        samples = [self.dataset.draw(indices[place], g) for place, g in zip(self.places, chance, strict=True)]
-        time = torch.tensor([self.objective.time(g) for g in chance])
-        noise = torch.stack([self.objective.noise(s.latent.shape, g) for s, g in zip(samples, chance, strict=True)])
+        d, draw = self.diffusion, self.draws.at(number)
         config = d.pipe.vae.config
         shift = config.get("shift_factor") or 0.0
-        clean = (torch.stack([s.latent for s in samples]) - shift) * config.scaling_factor
+        clean = (draw.latents - shift) * config.scaling_factor
         kind = PREDICTIONS[d.noising.prediction]
-        signal, sigma, timesteps = d.noising.at(time)
+        signal, sigma, timesteps = d.noising.at(torch.tensor(draw.times))
         a, s = (t.reshape(-1, 1, 1, 1) for t in (signal, sigma))
-        masks = [sample.mask for sample in samples]
-        whole = torch.ones(1, *clean.shape[-2:])
         made = (
-            a * clean + s * noise,
-            kind.target(clean, noise, a, s),
+            a * clean + s * draw.noise,
+            kind.target(clean, draw.noise, a, s),
             kind.gain(signal, sigma),
             (signal / sigma).square(),
             timesteps,
-            torch.tensor([sample.weight for sample in samples]),
+            draw.share,
         )
         noisy, target, gain, snr, timesteps, share = (tensor.to(d.device) for tensor in made)
-        mask = None
-        if any(each is not None for each in masks):
-            mask = torch.stack([whole if each is None else each for each in masks]).to(d.device)
-        return Batch(noisy, target, gain, snr, timesteps, samples, mask, share)
+        mask = None if draw.mask is None else draw.mask.to(d.device)
+        return Batch(noisy, target, gain, snr, timesteps, draw.samples, mask, share)
 
     def loss(self, batch: Batch) -> Tensor:
         """A scalar, differentiable with respect to the layers."""

@@ -101,7 +101,7 @@ def _accelerator(batch_size: int) -> Any:
 def _steps(settings: Settings, feed: Feed) -> Any:
     if not settings.run.epochs:
         return settings.training
-    batches = settings.run.epochs * feed.order.steps_per_epoch
+    batches = settings.run.epochs * feed.draws.order.steps_per_epoch
     return replace(settings.training, steps=math.ceil(batches / settings.training.accumulation))
 
 
