@@ -11,14 +11,12 @@ ComfyUI is found as demo/comfyui.py finds it (COMFYUI_PATH first).
 from __future__ import annotations
 
 import argparse
-import ctypes
 import math
 import os
 import platform
 import statistics
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -26,6 +24,7 @@ import torch
 from loha_core import LoHaFactors, add_delta_, plan
 from loha_core.kernels import tiles
 
+from . import memory
 from .shapes import MODELS, Shape, distinct
 
 QUICK: list[Shape] = [(320, 320), (640, 640, 1, 1), (1280, 1280), (320, 320, 3, 3), (3072, 3072), (10240, 1280)]
@@ -65,11 +64,10 @@ def measure(shape: Shape, rank: int, seconds: float) -> Row:
         lambda: calculate_weight(patches, weight, "weight"),
         lambda: weight.mul_(1.0),
     ]
-    memory = extra_memory(ways[0])
     samples = take_turns(ways, seconds)
     ours, comfy, floor = map(min, samples)
     median_ratio = statistics.median(samples[1]) / statistics.median(samples[0])
-    return Row(shape, rank, ours, comfy, floor, median_ratio, plan(shape, factors).backend, memory)
+    return Row(shape, rank, ours, comfy, floor, median_ratio, plan(shape, factors).backend, extra_memory(ways[0]))
 
 
 def take_turns(ways: list[Callable[[], object]], seconds: float) -> list[list[float]]:
@@ -93,21 +91,12 @@ def take_turns(ways: list[Callable[[], object]], seconds: float) -> list[list[fl
 
 def extra_memory(call: Callable[[], object]) -> float:
     """How far a call lifts the process's resident memory, in MiB; nan where the kernel doesn't say (not Linux)."""
-    reset, status = Path("/proc/self/clear_refs"), Path("/proc/self/status")
-    try:
-        call()  # the libraries' own buffers
-        tiles._kept.memory = None  # what is kept from call to call counts
-        ctypes.CDLL(None).malloc_trim(0)
-        before = _status(status, "VmRSS")
-        reset.write_text("5")  # peak := now
-        call()
-        return max(0.0, _status(status, "VmHWM") - before) / 1024
-    except (OSError, AttributeError):
-        return math.nan
-
-
-def _status(path: Path, name: str) -> int:
-    return next(int(line.split()[1]) for line in path.read_text().splitlines() if line.startswith(name))
+    call()  # the libraries' own buffers
+    tiles._kept.memory = None  # what is kept from call to call counts
+    memory.reset_peak()
+    before = memory.resident()
+    call()
+    return max(memory.peak() - before, 0.0)
 
 
 def geometric_mean(values: list[float]) -> float:

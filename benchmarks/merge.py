@@ -10,14 +10,12 @@ Writing and copying both end with fsync.
 from __future__ import annotations
 
 import argparse
-import ctypes
 import os
-import resource
 import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from math import prod
 from pathlib import Path
 
@@ -26,6 +24,7 @@ from safetensors.torch import save_file
 
 from loha_core import Adapter, LoHaFactors, apply_to_checkpoint, load_adapter, merge, save_adapter
 
+from . import memory
 from .shapes import MODELS, Shape
 
 
@@ -49,24 +48,11 @@ def random_adapter(model: str, rank: int, seed: int) -> Adapter:
 @contextmanager
 def measured(what: str) -> Iterator[None]:
     """Print wall and CPU seconds, and by how much resident memory peaked above what was held at the start."""
-    reset = Path("/proc/self/clear_refs")
-    with suppress(AttributeError, OSError):
-        ctypes.CDLL(None).malloc_trim(0)  # what was freed before is not what the call will need
-    if reset.exists():
-        reset.write_text("5")  # peak := now
-    before, cpu, wall = _memory("VmRSS"), time.process_time(), time.perf_counter()
+    memory.reset_peak()
+    before, cpu, wall = memory.resident(), time.process_time(), time.perf_counter()
     yield
     wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
-    print(
-        f"  {what:<44} wall {wall:7.2f} s   CPU {cpu:7.2f} s   memory +{_memory('VmHWM') - before:6.0f} MiB", flush=True
-    )
-
-
-def _memory(name: str) -> float:
-    status = Path("/proc/self/status")
-    if not status.exists():
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    return next(int(line.split()[1]) for line in status.read_text().splitlines() if line.startswith(name)) / 1024
+    print(f"  {what:<44} wall {wall:7.2f} s   CPU {cpu:7.2f} s   memory +{memory.peak() - before:6.0f} MiB", flush=True)
 
 
 def merges(model: str, rank: int, folder: Path, with_fit: bool) -> None:

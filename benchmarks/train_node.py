@@ -19,8 +19,9 @@ import subprocess
 import sys
 import time
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
+
+from . import memory
 
 WAYS = ("ours", "native LoHa", "native LoRA")
 RATES = (3e-5, 1e-4, 3e-4, 1e-3, 3e-3)
@@ -44,15 +45,15 @@ def child(way: str, steps: int, rate: float, threads: int, validate: bool) -> di
     model, latents, conditioning = _model(UNET), *_data()
     times: list[float] = []
     comfy.utils.set_progress_bar_global_hook(lambda *_, **__: times.append(time.perf_counter()))
-    before = _status("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")  # the peak is counted from here
+    memory.reset_peak()
+    before = memory.resident()
     with torch.inference_mode():
         train = _ours if way == "ours" else _native
         trained = train(model, latents[:TRAINED], conditioning[:TRAINED], steps, rate, way)
-    peak = _status("VmHWM")
+    most = memory.peak()
     gaps = [b - a for a, b in pairwise(times)]
     loss = _validation(trained, latents[TRAINED:], conditioning[TRAINED:]) if validate else None
-    return {"seconds": statistics.median(gaps), "memory": (peak - before) / 1024, "validation": loss}
+    return {"seconds": statistics.median(gaps), "memory": most - before, "validation": loss}
 
 
 def _model(options: dict[str, Any]) -> Any:
@@ -150,11 +151,6 @@ def _validation(model: Any, latents: Any, conditioning: Any) -> float:
             denoised = model.model.apply_model(noisy, sigma, c_crossattn=c[0][0], transformer_options={})
             errors.append(float((((noisy - denoised) / sigma) - noise).square().mean()))
     return statistics.fmean(errors)
-
-
-def _status(name: str) -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith(name))
 
 
 # --- all of them ----------------------------------------------------------------------------------

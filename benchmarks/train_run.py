@@ -21,8 +21,8 @@ from typing import Any
 
 import torch
 
+from . import memory
 from .strength import load_pack  # the import that puts ComfyUI on the path
-from .train_node import _status
 
 
 def prepared() -> tuple[Any, Any]:
@@ -69,7 +69,7 @@ def main() -> None:
     def each(done: int, total: int, *_: Any, **__: Any) -> None:
         times.append(time.perf_counter())
         if done % max(1, total // 50) == 0:
-            sizes.append(_status("VmRSS") / 1024)
+            sizes.append(memory.resident())
 
     comfy.utils.set_progress_bar_global_hook(each)
     with torch.inference_mode():

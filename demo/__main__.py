@@ -12,6 +12,7 @@ import signal
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -101,22 +102,28 @@ def sweep(server: comfyui.Server, prompt: comfyui.Json, digit: int) -> Sweep:
     """Ask for `digit` at each strength; nothing else changes from one to the next."""
     pictures = []
     for strength in STRENGTHS:
-        job = copy.deepcopy(prompt)
-        settings = {
-            "CheckpointLoaderSimple": {"ckpt_name": CHECKPOINT},
-            "LoHaLoader": {"lora_name": LOHA, "strength_model": strength},
-            "EmptyLatentImage": {"batch_size": SAMPLES},
-            "SaveImage": {"filename_prefix": f"{digits.WORDS[digit]}_{strength:g}"},
-        }
-        for node in job.values():
-            node["inputs"] |= settings.get(node["class_type"], {})
-        positive = next(node["inputs"]["positive"][0] for node in job.values() if node["class_type"] == "KSampler")
-        job[positive]["inputs"]["text"] = digits.prompt(digit)
         started = time.monotonic()
-        pictures.append(server.images(server.queue(job)))
+        prefix = f"{digits.WORDS[digit]}_{strength:g}"
+        pictures.append(drawn(server, prompt, digit, prefix, lora_name=LOHA, strength_model=strength))
         seconds = time.monotonic() - started
         print(f'"{digits.prompt(digit)}" at strength {strength:4.2f}: {SAMPLES} pictures in {seconds:.1f} s')
     return pictures
+
+
+def drawn(server: comfyui.Server, prompt: comfyui.Json, digit: int, prefix: str, **loader: Any) -> np.ndarray:
+    """What ComfyUI makes when asked for a digit, with these inputs of the loader: (SAMPLES, h, w, 3) uint8."""
+    job = copy.deepcopy(prompt)
+    settings = {
+        "CheckpointLoaderSimple": {"ckpt_name": CHECKPOINT},
+        "LoHaLoader": loader,
+        "EmptyLatentImage": {"batch_size": SAMPLES},
+        "SaveImage": {"filename_prefix": prefix},
+    }
+    for node in job.values():
+        node["inputs"] |= settings.get(node["class_type"], {})
+    positive = next(node["inputs"]["positive"][0] for node in job.values() if node["class_type"] == "KSampler")
+    job[positive]["inputs"]["text"] = digits.prompt(digit)
+    return server.images(server.queue(job))
 
 
 def grey(sweeps: dict[int, Sweep]) -> list[tuple[int, Sweep]]:

@@ -14,11 +14,10 @@ from pathlib import Path
 import numpy as np
 
 from loha_core import Adapter, ErrorReport, Made, load_adapter, merge, save_adapter
-from loha_core.merge import METHODS
 
 from . import comfyui, digits
-from .__main__ import CONTROL, SAMPLES, WORKFLOW
-from .prepare import CHECKPOINT, train_lohas, write_files
+from .__main__ import CONTROL, WORKFLOW, drawn
+from .prepare import train_lohas, write_files
 
 ASKED = (*digits.HELD_BACK, CONTROL)
 AT_LEAST = 0.70
@@ -52,7 +51,6 @@ WAYS: dict[str, Callable[[list[Adapter]], Made]] = {
     "factors averaged": averaged,
     "fit, rank 8 (as a parent)": lambda a: merge(a, method="fit", rank=8),
 }
-assert {"exact", "svd", "fit", "ties"} <= set(METHODS)
 
 
 def main() -> int:
@@ -93,19 +91,8 @@ def table(server: comfyui.Server, adapters: list[Adapter]) -> int:
 
 def share(server: comfyui.Server, prompt: comfyui.Json, lora: Path, judge: digits.Judge, digit: int) -> float:
     """Of the pictures that ComfyUI makes when asked for a digit, how many show it."""
-    job = json.loads(json.dumps(prompt))
-    settings = {
-        "CheckpointLoaderSimple": {"ckpt_name": CHECKPOINT},
-        "LoHaLoader": {"lora_name": lora.name, "strength_model": 1.0, "mode": "merge"},
-        "EmptyLatentImage": {"batch_size": SAMPLES},
-        "SaveImage": {"filename_prefix": "merged"},
-    }
-    for node in job.values():
-        node["inputs"] |= settings.get(node["class_type"], {})
-    positive = next(node["inputs"]["positive"][0] for node in job.values() if node["class_type"] == "KSampler")
-    job[positive]["inputs"]["text"] = digits.prompt(digit)
-    pictures = server.images(server.queue(job)).mean(axis=3) / 255
-    return float(np.mean(judge.read(pictures) == digit))
+    pictures = drawn(server, prompt, digit, "merged", lora_name=lora.name, strength_model=1.0, mode="merge")
+    return float(np.mean(judge.read(pictures.mean(axis=3) / 255) == digit))
 
 
 if __name__ == "__main__":

@@ -22,6 +22,20 @@ from .factors import LoHaFactors
 _TAKEN = frozenset(dir(nn.ParameterDict()))
 
 
+@contextmanager
+def acting_as(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+    """While this lasts, ``forward`` runs in place of the module's; what somebody else put there comes back."""
+    replaced = vars(module).get("forward")
+    module.forward = forward  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        if replaced is None:
+            del module.forward
+        else:
+            module.forward = replaced  # type: ignore[method-assign]
+
+
 class LoHaLayer(nn.Module):
     """A frozen layer and its adapters: y = base(x) + Σ over the active ones of ΔW ∗ x.
 
@@ -288,17 +302,11 @@ class LoHaLayer(nn.Module):
         if self._own_forward is not None:  # it does already
             yield
             return
-        base = self.base_layer
-        replaced = vars(base).get("forward")
-        self._own_forward = base.forward
-        base.forward = self.forward  # type: ignore[method-assign]
+        self._own_forward = self.base_layer.forward
         try:
-            yield
+            with acting_as(self.base_layer, self.forward):
+                yield
         finally:
-            if replaced is None:
-                del base.forward
-            else:
-                base.forward = replaced
             self._own_forward = None
 
     def _adapted(self, x: Tensor, adapter: str, *, apply_base: bool) -> Tensor:

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from loha_core.extract import extract
 
-from .merge import CATEGORY, KINDS, choice, computed, kind_input, outputs, shown
+from .inputs import choice
+from .merge import CATEGORY, KINDS, computed, kind_input, outputs, shown
 from .network import spelled
 
 
@@ -23,18 +24,18 @@ class Patched:
 
     def __init__(self, path: str, model: Any, clip: Any) -> None:
         self.path = path
-        self.found: dict[str, tuple[Any, str, list[Any]]] = {}
+        self.found: dict[str, tuple[str, list[Any]]] = {}
         self.names: dict[str, str] = {}
         patchers = [("", model)] if clip is None else [("", model), ("text_encoders.", clip.patcher)]
         for lead, patcher in patchers:
             for key, patches in patcher.get_key_patches().items():
                 if lead or key.startswith("diffusion_model."):
-                    self.found[lead + key] = (patcher, key, patches)
-            spelled_by_key = spelled(patcher.model, bool(lead))
-            self.names |= {name: lead + key for key, name in spelled_by_key.items() if lead + key in self.found}
+                    self.found[lead + key] = (key, patches)
+            names = spelled(patcher.model, bool(lead))
+            self.names |= {name: lead + key for key, name in names.items() if lead + key in self.found}
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        weights = ((key, patches[0][0]) for key, (_, _, patches) in self.found.items())
+        weights = ((key, patches[0][0]) for key, (_, patches) in self.found.items())
         return {key: tuple(weight.shape) for key, weight in weights if weight.is_floating_point()}
 
     def modules(self) -> dict[str, str]:
@@ -43,7 +44,7 @@ class Patched:
         return {name: key for name, key in self.names.items() if len(shapes.get(key, ())) >= 2}
 
     def __getitem__(self, key: str) -> Tensor:
-        _, own, ((weight, convert), *patches) = self.found[key]
+        own, ((weight, convert), *patches) = self.found[key]
         wide: Tensor = convert(weight.to("cpu", torch.float32, copy=True), inplace=True)
         return comfy.lora.calculate_weight(patches, wide, own) if patches else wide
 

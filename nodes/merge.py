@@ -12,11 +12,12 @@ import comfy.utils
 import torch
 from comfy_api.latest import io, ui
 
-from loha_core import Adapter, ErrorReport, LoHaError, Made, convert, names
+from loha_core import Adapter, ErrorReport, Made, convert, names
 from loha_core.merge import METHODS, merge
 
 from . import charts
 from .info import block_order
+from .inputs import choice, known
 from .loader import LOHA, LOHA_BLOCKS
 from .save import DTYPES
 
@@ -197,11 +198,11 @@ def converted(
         steps.append(lambda a: convert.from_lora(a, rank=rank or None, method=method, progress=progress))
     if alpha:
         steps.append(lambda a: convert.change_alpha(a, alpha=alpha))
-    if (wanted := DTYPES[_known("dtype", dtype, DTYPES)]) is not None:
+    if (wanted := choice("dtype", dtype, DTYPES)) is not None:
         steps.append(lambda a: convert.to_dtype(a, wanted))
     if spelling == "PEFT":
         steps.append(convert.to_peft)
-    elif style := SPELLINGS[_known("names", spelling, SPELLINGS)]:
+    elif style := choice("names", spelling, SPELLINGS):
         steps.append(lambda a: convert.respell(a, *style))  # type: ignore[arg-type]
     report = ErrorReport()
     for step in steps:
@@ -263,17 +264,7 @@ def outputs(tooltip: str) -> list[Any]:
 
 
 def _bounds(bound: str, rank: int, amount: float) -> dict[str, Any]:
-    return {_known("bound", bound, BOUNDS): rank if bound == "rank" else amount}
-
-
-def _known(name: str, value: str, choices: Any) -> str:
-    if value not in choices:
-        raise LoHaError(f"{name} is {value!r}; expected one of {', '.join(choices)}")
-    return value
-
-
-def choice(name: str, value: str, choices: dict[str, Any]) -> Any:
-    return choices[_known(name, value, choices)]
+    return {known("bound", bound, BOUNDS): rank if bound == "rank" else amount}
 
 
 # --- results ------------------------------------------------------------------------------------

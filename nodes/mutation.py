@@ -9,7 +9,7 @@ changed moves to memory of its own first, and whoever kept it keeps the old one:
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
 
@@ -17,6 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.overrides import TorchFunctionMode
+
+from loha_core.layer import acting_as
 
 # End in an underscore and change no values.
 _HARMLESS = {"requires_grad_", "detach_", "set_", "share_memory_"}
@@ -61,18 +63,11 @@ def allowed(blocks: Iterable[nn.Module], *, again: bool) -> Iterator[None]:
         blocks: what of the model is given a tensor and may change it.
         again: they run again in the backward, with what they were given.
     """
-    replaced = [(block, vars(block).get("forward")) for block in blocks]
-    for block, _ in replaced:
-        block.forward = partial(_run, block.forward, again)  # type: ignore[method-assign]
-    try:
+    with ExitStack() as stack:
+        for block in blocks:
+            stack.enter_context(acting_as(block, partial(_run, block.forward, again)))
         with saved_tensors_hooks(_pack, _unpack):
             yield
-    finally:
-        for block, before in replaced:
-            if before is None:
-                del block.forward
-            else:
-                block.forward = before  # type: ignore[method-assign]
 
 
 def _run(forward: Callable[..., Any], again: bool, *args: Any, **kwargs: Any) -> Any:

@@ -154,10 +154,8 @@ def _kernel(layer: nn.Module) -> int:
     return torch.Size(getattr(layer, "kernel_size", ())).numel()
 
 
-def build(
-    patcher: Any, label: str, config: NetworkConfig, start: Adapter | None = None
-) -> tuple[dict[str, LoHaLayer], dict[str, str]]:
-    """LoHa layers for a loaded model, by the name that a file calls them; and those names' paths in the model.
+def build(patcher: Any, label: str, config: NetworkConfig, start: Adapter | None = None) -> dict[str, LoHaLayer]:
+    """LoHa layers for a loaded model, by the name that a file calls them.
 
     Args:
         patcher: of a diffusion model (label MODEL) or of text encoders (CLIP).
@@ -168,7 +166,7 @@ def build(
     lead = "" if is_text else "diffusion_model."
     names = spelled(module, is_text)
     begun = _begun(start, module, label) if start else {}
-    layers, paths = {}, {}
+    layers = {}
     found = targets(inner, config, text=is_text)
     if lost := begun.keys() - {f"{lead}{path}.weight" for path in found}:
         raise LoHaError(
@@ -187,10 +185,10 @@ def build(
             rank, alpha = config.rank_and_alpha(path, _kernel(layer))
             new.update_layer(ADAPTER, rank, alpha, config.loha)
         name = names.get(key, f"lora_unet_{flat(path)}" if not is_text else f"text_encoders.{path}")
-        layers[name], paths[name] = new, key
+        layers[name] = new
         for _, parameter in new._parameters_of(ADAPTER):
             parameter.data = parameter.data.to(patcher.load_device)
-    return layers, paths
+    return layers
 
 
 def _begun(start: Adapter, module: nn.Module, label: str) -> dict[str, LoHaFactors]:

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from typing import Any, get_args
 
 from comfy_api.latest import io
 
-from loha_core import LoHaError
 from loha_core.training.objectives import Distance, Objective, Timesteps
 from loha_core.training.optimizers import SOURCES, Curve, OptimizerConfig
+
+from .inputs import json_object
 
 LOHA_OPTIMIZER = io.Custom("LOHA_OPTIMIZER")
 LOHA_OBJECTIVE = io.Custom("LOHA_OBJECTIVE")
@@ -104,12 +104,7 @@ def optimizing(
     options: str = "",
 ) -> Optimizing:
     """Checked values from the node's inputs."""
-    try:
-        more = json.loads(options) if options.strip() else {}
-        if not isinstance(more, dict):
-            raise ValueError("not an object")
-    except ValueError as error:
-        raise LoHaError(f'options is {options!r} ({error}); expected JSON such as {{"betas": [0.9, 0.99]}}') from error
+    more = json_object("options", options, '{"betas": [0.9, 0.99]}')
     config = OptimizerConfig(
         name, learning_rate, text_learning_rate or None, weight_decay, lora_plus, schedule, warmup, cycles, end_factor,
         {key: tuple(value) if isinstance(value, list) else value for key, value in more.items()},

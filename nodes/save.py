@@ -9,7 +9,6 @@ import re
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
 
 import folder_paths
 import torch
@@ -18,6 +17,7 @@ from comfy_api.latest import io, ui
 from loha_core import Adapter, LoHaError, save_adapter
 
 from .files import FOLDER
+from .inputs import choice, json_object
 from .loader import LOHA
 
 DTYPES = {"as it is": None, "fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
@@ -98,7 +98,7 @@ class LoHaSave(io.ComfyNode):
         more = described(trigger_words, base_model, metadata)
         path = free_path(filename, ".safetensors" if kind == "lycoris" else "", overwrite)
         adapter = replace(loha, metadata=loha.metadata | more)
-        save_adapter(adapter, path, format=kind, dtype=DTYPES[dtype])  # type: ignore[arg-type]
+        save_adapter(adapter, path, format=kind, dtype=choice("dtype", dtype, DTYPES))  # type: ignore[arg-type]
         name = str(path.relative_to(root()))
         return io.NodeOutput(name, ui=ui.PreviewText(f"saved as {name}"))
 
@@ -141,12 +141,7 @@ def described(trigger_words: str, base_model: str, metadata: str) -> dict[str, s
         stat = os.stat(path)
         found["ss_sd_model_name"] = base_model
         found["ss_new_sd_model_hash"] = _sha256(path, stat.st_mtime_ns, stat.st_size)
-    try:
-        more: Any = json.loads(metadata) if metadata.strip() else {}
-        if not isinstance(more, dict):
-            raise ValueError("not an object")
-    except ValueError as error:
-        raise LoHaError(f'metadata is {metadata!r} ({error}); expected JSON such as {{"key": "text"}}') from error
+    more = json_object("metadata", metadata, '{"key": "text"}')
     return found | {str(key): value if isinstance(value, str) else json.dumps(value) for key, value in more.items()}
 
 

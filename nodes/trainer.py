@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 from collections.abc import Iterator
@@ -24,7 +23,7 @@ from torch import nn
 
 from loha_core import Adapter, LoHaError, LoHaLayer, save_adapter
 from loha_core.training.attach import attached, blocks_of, recomputing
-from loha_core.training.data import Dataset
+from loha_core.training.data import Dataset, digest
 from loha_core.training.objectives import Objective
 from loha_core.training.trainer import (
     PRECISIONS,
@@ -101,7 +100,7 @@ class Job:
         with _seeded(self.seed), trainable_weights(*modules):
             labels = {"model": MODEL, "text": CLIP}
             built = {
-                name: build(patcher, label, self.network, self.start)[0]
+                name: build(patcher, label, self.network, self.start)
                 for (name, label), patcher in zip(labels.items(), patchers, strict=False)
             }
             layers = [layer for found in built.values() for layer in found.values()]
@@ -155,7 +154,7 @@ class Job:
         layers = [f"{name} {layer.weight_shape}" for found in built.values() for name, layer in found.items()]
         return {
             "data": self.dataset.fingerprint(),
-            "layers": hashlib.blake2b("\n".join(layers).encode(), digest_size=16).hexdigest(),
+            "layers": digest(layers),
             "network": repr(self.network),
             "objective": repr(self.objective),
             "batch size": repr(self.batch_size),
@@ -175,7 +174,6 @@ class Watcher:
         self.job, self.trainer, self.patcher = job, trainer, patcher
         self.bar = comfy.utils.ProgressBar(trainer.config.steps)
         self.record = monitor.begin(job.folder.name, trainer)
-        self.shown: bytes | None = None
 
     def __call__(self, event: Event) -> None:
         match event:

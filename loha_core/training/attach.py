@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from ..layer import LoHaLayer
+from ..layer import LoHaLayer, acting_as
 
 
 @contextmanager
@@ -28,9 +28,7 @@ def recomputing(blocks: Iterable[nn.Module]) -> Iterator[None]:
     """Gradient checkpointing (arXiv 1604.06174): each block keeps its input only, and runs again in the backward."""
     with ExitStack() as stack:
         for block in blocks:
-            before = vars(block).get("forward")
-            block.forward = partial(_recomputed, block.forward)  # type: ignore[method-assign]
-            stack.callback(_restore, block, before)
+            stack.enter_context(acting_as(block, partial(_recomputed, block.forward)))
         yield
 
 
@@ -38,13 +36,6 @@ def _recomputed(forward: Any, *args: Any, **kwargs: Any) -> Any:
     if not torch.is_grad_enabled():
         return forward(*args, **kwargs)
     return checkpoint(forward, *args, use_reentrant=False, **kwargs)
-
-
-def _restore(block: nn.Module, before: Any) -> None:
-    if before is None:
-        del block.forward
-    else:
-        block.forward = before  # type: ignore[method-assign]
 
 
 def blocks_of(model: nn.Module) -> list[nn.Module]:

@@ -7,7 +7,6 @@ share the work draw what one process would have drawn.
 
 from __future__ import annotations
 
-import hashlib
 import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -24,7 +23,7 @@ from ..factors import LoHaFactors
 from ..formats.container import atomic
 from ..layer import LoHaLayer
 from . import checkpoint
-from .data import generator
+from .data import digest, generator
 from .optimizers import OptimizerConfig, parameter_groups
 
 ADAPTER = "default"
@@ -316,8 +315,8 @@ class Trainer:
             for label, layers in self.networks.items()
             for name, layer in layers.items()
         ] + [tuple(p.shape) for p in self.parameters]
-        digest = hashlib.blake2b(repr(network).encode(), digest_size=8).hexdigest()
-        return {key: str(value) for key, value in (settings | asdict(self.optimizing)).items()} | {"network": digest}
+        named = {key: str(value) for key, value in (settings | asdict(self.optimizing)).items()}
+        return named | {"network": digest(repr(network))}
 
     def state(self) -> dict[str, Any]:
         return {

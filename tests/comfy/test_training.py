@@ -100,7 +100,7 @@ def test_gradients_are_those_of_the_loss(family):
     """Against the difference quotient: a model that changes its activations in place is easily wrong here."""
     job = t.job(family, steps=1)
     network = t.node("network")
-    layers, _ = network.build(family.model, "MODEL", job.network)
+    layers = network.build(family.model, "MODEL", job.network)
     d = t.diffusion(family)
     batch = d.batch(0)
     factors = [p for layer in layers.values() for _, p in layer._parameters_of(None)]

@@ -43,7 +43,7 @@ def built(m, text=False, **network):
     config = t.node("network").network_config(**{"rank": 4, "conv_rank": 2, **network})
     patcher, label = (m.clip.patcher, "CLIP") if text else (m.model, "MODEL")
     torch.manual_seed(0)
-    return t.node("network").build(patcher, label, config)[0]
+    return t.node("network").build(patcher, label, config)
 
 
 def ranks(layers, kernel):
