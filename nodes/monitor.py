@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import uuid
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,8 +20,8 @@ KEPT = 8  # runs
 # To the pages: a running server puts its own here.
 tell: Callable[[str, dict[str, Any]], object] = lambda event, data: None  # noqa: E731
 
-# By the node that trains, the latest last.
-runs: dict[str, Run] = {}
+# By the workflow and the node that trains, the latest last.
+runs: dict[tuple[str, str], Run] = {}
 
 
 @dataclass
@@ -28,12 +29,14 @@ class Run:
     """One run, as the page shows it."""
 
     name: str
+    workflow: str  # its id; none where a prompt came without one
     node: str
     steps: int
     losses: list[float]
     rates: list[float] = field(default_factory=list)
     previews: list[int] = field(default_factory=list)
     state: str = "running"
+    id: str = field(default_factory=lambda: uuid.uuid4().hex)
     began: float = field(default_factory=time.time)
     first: int = 0  # steps that were there when it began
     previous: list[float] = field(default_factory=list)  # losses of the node's run before
@@ -62,7 +65,9 @@ class Run:
     def brief(self) -> dict[str, Any]:
         """What an event says; the losses come with `whole` alone."""
         return {
+            "id": self.id,
             "name": self.name,
+            "workflow": self.workflow,
             "node": self.node,
             "step": len(self.losses),
             "steps": self.steps,
@@ -71,27 +76,44 @@ class Run:
             "seconds_left": self.seconds_left(),
             "previews": self.previews,
             "state": self.state,
-            "began": self.began,
         }
 
-    def whole(self, since: int = 0) -> dict[str, Any]:
-        """With the losses, for a page that has `since` of them already."""
-        return self.brief() | {"losses": self.losses[since:], "previous": self.previous}
+    def whole(self) -> dict[str, Any]:
+        return self.brief() | {"losses": self.losses, "previous": self.previous}
+
+    def since(self, number: int) -> dict[str, Any]:
+        """For a page that has this many losses already, and what lies behind them."""
+        return self.brief() | {"losses": self.losses[number:]}
 
     def _send(self) -> None:
         self.sent = time.time()
         tell(EVENT, self.brief())
 
 
-def begin(name: str, trainer: Trainer) -> Run:
+def begin(name: str, workflow: str, trainer: Trainer) -> Run:
     """A new run of the node that is executed now."""
     context = get_executing_context()
     node = "" if context is None else str(context.node_id)
-    run = Run(name, node, trainer.config.steps, list(trainer.losses), first=trainer.step)
-    if before := runs.pop(node, None):
+    run = Run(name, workflow, node, trainer.config.steps, list(trainer.losses), first=trainer.step)
+    if before := runs.pop((workflow, node), None):
         # What a resumed run goes on from is in its own losses.
         run.previous = before.previous if run.first and before.name == name else before.losses
-    runs[node] = run
+    runs[workflow, node] = run
     while len(runs) > KEPT:
         runs.pop(next(iter(runs)))
     return run
+
+
+def found(workflow: str, node: str) -> list[Run]:
+    """The runs of a node, the latest last.
+
+    Args:
+        workflow: its id; a run that came without one may be anyone's.
+        node: its id, or ``:id`` for a node of a subgraph, whichever of its places runs; "" for all.
+    """
+    return [
+        run
+        for run in list(runs.values())
+        if run.workflow in (workflow, "") or not workflow
+        if run.node == node or not node or (node.startswith(":") and run.node.endswith(node))
+    ]

@@ -59,11 +59,16 @@ async def _adapters(request: web.Request) -> web.StreamResponse:
 
 
 async def _training(request: web.Request) -> web.StreamResponse:
-    """The whole of the latest runs, for a page that was not there: the events say only what is new."""
+    """The latest runs (of a workflow's node), with their losses: the events say only what is new.
+
+    A page that has ``since`` losses of a ``run`` gets the rest of that.
+    """
+    asked = {key: request.query.get(key, "") for key in ("workflow", "node", "run")}
     since = request.query.get("since", "0")
     if not (since.isascii() and since.isdecimal() and len(since) < 10):
         raise LoHaError(f"since is {since[:LONGEST]!r}; expected how many losses the page has")
-    return web.json_response({"runs": [run.whole(int(since)) for run in monitor.runs.values()]})
+    runs = monitor.found(asked["workflow"], asked["node"])
+    return web.json_response({"runs": [r.since(int(since)) if r.id == asked["run"] else r.whole() for r in runs]})
 
 
 async def _info(request: web.Request) -> web.StreamResponse:

@@ -81,6 +81,7 @@ class Job:
     preview: Preview
     folder: Path
     resume: bool
+    workflow: str = ""  # the id of the page's
     losses: list[float] = field(default_factory=list)
 
     def run(self) -> Adapter:
@@ -173,7 +174,7 @@ class Watcher:
     def __init__(self, job: Job, trainer: Trainer, patcher: Any) -> None:
         self.job, self.trainer, self.patcher = job, trainer, patcher
         self.bar = comfy.utils.ProgressBar(trainer.config.steps)
-        self.record = monitor.begin(job.folder.name, trainer)
+        self.record = monitor.begin(job.folder.name, job.workflow, trainer)
 
     def __call__(self, event: Event) -> None:
         match event:
@@ -329,6 +330,7 @@ class LoHaTrainer(io.ComfyNode):
             category="LoHa/train",
             description="Trains a LoHa on the connected model. Cancel keeps the state; resume goes on from there.",
             inputs=_inputs(),
+            hidden=[io.Hidden.extra_pnginfo],
             outputs=[
                 LOHA.Output(display_name="loha", tooltip="What was learnt, for Save LoHa, Apply LoHa or LoHa Info."),
                 io.Model.Output(tooltip="The model with the LoHa at strength 1."),
@@ -345,12 +347,20 @@ class LoHaTrainer(io.ComfyNode):
     ) -> io.NodeOutput:
         with torch.inference_mode(False):
             job = _job(model, clip, run_folder(name, resume), resume, **values)
+            job.workflow = _workflow(cls.hidden)
             adapter = job.run()
             trained = bridge.apply(model, clip, adapter, 1.0, 1.0)
         curve = charts.losses(f"Loss of {job.folder.name}", f"{len(job.losses)} steps", job.losses)
         return io.NodeOutput(
             adapter, trained[0], trained[1], {"loss": job.losses}, curve, ui=ui.PreviewImage(curve, cls=cls)
         )
+
+
+def _workflow(hidden: Any) -> str:
+    """The id of the workflow that the page sent along; a prompt by the API may have none, or anything."""
+    sent = getattr(hidden, "extra_pnginfo", None)
+    workflow = sent.get("workflow") if isinstance(sent, dict) else None
+    return str(workflow.get("id", "")) if isinstance(workflow, dict) else ""
 
 
 def _job(

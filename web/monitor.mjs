@@ -1,9 +1,11 @@
-// The training monitor: loss while it runs, from the server's events and, after a gap or a reload, from its buffer.
+// The training monitor: the loss of a node's last run, from the server's buffer. Events say that there is more.
+import { app } from "../../scripts/app.js";
 import { api } from "../../scripts/api.js";
 import { el } from "./dom.mjs";
 
 const SMOOTHING = 0.95;
 const PICTURES = 6;
+const PATIENCE = 2000; // ms without an event, after which the server is asked: a page that was reloaded may get none
 
 /**
  * @param {any} node that trains
@@ -11,7 +13,7 @@ const PICTURES = 6;
  */
 export function monitor(node, view) {
   let run, losses = [], previous = [];
-  let held, asking, drawing;
+  let held, asking, drawing, timer, log = false, range;
   const toggle = (label, title, then) =>
     el("button.loha-button", {
       type: "button", textContent: label, title, "aria-pressed": "false",
@@ -22,7 +24,6 @@ export function monitor(node, view) {
         draw();
       },
     });
-  let log = false, range;
   const canvas = el("canvas", { role: "img" });
   const status = el("span.loha-count", { textContent: "Run the workflow to see the loss." });
   const pictures = el("div.loha-row.loha-previews");
@@ -37,39 +38,34 @@ export function monitor(node, view) {
       cancel),
     el("div.loha-plot", {}, canvas), pictures);
 
-  const isOurs = (id) => id === String(node.id) || id.endsWith(`:${node.id}`);
-
-  function tell(event) {
-    if (!isOurs(event.node)) return;
-    if (event.began !== run?.began) losses = [];
-    run = event;
-    if (event.step === losses.length + 1) losses.push(event.loss);
-    else if (event.step !== losses.length) ask(); // events skip steps
-    show();
-  }
-
   async function ask() {
     if (asking) return;
     asking = true;
+    clearTimeout(timer);
     try {
-      const since = losses.length;
-      const answer = await (await api.fetchApi(`/loha/training?since=${since}`)).json();
-      const found = answer.runs.findLast((one) => isOurs(one.node));
-      if (!found) return;
-      const same = found.began === run?.began;
-      if (same || !since) {
-        losses = losses.slice(0, since).concat(found.losses);
-        previous = found.previous;
+      const root = app.rootGraph ?? app.graph;
+      const query = new URLSearchParams({
+        workflow: root?.id ?? "",
+        node: `${!node.graph || node.graph === root ? "" : ":"}${node.id}`, // a subgraph's nodes run as place:id
+        run: run?.id ?? "",
+        since: String(losses.length),
+      });
+      const found = (await (await api.fetchApi(`/loha/training?${query}`)).json()).runs.at(-1);
+      if (found) {
+        const same = found.id === run?.id;
+        losses = same ? losses.concat(found.losses) : found.losses;
+        if (!same) previous = found.previous;
         run = found;
-      } else {
-        run = found;
-        losses = [];
-        setTimeout(ask);
+        show();
+      } else if (run?.state === "running") {
+        run.state = "ComfyUI was restarted";
+        show();
       }
-      show();
-    } finally {
-      asking = false;
+    } catch {
+      // ComfyUI is away: what was there stays to be seen.
     }
+    asking = false;
+    if (run?.state === "running") timer = setTimeout(ask, PATIENCE);
   }
 
   function show() {
@@ -85,7 +81,7 @@ export function monitor(node, view) {
     const wanted = run.previews.slice(-PICTURES).map((step) => {
       const query = new URLSearchParams({
         filename: `preview_${String(step).padStart(6, "0")}.png`, type: "output", subfolder: `loha/${run.name}`,
-        of: run.began,
+        of: run.id,
       });
       return [step, api.apiURL(`/view?${query}`)];
     });
@@ -103,18 +99,18 @@ export function monitor(node, view) {
     });
   }
 
-  const listen = ({ detail }) => tell(detail);
-  api.addEventListener("loha.training", listen);
-  const again = () => ask();
-  api.addEventListener("reconnected", again);
+  api.addEventListener("loha.training", ask);
+  api.addEventListener("reconnected", ask);
   const sized = new ResizeObserver(draw);
   sized.observe(canvas);
   const onRemoved = node.onRemoved;
   node.onRemoved = function () {
     onRemoved?.apply(this, arguments);
-    api.removeEventListener("loha.training", listen);
-    api.removeEventListener("reconnected", again);
+    api.removeEventListener("loha.training", ask);
+    api.removeEventListener("reconnected", ask);
     sized.disconnect();
+    asking = true; // never again
+    clearTimeout(timer);
   };
   // A node that is being loaded gets its id after this.
   setTimeout(ask);
@@ -175,8 +171,10 @@ function paint(canvas, { losses, previous, steps, log, held }) {
   pen.globalAlpha = 1;
   pen.fillStyle = muted;
   pen.font = `${10 * scale}px system-ui, sans-serif`;
-  pen.fillText(range[1].toPrecision(3), 4 * scale, 11 * scale);
-  pen.fillText(log ? range[0].toPrecision(3) : "0", 4 * scale, height - 4 * scale);
-  canvas.setAttribute("aria-label", `Loss of ${losses.length} steps`);
+  const ends = [log ? range[0].toPrecision(3) : "0", range[1].toPrecision(3)];
+  pen.fillText(ends[1], 4 * scale, 11 * scale);
+  pen.fillText(ends[0], 4 * scale, height - 4 * scale);
+  const behind = previous.length ? `, ${previous.length} of the run before` : "";
+  canvas.setAttribute("aria-label", `Loss of ${losses.length} steps${behind}; axis from ${ends[0]} to ${ends[1]}`);
   return range;
 }

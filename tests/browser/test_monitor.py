@@ -21,6 +21,12 @@ LOOK = """() => {
 }"""
 SHOWN = "() => +/\\d+/.exec(document.querySelector('.loha-monitor canvas')?.getAttribute('aria-label') ?? '0')?.[0]"
 
+DEAFEN = """() => new Promise(done => {
+  const twin = new WebSocket(app.api.socket.url);
+  twin.onopen = () => twin.close();
+  twin.onclose = () => setTimeout(done, 300);
+})"""
+
 
 def run_of(server: comfyui.Server, name: str) -> dict:
     return next((run for run in server.get("/loha/training")["runs"] if run["name"] == name), {"step": 0})
@@ -49,6 +55,8 @@ def test_curve_reload_and_cancel(page: Page, ready, request):  # noqa: F811
     page.evaluate(LOOK)
     shoot(page, "monitor-reloaded", request)
 
+    # With a page's old connection ComfyUI may drop its new one, too; then the page hears nothing more. Here it does.
+    page.evaluate(DEAFEN)
     cancel = page.locator(".loha-monitor").get_by_role("button", name="Cancel")
     cancel.focus()
     before = run_of(ready, name)
