@@ -9,7 +9,7 @@ export OMP_WAIT_POLICY ?= PASSIVE
 
 PIP := -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo demo-merge ui test lint test-core test-comfy chromium clean
+.PHONY: demo demo-merge ui test lint test-core test-comfy test-release chromium clean
 
 demo: $(VENV)/.ready
 	$(VENV)/bin/python -m demo
@@ -21,7 +21,7 @@ demo-merge: $(VENV)/.ready
 ui: $(VENV)/.ready
 	$(VENV)/bin/python -m demo --ui
 
-test: lint test-core test-comfy
+test: lint test-core test-comfy test-release
 
 lint: $(VENV)/.ready
 	$(VENV)/bin/ruff check .
@@ -35,6 +35,10 @@ test-core: $(PEERS)/.ready
 # A real ComfyUI server, and its page in a real browser.
 test-comfy: $(VENV)/.ready chromium
 	$(VENV)/bin/pytest tests/comfy tests/browser
+
+# The archive that the registry gets, and a newcomer's first minutes with it.
+test-release: $(VENV)/.ready chromium
+	$(VENV)/bin/pytest tests/release
 
 # torch first, then everything else held to that torch. torchvision's compiled operators are not
 # needed and do not load beside a CPU build, hence --no-deps; demo/launch.py says more.

@@ -114,6 +114,7 @@ class Server:
     Args:
         folder: where ComfyUI is, see `find`.
         base: the folder it runs on, kept afterwards: models/, custom_nodes/, input/, output/, user/.
+        pack: what its custom_nodes links to; None leaves custom_nodes as it is.
         port: where it listens on 127.0.0.1; 0 takes a free one.
         arguments: more of ComfyUI's command line.
         start_timeout: seconds to wait for it to answer.
@@ -126,12 +127,14 @@ class Server:
         self,
         folder: Path,
         base: Path = CACHE / "run",
+        pack: Path | None = REPOSITORY,
         port: int = 0,
         arguments: tuple[str, ...] = (),
         start_timeout: float = 180,
     ) -> None:
         self.folder = folder
         self.base = base.resolve()
+        self.pack = pack
         self.port = port or _free_port()
         self.arguments = arguments
         self.start_timeout = start_timeout
@@ -151,7 +154,8 @@ class Server:
     def __enter__(self) -> "Server":
         for name in ("models/checkpoints", "models/loras", "custom_nodes", "input", "output", "user"):
             (self.base / name).mkdir(parents=True, exist_ok=True)
-        _link(self.base / "custom_nodes" / "ComfyUI-LoHa", REPOSITORY)
+        if self.pack is not None:
+            _link(self.base / "custom_nodes" / "ComfyUI-LoHa", self.pack)
         if _answers(self.address):
             raise ComfyUIError(f"Something already listens at {self.address}: stop it or choose another port.")
         command = [sys.executable, "-u", str(Path(launch.__file__)), str(self.folder)]
