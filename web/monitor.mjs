@@ -13,7 +13,7 @@ const PATIENCE = 2000; // ms without an event, after which the server is asked: 
  */
 export function monitor(node, view) {
   let run, losses = [], previous = [];
-  let held, asking, drawing, timer, log = false, range;
+  let held, asking = false, again = false, removed = false, drawing, timer, log = false, range;
   const toggle = (label, title, then) =>
     el("button.loha-button", {
       type: "button", textContent: label, title, "aria-pressed": "false",
@@ -39,6 +39,7 @@ export function monitor(node, view) {
     el("div.loha-plot", {}, canvas), pictures);
 
   async function ask() {
+    again = asking;
     if (asking) return;
     asking = true;
     clearTimeout(timer);
@@ -65,7 +66,9 @@ export function monitor(node, view) {
       // ComfyUI is away: what was there stays to be seen.
     }
     asking = false;
-    if (run?.state === "running") timer = setTimeout(ask, PATIENCE);
+    if (removed) return;
+    if (again) ask();
+    else if (run?.state === "running") timer = setTimeout(ask, PATIENCE);
   }
 
   function show() {
@@ -109,7 +112,7 @@ export function monitor(node, view) {
     api.removeEventListener("loha.training", ask);
     api.removeEventListener("reconnected", ask);
     sized.disconnect();
-    asking = true; // never again
+    removed = true;
     clearTimeout(timer);
   };
   // A node that is being loaded gets its id after this.

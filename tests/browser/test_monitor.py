@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import time
+import uuid
 
 from playwright.sync_api import Page, expect
 
@@ -28,6 +29,26 @@ DEAFEN = """() => new Promise(done => {
 })"""
 
 
+SET = """([type, name, value]) => {
+  app.graph._nodes.find(n => n.type === type).widgets.find(w => w.name === name).value = value;
+}"""
+
+
+def values_of(workflow: dict, node_type: str) -> list:
+    [node] = [node for node in workflow["nodes"] if node["type"] == node_type]
+    return node["widgets_values"]
+
+
+def connect_vae(workflow: dict, node: dict) -> None:
+    """The checkpoint's VAE to the trainer, for previews."""
+    [loader] = [other for other in workflow["nodes"] if other["type"] == "CheckpointLoaderSimple"]
+    [[slot, entry]] = [[i, entry] for i, entry in enumerate(node["inputs"]) if entry["name"] == "vae"]
+    number = workflow["last_link_id"] = workflow["last_link_id"] + 1
+    workflow["links"].append([number, loader["id"], 2, node["id"], slot, "VAE"])
+    loader["outputs"][2]["links"] = [*(loader["outputs"][2].get("links") or []), number]
+    entry["link"] = number
+
+
 def run_of(server: comfyui.Server, name: str) -> dict:
     return next((run for run in server.get("/loha/training")["runs"] if run["name"] == name), {"step": 0})
 
@@ -35,8 +56,7 @@ def run_of(server: comfyui.Server, name: str) -> dict:
 def test_curve_reload_and_cancel(page: Page, ready, request):  # noqa: F811
     name = "monitored" + request.node.callspec.id.replace(" ", "").replace(".", "")
     workflow = json.loads(train_loha.WORKFLOW.read_text())
-    [trainer] = [node for node in workflow["nodes"] if node["type"] == "LoHaTrainer"]
-    values = trainer["widgets_values"]
+    values = values_of(workflow, "LoHaTrainer")
     values[0], values[1], values[3] = name, 400, 8
     page.evaluate("workflow => app.loadGraphData(workflow)", workflow)
     page.evaluate(LOOK)
@@ -77,3 +97,50 @@ def test_curve_reload_and_cancel(page: Page, ready, request):  # noqa: F811
     assert "execution_interrupted" in [event for event, _ in entry["status"]["messages"]]
     expect(page.locator(".loha-monitor")).to_contain_text("cancelled")
     assert list(ready.path("output", "loha", name, "").glob("*state*"))
+
+
+def test_previews_the_run_before_a_fixed_axis_and_another_tab(page: Page, ready, request):  # noqa: F811
+    name = "before" + request.node.callspec.id.replace(" ", "").replace(".", "")
+    workflow = json.loads(train_loha.WORKFLOW.read_text()) | {"id": str(uuid.uuid4())}
+    trainer = values_of(workflow, "LoHaTrainer")
+    trainer[:2], trainer[3], trainer[9:14] = [name, 12], 8, [False, 6, "a handwritten seven", 2, 2.0]
+    [node] = [node for node in workflow["nodes"] if node["type"] == "LoHaTrainer"]
+    connect_vae(workflow, node)
+    page.evaluate("workflow => app.loadGraphData(workflow)", workflow)
+    page.evaluate(LOOK)
+    view = page.locator(".loha-monitor")
+    expect(view).to_contain_text("Run the workflow")
+    curve = view.get_by_role("img", name="Loss of")
+    fix, log = (view.get_by_role("button", name=label, exact=True) for label in ("Fix", "Log"))
+
+    page.evaluate("app.queuePrompt(0)")
+    expect(view).to_contain_text("12 of 12", timeout=120_000)
+    expect(view).to_contain_text("done")
+    expect(view.locator(".loha-previews img")).to_have_count(2)
+    page.wait_for_function("[...document.querySelectorAll('.loha-previews img')].every(i => i.naturalWidth > 0)")
+    expect(view.get_by_role("button", name="Cancel")).to_be_disabled()
+    held = curve.get_attribute("aria-label").split("; ")[1]
+    assert held.startswith("axis from 0 to ")
+    log.click()
+    expect(curve).not_to_have_attribute("aria-label", re.compile("axis from 0 to"))
+    log.click()
+    fix.click()
+
+    # Another run, of another learning rate and so of another range, on the same axis; the first lies behind.
+    page.evaluate(SET, ["LoHaOptimizer", "learning_rate", 0.5])
+    page.evaluate("app.queuePrompt(0)")
+    expect(curve).to_have_attribute("aria-label", f"Loss of 12 steps, 12 of the run before; {held}", timeout=120_000)
+    shoot(page, "monitor-fixed", request)
+    fix.click()
+    expect(curve).not_to_have_attribute("aria-label", re.compile(re.escape(held) + "$"))
+
+    # The same workflow in another tab shows the same; a copy with an id of its own has not run yet.
+    other = page.context.new_page()
+    other.goto(ready.address)
+    other.wait_for_function("!!window.LiteGraph?.registered_node_types?.LoHaTrainer", timeout=60_000)
+    other.evaluate("workflow => app.loadGraphData(workflow)", workflow)
+    other.evaluate(LOOK)
+    expect(other.get_by_role("img", name="Loss of 12 steps, 12 of the run before")).to_have_count(1)
+    other.evaluate("workflow => app.loadGraphData(workflow)", workflow | {"id": str(uuid.uuid4())})
+    expect(other.locator(".loha-monitor")).to_contain_text("Run the workflow")
+    other.close()

@@ -389,6 +389,10 @@ def test_the_workflow_trains_shows_and_saves(server, workflow):
     assert re.search(r"MODEL: \d+ layers", outputs(job, entry, "LoHaNetwork")["text"][0])
     assert events[-1][1]["state"] == "done" and events[-1][1]["previews"] == [2, 4]
     assert {d["node"] for _, d in events} == {number for number, n in job.items() if n["class_type"] == "LoHaTrainer"}
+    node, run = events[-1][1]["node"], events[-1][1]["id"]
+    [whole] = server.get(f"/loha/training?workflow=any&node={node}")["runs"]
+    [rest] = server.get(f"/loha/training?node={node}&run={run}&since=3")["runs"]
+    assert len(whole["losses"]) == 4 and whole["id"] == run and rest["losses"] == whole["losses"][3:]
     folder = server.path("output", "loha", "short", "x").parent
     assert {p.name for p in folder.iterdir()} >= {
         "preview_000002.png", "preview_000004.png", "short.safetensors", "step_000002.safetensors", "loss.csv"
