@@ -279,8 +279,14 @@ def computed(work: Callable[[Callable[[int, int, str], object]], Made]) -> Made:
 
 def shown(cls: Any, made: Made, title: str) -> io.NodeOutput:
     text, image = made.report.text(), error_chart(made.report, title)
-    shown = {"text": (text,), **ui.PreviewImage(image, cls=cls).as_dict()}
+    shown = {"text": (text,), "layers": layers(made.report), **ui.PreviewImage(image, cls=cls).as_dict()}
     return io.NodeOutput(made.adapter, text, image, ui=shown)
+
+
+def layers(report: ErrorReport) -> list[tuple[str, str, float, int]]:
+    """Name, block, relative error and rank of each, from the model's input to its output: the node's bars."""
+    rows = [(layer.name, names.block_of(layer.name), layer.error, layer.rank) for layer in report.layers]
+    return sorted(rows, key=lambda row: block_order(row[1]))
 
 
 def error_chart(report: ErrorReport, title: str) -> torch.Tensor:

@@ -2,10 +2,13 @@
 import { app } from "../../scripts/app.js";
 import { el, isolate } from "./dom.mjs";
 
-const LINE = 17; // pixels
+const LINE = 17, BARS = 96; // pixels
 
 /** @type {Record<string, number>} node -> lines that are shown at least */
 const LINES = { LoHaInfo: 11, LoHaMerge: 6, LoHaResize: 6, LoHaConvert: 6, LoHaExtract: 6, LoHaNetwork: 3, LoHaSave: 3 };
+
+// They also say how much of each layer is lost.
+const LOSING = ["LoHaMerge", "LoHaResize", "LoHaConvert", "LoHaExtract"];
 
 /** @type {Record<string, string>} node -> what there is to see after a run */
 const HINTS = {
@@ -20,13 +23,21 @@ app.registerExtension({
     const lines = LINES[node.comfyClass];
     if (!lines) return;
 
-    const height = lines * LINE + 13;
+    const losing = LOSING.includes(node.comfyClass);
+    const height = lines * LINE + 13 + (losing ? BARS : 0);
     const text = el("pre.loha-info", {
       textContent: `Run the workflow to see ${HINTS[node.comfyClass] ?? "what is lost"}.`,
     });
-    text.style.minHeight = `${height}px`; // Nodes 2.0 sizes a widget by its CSS
-    isolate(text); // selecting text must not drag the node
-    node.addDOMWidget("summary", "loha_text", text, { serialize: false, getMinHeight: () => height });
+    const view = el("div.loha", {}, text);
+    const frame = el("div.loha-frame", {}, view);
+    frame.style.minHeight = `${height}px`; // Nodes 2.0 sizes a widget by its CSS
+    isolate(frame); // selecting text must not drag the node
+    node.addDOMWidget("summary", "loha_text", frame, { serialize: false, getMinHeight: () => height });
+    const bars = losing && import("./errors.mjs").then(({ errorBars }) => {
+      const made = errorBars();
+      view.append(made.element);
+      return made;
+    });
     // Room for the picture below, where there is one.
     const [width, least] = lines > 3 ? [400, 320] : [320, 0];
     node.setSize([Math.max(node.size[0], width), node.computeSize()[1] + least]);
@@ -35,6 +46,7 @@ app.registerExtension({
     node.onExecuted = function (output) {
       onExecuted?.apply(this, arguments);
       if (output?.text) text.textContent = [].concat(output.text).join("\n");
+      if (output?.layers && bars) bars.then(({ show }) => show(output.layers));
     };
   },
 });

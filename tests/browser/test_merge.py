@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
 
 import numpy as np
+import pytest
 from PIL import Image
 from playwright.sync_api import Page, expect
 
@@ -58,6 +60,31 @@ def slide(page: Page, by: float) -> None:
     page.mouse.up()
 
 
+def look_at_bars(page: Page, layers: list) -> None:
+    """Each layer's bar, by mouse and by keys."""
+    plot = page.get_by_role("slider", name="relative error by layer")
+    bars, status = plot.locator(".loha-error-bar"), page.locator(".loha-errors .loha-count")
+    expect(bars).to_have_count(len(layers))
+    worst = max(layers, key=lambda layer: layer[2])
+    expect(status).to_have_text(re.compile(rf"^{len(layers)} layers, at most [\d.]+ % lost$"))
+    heights = bars.evaluate_all("bars => bars.map(bar => parseFloat(bar.firstChild.style.height))")
+    assert heights == pytest.approx([100 * layer[2] / worst[2] for layer in layers], rel=1e-4)
+
+    bars.nth(3).hover()
+    expect(status).to_have_text(f"{100 * layers[3][2]:.3g} %, rank {layers[3][3]}: {layers[3][0]}")
+    plot.focus()
+    page.keyboard.press("ArrowRight")
+    expect(status).to_contain_text(layers[4][0])
+    page.keyboard.press("End")
+    expect(status).to_contain_text(layers[-1][0])
+    sort = page.get_by_role("button", name="Sort", exact=True)
+    sort.click()
+    plot.focus()
+    page.keyboard.press("Home")
+    expect(status).to_contain_text(worst[0])
+    sort.click()
+
+
 def test_merge_shows_what_is_lost(page: Page, ready, request):  # noqa: F811
     page.evaluate("workflow => app.loadGraphData(workflow)", WORKFLOW)
     # Ranks of 16 and 16 in 8: some of it is lost.
@@ -70,10 +97,16 @@ def test_merge_shows_what_is_lost(page: Page, ready, request):  # noqa: F811
     expect(text).to_contain_text("layers", timeout=60_000)
     first = text.inner_text()
     picture = page.wait_for_function(PICTURE, timeout=30_000).json_value()
-    expect(page.locator("pre.loha-info").filter(has_text="loha_demo_merged.safetensors")).to_have_count(1)
+    saved = page.locator("pre.loha-info").filter(has_text="loha_demo_merged.safetensors")
+    expect(saved).to_have_count(1, timeout=30_000)
     shoot(page, "merge", request)
 
     page.evaluate(LOOK)  # from here on it does not move
+    page.wait_for_function("app.ui.lastQueueSize === 0", timeout=60_000)
+    *_, entry = ready.get("/history").values()
+    [layers] = [output["layers"] for output in entry["outputs"].values() if "layers" in output]
+    look_at_bars(page, layers)
+    shoot(page, "merge-bars", request)
     slide(page, 0.1)
     assert page.evaluate(WEIGHT) > 2, shoot(page, "merge-slid", request)
     page.evaluate("app.queuePrompt(0)")
@@ -90,5 +123,5 @@ def test_merge_shows_what_is_lost(page: Page, ready, request):  # noqa: F811
         for picture in output.get("images", ())
         if picture["type"] == "output"
     ][:1]
-    saved = ready.path("output", shown["subfolder"], shown["filename"])
-    assert np.asarray(Image.open(saved)).std() > 5
+    file = ready.path("output", shown["subfolder"], shown["filename"])
+    assert np.asarray(Image.open(file)).std() > 5
