@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import time
 import uuid
 
-from playwright.sync_api import Page, expect
+from playwright.sync_api import Page, Route, expect
 
 from demo import comfyui, train_loha
 
@@ -144,3 +145,30 @@ def test_previews_the_run_before_a_fixed_axis_and_another_tab(page: Page, ready,
     other.evaluate("workflow => app.loadGraphData(workflow)", workflow | {"id": str(uuid.uuid4())})
     expect(other.locator(".loha-monitor")).to_contain_text("Run the workflow")
     other.close()
+
+
+def test_ten_thousand_points_stay_fluent(page: Page, ready):  # noqa: F811
+    """The server's answer is made up, to have so many at once; at each frame there is one more."""
+    run = {"id": "a", "step": 0, "steps": 10_100, "loss": 0.1, "lr": 1e-3, "seconds_left": 60, "previews": []}
+    losses = [0.1 + 0.05 * math.sin(i / 7) + 0.05 * math.cos(i * i) for i in range(10_000)]
+
+    def answer(route: Route) -> None:
+        known = int(re.search(r"since=(\d+)", route.request.url)[1])
+        found = run | {"state": "running", "step": max(known + 1, 10_000), "losses": [0.1] if known else losses}
+        route.fulfill(json={"runs": [found if known else found | {"previous": losses}]})
+
+    page.route("**/loha/training*", answer)
+    page.evaluate("app.graph.add(Object.assign(LiteGraph.createNode('LoHaTrainer'), { pos: [300, 120] }))")
+    page.wait_for_function(f"({SHOWN})() >= 10000", timeout=30_000)
+    before = page.evaluate(f"({SHOWN})()")
+    rate = page.evaluate("""async () => {
+      const start = performance.now();
+      let frames = 0;
+      for (; performance.now() - start < 2000; frames++) {
+        app.api.dispatchCustomEvent("loha.training", {});
+        await new Promise(requestAnimationFrame);
+      }
+      return (frames / (performance.now() - start)) * 1000;
+    }""")
+    assert page.evaluate(f"({SHOWN})()") > before + 10  # it was redrawn meanwhile
+    assert rate > 30, f"{rate:.0f} frames a second"

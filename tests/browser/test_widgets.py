@@ -177,6 +177,19 @@ def test_strength(page: Page, shoot):
     shoot("strength")
 
 
+def test_a_link_between_strengths_is_saved(page: Page):
+    add(page, "LoHaLoader")
+    link = page.get_by_role("button", name="link model and clip strength")
+    link.click()
+    saved = page.evaluate("JSON.stringify(app.graph.serialize())")
+    link.click()
+    page.evaluate("async saved => { app.graph.clear(); await app.loadGraphData(JSON.parse(saved)) }", saved)
+    expect(link).to_have_attribute("aria-pressed", "true")
+    drag(page, page.get_by_role("slider", name="model strength"), (0.6, 0.5), (0, 0))
+    node = page.evaluate("app.graph._nodes[0].id")
+    assert sent(page, node)["strength_clip"] == sent(page, node)["strength_model"] == pytest.approx(0.4, abs=0.051)
+
+
 # --- stack ------------------------------------------------------------------------------------
 
 
@@ -274,6 +287,21 @@ def test_stack_runs_in_the_server_and_bad_rows_say_so(page: Page):
     dialog = page.get_by_role("dialog").filter(has_text="rows is not JSON")
     expect(dialog).to_be_visible(timeout=30_000)
     page.keyboard.press("Escape")
+
+
+def test_tab_goes_through_a_row_from_left_to_right(page: Page):
+    add(page, "LoHaStack", rows=rows("seven.safetensors", STYLES[1]))
+    page.get_by_role("button", name="reorder seven").focus()
+    focused = "document.activeElement.getAttribute('aria-label') ?? document.activeElement.textContent"
+    order = []
+    for _ in range(6):
+        order.append(page.evaluate(focused))
+        page.keyboard.press("Tab")
+    assert order == ["reorder seven", "seven on", "seven", "strength of seven", "About seven", "Remove seven"]
+    assert page.evaluate(focused) == "reorder look_01"
+    page.keyboard.press("Shift+Tab")
+    page.keyboard.press("Enter")
+    expect(page.locator(".loha-stack-row")).to_have_count(1)
 
 
 def test_thirty_rows_stay_fluent(page: Page):
