@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image
 from safetensors.torch import save_file
 
@@ -18,7 +20,7 @@ from loha_core.blocks import LAYOUTS, BlockStrength
 
 from . import reduced
 
-ROUTES = ("adapters", "info", "preview", "blocks")
+ROUTES = ("adapters", "info", "preview", "blocks", "training")
 MARKUP = "<script>window.hacked = 1</script>"
 
 
@@ -182,15 +184,21 @@ def test_odd_spellings_are_refused(server, loras, raw):
     assert 400 <= call(server, f"/loha/preview/{raw}")[0] < 500
 
 
-def snapshot(folder: Path) -> dict[str, tuple[int, int]]:
-    found = (path for path in folder.rglob("*") if path.is_file() and path.name != "comfyui.log")
-    return {str(path): (path.stat().st_mtime_ns, path.stat().st_size) for path in found}
+def state(server: Server) -> tuple:
+    """All files, folders and links around the server's folder, and what it has run or is asked to."""
+    there = {}
+    for path in server.base.parent.rglob("*"):
+        if path.name != "comfyui.log":
+            found = path.lstat()
+            there[path] = found.st_mode if path.is_dir() else (found.st_mode, found.st_size, found.st_mtime_ns)
+    runs = [(run["id"], run["step"], run["state"]) for run in server.get("/loha/training")["runs"]]
+    return there, runs, server.get("/queue"), list(server.get("/history"))
 
 
 @pytest.mark.parametrize("prefix", ["/loha", "/api/loha"])
 @pytest.mark.parametrize("route", ROUTES)
 def test_nothing_but_reading(server, loras, route, prefix):
-    before = snapshot(server.base)
+    before = state(server)
     path = f"{prefix}/{route}?name=routes/good.safetensors"
     for method in ("POST", "PUT", "DELETE", "PATCH"):
         assert call(server, path, method, b"{}")[0] == 405
@@ -199,5 +207,54 @@ def test_nothing_but_reading(server, loras, route, prefix):
     assert call(server, path, "POST", b"{}", Origin="http://evil.example")[0] == 403
     assert call(server, path, Origin="http://evil.example")[0] == 403
     assert call(server, path, "GET", b"{" * 100_000, **{"Content-Type": "application/json"})[0] == 200  # not read
-    assert snapshot(server.base) == before
+    assert state(server) == before
     assert call(server, "/system_stats")[0] == 200
+
+
+GOOD = "routes/good.safetensors"
+PIECES = (
+    *(
+        "..",
+        ".",
+        "/",
+        "//",
+        "\\",
+        "\0",
+        "\n",
+        "%2e%2e",
+        "~",
+        "C:",
+        "$HOME",
+        "file://",
+        "<b>",
+        "999999999",
+        "-1",
+        "=",
+        ",",
+    ),
+    *("routes", "outside", "secret", "good", "said", "link", "broken", "notes", "peft", ".safetensors", ".png"),
+)
+ODD = st.lists(st.sampled_from(PIECES) | st.text(max_size=3), max_size=8).map("".join)
+NAME = st.just(GOOD) | ODD | st.builds("{}{}{}".format, ODD, st.just(GOOD), ODD)
+OTHERS = ("family", "preset", "vector", "workflow", "node", "run", "since")
+QUERY = st.fixed_dictionaries({"name": NAME}, optional=dict.fromkeys(OTHERS, ODD))
+METHODS = st.sampled_from(("GET", "GET", "GET", "HEAD", "POST", "PUT", "PATCH", "DELETE"))
+KINDS = st.sampled_from(("application/json", "multipart/form-data", "application/x-www-form-urlencoded", "text/plain"))
+
+
+def test_whatever_is_asked_changes_nothing_and_leads_nowhere(server, loras):
+    roots = (server.base / "models" / "loras").resolve()
+    before = state(server)
+
+    @settings(max_examples=500, deadline=None)
+    @given(st.sampled_from(ROUTES), QUERY, st.just("") | ODD, METHODS, KINDS, st.binary(max_size=50))
+    def ask_anything(route, query, tail, method, kind, body):
+        path = f"/loha/{route}{urllib.parse.quote(tail)}?{urllib.parse.urlencode(query)}"
+        status, _, answer = call(server, path, method, body, **{"Content-Type": kind})
+        assert 400 <= status < 500 or (status == 200 and method in ("GET", "HEAD"))
+        assert str(server.base).encode() not in answer and b"private" not in answer
+        if status == 200 and route in ("info", "preview"):
+            assert (roots / query["name"]).resolve().is_relative_to(roots)
+
+    ask_anything()
+    assert state(server) == before
