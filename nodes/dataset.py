@@ -52,7 +52,7 @@ class LoHaDataset(io.ComfyNode):
             is_input_list=True,
             inputs=[*_lists(), *_picture_settings(), *_caption_settings()],
             outputs=[
-                LOHA_DATASET.Output(display_name="dataset", tooltip="For the dataset input of LoHa Trainer."),
+                LOHA_DATASET.Output(display_name="dataset", tooltip="For the dataset input of Train LoHa."),
                 io.Image.Output(
                     display_name="image", tooltip="The contact sheet that the node shows: what training will see."
                 ),

@@ -13,7 +13,8 @@ app.registerExtension({
     view.classList.add("loha");
     frame.style.minHeight = `${HEIGHT}px`;
     isolate(frame);
-    node.addDOMWidget("monitor", "loha_monitor", frame, { serialize: false, getMinHeight: () => HEIGHT });
+    const widget = node.addDOMWidget("monitor", "loha_monitor", frame, { serialize: false, getMinHeight: () => HEIGHT });
+    widget.serialize = false; // in a saved workflow either
     node.setSize([Math.max(node.size[0], 380), node.computeSize()[1] + 220]); // room for the curve's picture below
     import("./monitor.mjs").then(({ monitor }) => monitor(node, view));
   },

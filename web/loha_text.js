@@ -32,7 +32,8 @@ app.registerExtension({
     const frame = el("div.loha-frame", {}, view);
     frame.style.minHeight = `${height}px`; // Nodes 2.0 sizes a widget by its CSS
     isolate(frame); // selecting text must not drag the node
-    node.addDOMWidget("summary", "loha_text", frame, { serialize: false, getMinHeight: () => height });
+    const widget = node.addDOMWidget("summary", "loha_text", frame, { serialize: false, getMinHeight: () => height });
+    widget.serialize = false; // in a saved workflow either
     const bars = losing && import("./errors.mjs").then(({ errorBars }) => {
       const made = errorBars();
       view.append(made.element);

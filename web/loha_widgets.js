@@ -25,13 +25,12 @@ const PLACES = {
 app.registerExtension({
   name: "LoHa.Widgets",
   getCustomWidgets: () => WIDGETS,
-  addCustomNodeDefs(defs) {
-    for (const [node, inputs] of Object.entries(PLACES)) {
-      for (const [name, widgetType] of Object.entries(inputs)) {
-        const spec = defs[node]?.input?.required?.[name];
-        // The input keeps its type, so that links and the API see what they always saw.
-        if (spec) spec[1] = { ...spec[1], widgetType };
-      }
+  // Each time that ComfyUI reads the definitions, as for R or another language.
+  beforeRegisterNodeDef(type, def) {
+    for (const [name, widgetType] of Object.entries(PLACES[def.name] ?? {})) {
+      const spec = def.input?.required?.[name];
+      // The input keeps its type, so that links and the API see what they always saw.
+      if (spec) spec[1] = { ...spec[1], widgetType };
     }
   },
   nodeCreated: (node) => node.lohaCreated?.(),

@@ -1,4 +1,4 @@
-"""The nodes' help in ComfyUI's side bar: each has a page, and the page's pictures are there."""
+"""The nodes' help in ComfyUI's side bar, and the pictures there and in the template browser."""
 
 from __future__ import annotations
 
@@ -40,6 +40,13 @@ def test_pictures_are_named_small_and_described(page_path: Path):
     for alt, name in found:
         path = page_path.parent / name
         assert len(alt) > 20 and path.stat().st_size < 64 * 1024 and Image.open(path).width > 400
+
+
+@pytest.mark.parametrize("workflow", sorted((REPOSITORY / "example_workflows").glob("*.json")), ids=lambda p: p.stem)
+def test_workflows_have_a_thumbnail(workflow: Path):
+    with Image.open(workflow.with_suffix(".jpg")) as picture:  # the one name that the template browser asks for
+        assert picture.width == picture.height >= 512
+    assert workflow.with_suffix(".jpg").stat().st_size < 64 * 1024
 
 
 @pytest.mark.parametrize("page", [False], indirect=True, ids=["LiteGraph"])

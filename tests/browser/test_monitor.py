@@ -138,7 +138,7 @@ def test_previews_the_run_before_a_fixed_axis_and_another_tab(page: Page, ready,
     # The same workflow in another tab shows the same; a copy with an id of its own has not run yet.
     other = page.context.new_page()
     other.goto(ready.address)
-    other.wait_for_function("!!window.LiteGraph?.registered_node_types?.LoHaTrainer", timeout=60_000)
+    other.wait_for_function("!!(window.app?.graph && LiteGraph.registered_node_types?.LoHaTrainer)", timeout=60_000)
     other.evaluate("workflow => app.loadGraphData(workflow)", workflow)
     other.evaluate(LOOK)
     expect(other.get_by_role("img", name="Loss of 12 steps, 12 of the run before")).to_have_count(1)

@@ -70,3 +70,13 @@ def test_errors_reach_the_dialog(page: Page, adapter: str, request: pytest.Fixtu
     dialog = page.get_by_role("dialog").filter(has_text="broken.safetensors")
     expect(dialog).to_contain_text("not a safetensors file", timeout=30_000)
     shoot(page, "error", request)
+
+
+def test_what_is_shown_is_not_saved(page: Page, adapter: str):
+    """A workflow holds a value per input that has one, and nothing of the texts and curves."""
+    counts = page.evaluate("""() => ["LoHaMerge", "LoHaTrainer", "LoHaSave", "LoHaNetwork"].map(type => {
+      const node = LiteGraph.createNode(type);
+      app.graph.add(node);
+      return [node.serialize().widgets_values.length, node.inputs.filter(input => input.widget).length];
+    })""")
+    assert all(saved == inputs for saved, inputs in counts), counts

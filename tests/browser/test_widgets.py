@@ -289,6 +289,14 @@ def test_stack_runs_in_the_server_and_bad_rows_say_so(page: Page):
     page.keyboard.press("Escape")
 
 
+def test_new_nodes_after_a_refresh_have_the_widgets(page: Page):
+    page.evaluate("app.extensionManager.command.execute('Comfy.RefreshNodeDefinitions')")
+    page.wait_for_timeout(2000)
+    node = add(page, "LoHaStack", rows=rows("seven.safetensors"))
+    expect(page.locator(".loha-stack-row")).to_have_count(1)
+    assert page.evaluate("id => app.graph.getNodeById(id).widgets[0].type", node) == "loha"
+
+
 def test_tab_goes_through_a_row_from_left_to_right(page: Page):
     add(page, "LoHaStack", rows=rows("seven.safetensors", STYLES[1]))
     page.get_by_role("button", name="reorder seven").focus()
