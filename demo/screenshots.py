@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
+import signal
 import sys
 from collections.abc import Sequence
 from io import BytesIO
@@ -328,6 +329,7 @@ def main() -> int:
     if unknown := set(wanted) - SCENES.keys():
         parser.error(f"no scene {', '.join(sorted(unknown))}; there are {', '.join(SCENES)}")
     HELP.mkdir(exist_ok=True)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # leave by the exits that stop the server
     try:
         server = comfyui.Server(comfyui.find(), base=comfyui.CACHE / "pictures")
         write_files(server)
