@@ -78,11 +78,11 @@ class Entry:
 
     @property
     def is_dora(self) -> bool:
-        return self.is_loha and self.patch.update.weights[-1] is not None
+        return self.is_loha and self.patch.update.factors.dora_scale is not None
 
     def factors(self, device: torch.device) -> LoHaFactors:
         if self.moved is None or self.moved.w1_a.device != device:
-            self.moved = LoHaFactors(*self.patch.update.weights).to(device=device)
+            self.moved = self.patch.update.factors.to(device=device)
         return self.moved
 
     def native(self, strength: float) -> tuple[Any, ...]:
@@ -301,7 +301,7 @@ def cheaper_to_add(module: nn.Module, patches: Iterable[Patch], tokens: int) -> 
     weight: Any = module.weight
     kernel = tuple(getattr(module, "kernel_size", ()))
     for patch in patches:
-        factors = LoHaFactors(*patch.update.weights)
+        factors = patch.update.factors
         cost = estimate(
             factors.shape[0],
             factors.shape[1] if factors.is_tucker else factors.shape[1] // max(1, prod(kernel)),
@@ -369,7 +369,7 @@ def overhead(patcher: Any, patches: Iterable[Patch], tokens: int = 1024) -> floa
     extra = own = 0.0
     for patch in patches:
         if isinstance(patch.update, LoHaPatch):
-            factors = LoHaFactors(*patch.update.weights)
+            factors = patch.update.factors
             out, columns = factors.shape[0], prod(factors.shape[1:])
             cost = estimate(out, columns, factors.rank, tokens, training=False, device=patcher.load_device.type)
             extra += cost.cost(cost.best)

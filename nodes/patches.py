@@ -26,9 +26,10 @@ Layer = tuple[str, Target, Any]  # name in the file, weight, update
 
 
 class LoHaPatch(WeightAdapterBase):
-    """A LoHa as ComfyUI patches it into a weight, wherever and in whatever dtype ComfyUI loads that weight.
+    """LoHas as ComfyUI patches them into a weight, wherever and in whatever dtype ComfyUI loads that weight.
 
-    ``weights`` is the tuple of LoHaFactors' fields: newer ComfyUI rebuilds adapters as ``type(a)(keys, weights)``.
+    ``weights`` has a tuple (strength, LoHaFactors' fields…) for each, in their order: newer ComfyUI rebuilds adapters
+    as ``type(a)(keys, weights)``, and moves the tensors in them.
     """
 
     name = "loha"
@@ -39,7 +40,21 @@ class LoHaPatch(WeightAdapterBase):
 
     @classmethod
     def from_factors(cls, f: LoHaFactors) -> LoHaPatch:
-        return cls(set(), (f.w1_a, f.w1_b, f.w2_a, f.w2_b, f.alpha, f.t1, f.t2, f.dora_scale))
+        return cls(set(), ((1.0, f.w1_a, f.w1_b, f.w2_a, f.w2_b, f.alpha, f.t1, f.t2, f.dora_scale),))
+
+    @property
+    def stack(self) -> list[tuple[float, LoHaFactors]]:
+        return [(strength, LoHaFactors(*fields)) for strength, *fields in self.weights]
+
+    @property
+    def factors(self) -> LoHaFactors:
+        """Of the only one, as adapters give it."""
+        [(_, factors)] = self.stack
+        return factors
+
+    def scaled(self, strength: float) -> tuple[Any, ...]:
+        """``weights`` with all strengths multiplied."""
+        return tuple((strength * own, *fields) for own, *fields in self.weights)
 
     def calculate_weight(
         self,
@@ -52,19 +67,29 @@ class LoHaPatch(WeightAdapterBase):
         intermediate_dtype: torch.dtype = torch.float32,
         original_weight: Any = None,
     ) -> Tensor:
-        """Add strength·ΔW (or DoRA's interpolation) to ``weight`` in place and return it."""
-        factors = LoHaFactors(*self.weights).to(device=weight.device)
+        """Add strength·ΔW (or DoRA's interpolation) to ``weight`` in place, in one pass, and return it."""
+        strengths = [strength * own for own, _ in self.stack]
+        stack = [factors.to(device=weight.device) for _, factors in self.stack]
         if _is_identity(function):
-            return add_delta_(weight, factors, strength)
-        # ComfyUI reorders the outputs of some weights (adaLN halves); magnitudes along the outputs go with them.
-        update = function(factors.delta().reshape(weight.shape))
-        wide = weight.to(update.dtype)
-        if factors.dora_scale is None:
-            return weight.copy_(wide.add_(update, alpha=strength))
-        magnitude = factors.dora_scale
-        if algebra.dora_axis(magnitude, tuple(weight.shape)) == 0:
-            magnitude = function(magnitude.reshape(-1, *[1] * (weight.dim() - 1)))
-        return weight.copy_(torch.lerp(wide, algebra.dora(wide, update, magnitude), strength))
+            return add_delta_(weight, stack, strengths)
+        for factors, each in zip(stack, strengths, strict=True):
+            _add_reordered_(weight, factors, each, function)
+        return weight
+
+
+def _add_reordered_(
+    weight: Tensor, factors: LoHaFactors, strength: float, function: Callable[[Tensor], Tensor]
+) -> None:
+    """ComfyUI reorders the outputs of some weights (adaLN halves); magnitudes along the outputs go with them."""
+    update = function(factors.delta().reshape(weight.shape))
+    wide = weight.to(update.dtype)
+    if factors.dora_scale is None:
+        weight.copy_(wide.add_(update, alpha=strength))
+        return
+    magnitude = factors.dora_scale
+    if algebra.dora_axis(magnitude, tuple(weight.shape)) == 0:
+        magnitude = function(magnitude.reshape(-1, *[1] * (weight.dim() - 1)))
+    weight.copy_(torch.lerp(wide, algebra.dora(wide, update, magnitude), strength))
 
 
 def _is_identity(function: Callable[[Tensor], Tensor]) -> bool:
@@ -159,7 +184,19 @@ def merge(patcher: Any, patches: Iterable[Patch], strength: float) -> Any:
     for share, updates in rounds:
         if lost := set(updates) - set(clone.add_patches(updates, strength * share)):
             raise LoHaError(f"ComfyUI did not take the patches for {sorted(map(str, lost))[:3]}")
+        _join(getattr(clone, "patcher", clone).patches, map(weight_key, updates))
     return clone
+
+
+def _join(patches: dict[str, list[Any]], keys: Iterable[str]) -> None:
+    """LoHas that follow each other on one weight become one patch, which reads and writes the weight once."""
+    for key in keys:
+        match patches[key][-2:]:
+            case [(a, LoHaPatch() as first, of_weight, *place), (b, LoHaPatch() as second, 1.0, *same)] if (
+                place == same
+            ):
+                joined = LoHaPatch(set(), first.scaled(a) + second.scaled(b))
+                patches[key][-2:] = [(1.0, joined, of_weight, *place)]
 
 
 def _bind_extras(

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 
 import comfy.float
+import comfy.lora
 import comfy.model_management
 import pytest
 import torch
@@ -95,6 +97,33 @@ def test_stacked_loaders_add_up(bridge, family, tmp_path):
     for (label, key), update in wanted.items():
         expected = before[label, key].double() + (0.75 * update if label == "MODEL" else 0)
         assert (after[label, key].double() - expected).norm() <= 1e-6 * expected.norm()
+
+
+def test_a_stack_is_one_patch_per_weight(bridge, family, tmp_path):
+    """Also where DoRA is among them, whose order counts; what another node put in between keeps its place."""
+    paths = []
+    for rank in (2, 3):
+        (tmp_path / str(rank)).mkdir()
+        paths.append(reduced.write(family, "kohya", tmp_path / str(rank), rank)[0])
+    adapters = [load_adapter(path) for path in paths]
+    name, factors = next(iter(adapters[1].layers.items()))
+    adapters[1].layers[name] = replace(factors, dora_scale=torch.rand(factors.shape[0], 1) + 0.5)
+    strengths, model, clip = (0.7, -0.4, 0.3), family.model, family.clip
+    for adapter, strength in zip((*adapters, adapters[0]), strengths, strict=True):
+        model, clip, _ = bridge.apply(model, clip, adapter, strength, strength, mode="merge")
+    assert model.patches and {len(entries) for entries in model.patches.values()} == {1}
+    assert {len(entries) for entries in clip.patcher.patches.values()} == {1} and not family.model.patches
+    for key, [entry] in model.patches.items():
+        weight = family.weights()["MODEL", key].float()
+        each = [(s, bridge.patches.LoHaPatch(set(), ((1.0, *f),)), 1.0, None, None) for s, *f in entry[1].weights]
+        assert [row[0] for row in entry[1].weights] == list(strengths)
+        together = comfy.lora.calculate_weight([entry], weight.clone(), key)
+        assert torch.allclose(together, comfy.lora.calculate_weight(each, weight.clone(), key), rtol=1e-5, atol=1e-6)
+
+    other = bridge.apply(family.model, None, adapters[0], 1.0, 0.0, mode="merge")[0]
+    other.add_patches({key: ("diff", (torch.zeros(1),)) for key in other.patches})
+    other = bridge.apply(other, None, adapters[1], 1.0, 0.0, mode="merge")[0]
+    assert {len(entries) for entries in other.patches.values()} == {3}
 
 
 def test_without_clip_the_report_says_so(bridge, family, tmp_path):
