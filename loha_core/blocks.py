@@ -79,7 +79,12 @@ class Layout:
                 counts[block[0]] = max(counts.get(block[0], 0), block[1] + 1)
         if not counts:
             raise LoHaError("the connected model has no numbered blocks; leave the vector and the preset at ALL")
-        parts = tuple(counts.items())
+        return cls.of_parts(counts.items())
+
+    @classmethod
+    def of_parts(cls, counts: Iterable[tuple[str, int]]) -> Layout:
+        """A family's, if these are its parts and how many blocks each has."""
+        parts = tuple(counts)
         return next((layout for layout in LAYOUTS.values() if layout.parts == parts), cls("this model", parts))
 
     def labels(self) -> list[str]:
@@ -198,12 +203,13 @@ class BlockStrength:
 
     @classmethod
     def parse(
-        cls, model: str | Iterable[str] | None, vector: str = "", rules: str = "", *, preset: str = _ALL
+        cls, model: str | Layout | Iterable[str] | None, vector: str = "", rules: str = "", *, preset: str = _ALL
     ) -> BlockStrength:
         """From what a user writes.
 
         Args:
-            model: a family's name out of FAMILIES, or the keys of the model's weights, or None if it is not known.
+            model: a family's name out of FAMILIES, a layout, the keys of the model's weights, or None if it is not
+                known.
             vector: one number for each block in order, as block-weight tools write it ("1,0,0,…"; a name before a
                 colon is ignored), or named ("IN=0.5, OUT03-OUT05=0, BASE=1"). A block that a vector of numbers leaves
                 out goes with the one listed before it in its part (the first one listed, if none is before it); a
@@ -229,9 +235,9 @@ class BlockStrength:
         return cls(tuple(settings), parsed, layout)
 
 
-def _layout(model: str | Iterable[str] | None) -> Layout | None:
-    if model is None:
-        return None
+def _layout(model: str | Layout | Iterable[str] | None) -> Layout | None:
+    if model is None or isinstance(model, Layout):
+        return model
     if not isinstance(model, str):
         return Layout.of_keys(model)
     if model not in LAYOUTS:

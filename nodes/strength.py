@@ -105,11 +105,10 @@ def bars(family: str, preset: str, vector: str) -> dict[str, Any]:
     Raises:
         LoHaError: says what cannot be understood.
     """
-    known: str | list[str] | None = None if family == AUTO else family
+    known: str | Layout | None = None if family == AUTO else family
     if _SPELLED.fullmatch(family):
         counts = (entry.partition(":") for entry in family.split(","))
-        # A layout is found by the last block of each part.
-        known = [f"diffusion_model.{part}.{int(count) - 1}." for part, _, count in counts]
+        known = Layout.of_parts((part, int(count)) for part, _, count in counts)
     blocks = BlockStrength.parse(known, vector, preset=preset)
     found: dict[str, Any] = {
         "family": blocks.layout and blocks.layout.family,

@@ -120,6 +120,16 @@ def test_a_model_s_own_keys_give_its_blocks(family):
     assert all(block_of_key(key) is None for key in models.clip.cond_stage_model.state_dict())
 
 
+@pytest.mark.parametrize("parts", [{"input_blocks": 2, "middle_block": 1, "output_blocks": 2}, {"layers": 30}], ids=str)
+def test_the_widget_draws_the_bars_of_any_model(pack, parts):
+    """It asks with what the last run said of the model's blocks."""
+    strength = sys.modules[f"{pack.__name__}.nodes.strength"]
+    keys = [f"diffusion_model.{part}.{n}.weight" for part, count in parts.items() for n in range(count)]
+    blocks = BlockStrength.parse(keys, preset="NONE")
+    answer = strength.bars(strength.spell(blocks.layout), "NONE", "")
+    assert answer["values"] == blocks.table() and answer["family"] == blocks.layout.family
+
+
 def test_real_models_have_the_blocks_that_we_say_they_have():
     """ComfyUI's own classes at full depth, built on the meta device."""
     import comfy.ops
