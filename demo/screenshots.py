@@ -89,12 +89,6 @@ ENLARGE = """times => {
   scale.connect(0, save, 0);
 }"""
 
-# Previews need a VAE, which the example leaves out.
-GIVE_VAE = """() => {
-  const find = type => app.graph._nodes.find(n => n.type === type), trainer = find("LoHaTrainer");
-  find("CheckpointLoaderSimple").connect(2, trainer, trainer.inputs.findIndex(i => i.name === "vae"));
-}"""
-
 
 class Stage:
     """ComfyUI's page with one workflow on it."""
@@ -225,7 +219,6 @@ def train(stage: Stage) -> None:
     previews = {"preview_every": 30, "preview_prompt": digits.prompt(digits.TARGET)}
     saved = {"filename": "digits/seven", "overwrite": True}
     stage.open("loha_train", LoHaTrainer={"name": "seven", "resume": False} | previews, LoHaSave=saved)
-    stage.page.evaluate(GIVE_VAE)
     boxes: dict[str, Box] = {"LoHaTrainer": (0, 0, 420, 0)}
     stage.shoot(boxes)
     stage.queue()

@@ -1,4 +1,4 @@
-// An element as the widget of a node's input, in LiteGraph and in Nodes 2.0.
+// An element on a node, as the widget of an input or for show, in LiteGraph and in Nodes 2.0.
 import { app } from "../../scripts/app.js";
 import { isolate } from "./dom.mjs";
 
@@ -89,6 +89,25 @@ export function host(node, name, element, { value, read, show, height, grows }) 
       node.setDirtyCanvas?.(true, true);
     },
   };
+}
+
+/**
+ * A part of a node that shows something: no input, and nothing that a workflow saves.
+ *
+ * @param {any} node
+ * @param {string} name
+ * @param {HTMLElement} element
+ * @param {number} height the least, in pixels
+ */
+export function display(node, name, element, height) {
+  const frame = document.createElement("div");
+  frame.className = "loha-frame";
+  frame.style.minHeight = `${height}px`; // Nodes 2.0 sizes a widget by its CSS
+  element.classList.add("loha");
+  frame.append(element);
+  isolate(frame); // selecting text must not drag the node
+  const options = { serialize: false, margin: MARGIN, getMinHeight: () => height + 2 * MARGIN };
+  node.addDOMWidget(name, "loha_display", frame, options).serialize = false; // neither in prompts nor in workflows
 }
 
 /** Wheel and middle button over a widget mean the canvas; Nodes 2.0 passes them on itself. */

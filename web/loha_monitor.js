@@ -1,6 +1,7 @@
 // How training goes, on the node that trains.
 import { app } from "../../scripts/app.js";
-import { el, isolate } from "./dom.mjs";
+import { el } from "./dom.mjs";
+import { display } from "./host.mjs";
 
 const HEIGHT = 250;
 
@@ -9,12 +10,7 @@ app.registerExtension({
   nodeCreated(node) {
     if (node.comfyClass !== "LoHaTrainer") return;
     const view = el("div.loha-monitor");
-    const frame = el("div.loha-frame", {}, view);
-    view.classList.add("loha");
-    frame.style.minHeight = `${HEIGHT}px`;
-    isolate(frame);
-    const widget = node.addDOMWidget("monitor", "loha_monitor", frame, { serialize: false, getMinHeight: () => HEIGHT });
-    widget.serialize = false; // in a saved workflow either
+    display(node, "monitor", view, HEIGHT);
     node.setSize([Math.max(node.size[0], 380), node.computeSize()[1] + 220]); // room for the curve's picture below
     import("./monitor.mjs").then(({ monitor }) => monitor(node, view));
   },

@@ -1,6 +1,7 @@
 // What a node says about its result, on the node.
 import { app } from "../../scripts/app.js";
-import { el, isolate } from "./dom.mjs";
+import { el } from "./dom.mjs";
+import { display } from "./host.mjs";
 
 const LINE = 17, BARS = 96; // pixels
 
@@ -28,12 +29,8 @@ app.registerExtension({
     const text = el("pre.loha-info", {
       textContent: `Run the workflow to see ${HINTS[node.comfyClass] ?? "what is lost"}.`,
     });
-    const view = el("div.loha", {}, text);
-    const frame = el("div.loha-frame", {}, view);
-    frame.style.minHeight = `${height}px`; // Nodes 2.0 sizes a widget by its CSS
-    isolate(frame); // selecting text must not drag the node
-    const widget = node.addDOMWidget("summary", "loha_text", frame, { serialize: false, getMinHeight: () => height });
-    widget.serialize = false; // in a saved workflow either
+    const view = el("div", {}, text);
+    display(node, "summary", view, height);
     const bars = losing && import("./errors.mjs").then(({ errorBars }) => {
       const made = errorBars();
       view.append(made.element);

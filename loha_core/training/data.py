@@ -6,7 +6,6 @@ a function of the seed and that number alone; a run that was cut off goes on bit
 
 from __future__ import annotations
 
-import ctypes
 import hashlib
 import math
 from collections import OrderedDict
@@ -15,6 +14,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
 import torch
+from safetensors.torch import save
 from torch import Tensor
 
 from ..errors import LoHaError
@@ -315,10 +315,7 @@ def digest(*values: Any) -> str:
 
 def _hash(value: Any, update: Callable[[Any], None]) -> None:
     if isinstance(value, Tensor):
-        update(f"{value.dtype} {tuple(value.shape)}".encode())
-        stored = value.detach().cpu().contiguous()
-        if size := stored.numel() * stored.element_size():  # torch needs no numpy, and neither do we
-            update((ctypes.c_char * size).from_address(stored.data_ptr()))
+        update(save({"": value.detach().cpu().contiguous()}))  # dtype, shape and numbers
     elif isinstance(value, (list, tuple, dict)):
         update(f"{type(value).__name__} {len(value)}".encode())
         for child in value.items() if isinstance(value, dict) else value:
