@@ -222,8 +222,9 @@ def train(stage: Stage) -> None:
     boxes: dict[str, Box] = {"LoHaTrainer": (0, 0, 420, 0)}
     stage.shoot(boxes)
     stage.queue()
-    steps = "Number(/\\d+/.exec(document.querySelector('.loha-monitor canvas')?.getAttribute('aria-label'))?.[0] ?? 0)"
-    stage.page.wait_for_function(f"{steps} >= 110", timeout=300_000)
+    # Until it begins, the node shows its last run, which is over.
+    told = "/^(\\d+) of .* left$/.exec(document.querySelector('.loha-monitor .loha-count').textContent)?.[1] >= 110"
+    stage.page.wait_for_function(told, timeout=300_000)
     show(stage.shoot(boxes), "LoHaTrainer")
     show(stage.element(".loha-monitor"), "training")
     curve = stage.element(".loha-monitor .loha-plot")

@@ -261,7 +261,7 @@ class ErrorReport:
         worst = sorted(self.layers, key=lambda layer: -layer.error)
         for layer in worst[:limit]:
             if layer.error > 1e-6:
-                yield f"  {layer.error:9.3g}  rank {layer.rank:>4} of {layer.exact_rank:<5} {layer.name}"
+                yield f"{layer.error:<6.3g} rank {layer.rank}/{layer.exact_rank}  {layer.name}"
         yield from (f"note: {note}" for note in self.notes[:limit])
         if len(self.notes) > limit:
             yield f"note: … and {len(self.notes) - limit} more"

@@ -72,7 +72,7 @@ def bars(
     rows = max(1, ceil(len(values) / MOST_BARS))
     per_row = ceil(len(values) / rows)
     letters = max((len(label) for label in values if not _group(label)[1]), default=0)
-    bar = max(BAR, min(2 * BAR, (LEAST_WIDTH - 2 * EDGE) // per_row), 8 * letters)
+    bar = max(BAR, min(3 * BAR, (LEAST_WIDTH - 2 * EDGE) // per_row), 8 * letters)
     width = max(2 * EDGE + bar * per_row, LEAST_WIDTH)
     canvas = Canvas(width, TOP + ROW * rows + 18 * len(notes) + 12, title, subtitle)
     items = list(values.items())
