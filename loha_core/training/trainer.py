@@ -29,6 +29,8 @@ from .optimizers import OptimizerConfig, parameter_groups
 ADAPTER = "default"
 STATE, HISTORY = "state.safetensors", "loss.csv"
 PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+# Of the loss in fp16, and steps without an overflow after which it doubles again.
+MOST_SCALE, RAISE_SCALE_AFTER = 2.0**16, 1000
 
 
 @dataclass(frozen=True)
@@ -170,6 +172,7 @@ class Trainer:
         self.average = [p.detach().clone() for p in self.parameters] if config.ema else None
         self.identity = self._identity() | dict(identity or {})
         self.step, self.losses = 0, list[float]()
+        self._loss_scale, self._steps_at_scale = (MOST_SCALE if config.precision == "fp16" else 1.0), 0
         self._whole = True  # not amid an optimizer step
         self._loss: Callable[[Any], Tensor] = loss
         if accelerator is not None:
@@ -206,7 +209,27 @@ class Trainer:
     # One step
 
     def _backward(self) -> tuple[float, float]:
-        """Gradients of this step's batches; the mean loss, and the gradients' norm."""
+        """Gradients of this step's batches; the mean loss, and the gradients' norm.
+
+        In fp16 the loss is scaled, or most gradients would round to zero (Micikevicius et al., arXiv 1710.03740,
+        section 3.2). A scale at which they overflow is halved, and the step taken again.
+        """
+        c = self.config
+        while True:
+            total = self._gradients()
+            norm = float(nn.utils.clip_grad_norm_(self.parameters, c.max_grad_norm or math.inf))
+            if math.isfinite(total) and math.isfinite(norm):
+                return total, norm
+            if not math.isfinite(total) or self._loss_scale <= 1:
+                break
+            self._loss_scale, self._steps_at_scale = self._loss_scale / 2, 0
+        raise Diverged(
+            f"step {self.step + 1}: the loss is {total:g} and the gradients' norm {norm:g}. Lower the learning "
+            f"rate ({self.optimizing.lr:g} now), add warm-up steps, or use a wider precision than {c.precision}."
+        )
+
+    def _gradients(self) -> float:
+        """Of this step's batches, in the parameters' ``grad``; the mean loss."""
         c, total = self.config, 0.0
         self.optimizer.zero_grad(set_to_none=True)
         for part in range(c.accumulation):
@@ -217,17 +240,14 @@ class Trainer:
                 with self._autocast():
                     loss = self._loss(batch) / c.accumulation
                 if loss.requires_grad:
-                    loss.backward() if self.accelerator is None else self.accelerator.backward(loss)
+                    scaled = loss * self._loss_scale
+                    scaled.backward() if self.accelerator is None else self.accelerator.backward(scaled)
                 elif not any(layer.module_dropout[ADAPTER] for layer in self._layers()):
                     raise LoHaError("the loss does not depend on any trained layer: none of them was run")
             total += self._mean(loss.detach())
-        norm = float(nn.utils.clip_grad_norm_(self.parameters, c.max_grad_norm or math.inf))
-        if not (math.isfinite(total) and math.isfinite(norm)):
-            raise Diverged(
-                f"step {self.step + 1}: the loss is {total:g} and the gradients' norm {norm:g}. Lower the learning "
-                f"rate ({self.optimizing.lr:g} now), add warm-up steps, or use a wider precision than {c.precision}."
-            )
-        return total, norm
+        if self._loss_scale != 1 and (found := [p.grad for p in self.parameters if p.grad is not None]):
+            torch._foreach_div_(found, self._loss_scale)
+        return total
 
     def _update(self) -> None:
         """The optimizer's step, and what follows from it."""
@@ -243,6 +263,9 @@ class Trainer:
             # The first steps count more: an average over at most as many steps as there have been.
             decay = min(self.config.ema, (1 + self.step) / (10 + self.step))
             torch._foreach_lerp_(self.average, [p.detach() for p in self.parameters], 1 - decay)
+        self._steps_at_scale += 1
+        if self.config.precision == "fp16" and self._steps_at_scale == RAISE_SCALE_AFTER:
+            self._loss_scale, self._steps_at_scale = min(2 * self._loss_scale, MOST_SCALE), 0
         self._whole = True
 
     def _autocast(self) -> AbstractContextManager[Any]:
@@ -325,6 +348,7 @@ class Trainer:
             "parameters": [p.detach() for p in self.parameters],
             "average": self.average,
             "optimizer": self.optimizer.state_dict(),
+            "loss_scale": (self._loss_scale, self._steps_at_scale),
             "losses": torch.tensor(self.losses, dtype=torch.float64),
         }
 
@@ -374,6 +398,7 @@ class Trainer:
         if self.average is not None:
             _copy(self.average, state["average"])
         self.optimizer.load_state_dict(state["optimizer"])
+        self._loss_scale, self._steps_at_scale = state["loss_scale"]
         self.step, self.losses = state["step"], state["losses"].tolist()
         return True
 

@@ -71,6 +71,22 @@ def test_each_optimizer_goes_on_bit_for_bit(name, tmp_path):
         assert any(state["__bnb_optimizer_quant_state__"]["state1"].dtype == torch.uint8 for state in kept)
 
 
+def test_fp16_goes_on_with_its_scale(tmp_path):
+    def task() -> Task:
+        made = Task()
+        own = made.loss
+        made.loss = lambda batch: own(batch) * 10  # overflows at first
+        return made
+
+    config = TrainingConfig(steps=6, precision="fp16", save_every=2)
+    task().run(config, folder=tmp_path / "whole")
+    task().run(replace(config, steps=3), folder=tmp_path / "cut")
+    resumed = task().run(config, folder=tmp_path / "cut")
+    assert resumed.step == 6
+    for file in (STATE, HISTORY):
+        assert (tmp_path / "cut" / file).read_bytes() == (tmp_path / "whole" / file).read_bytes()
+
+
 # --- what a state can hold ------------------------------------------------------------------------
 
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.int32, torch.int8]

@@ -17,7 +17,17 @@ from loha_core.model import LoHaModel
 from loha_core.training.attach import attached
 from loha_core.training.objectives import Objective
 from loha_core.training.optimizers import SOURCES, OptimizerConfig
-from loha_core.training.trainer import ADAPTER, PreviewDue, Saved, Stepped, Stopped, Trainer, TrainingConfig, limit_norm
+from loha_core.training.trainer import (
+    ADAPTER,
+    MOST_SCALE,
+    PreviewDue,
+    Saved,
+    Stepped,
+    Stopped,
+    Trainer,
+    TrainingConfig,
+    limit_norm,
+)
 
 from . import oracle
 from .test_optimizers import installed
@@ -147,6 +157,34 @@ def test_precision_is_the_losss_and_factors_stay_float32(precision, dtype):
     full = Task().run(TrainingConfig(steps=3))
     assert seen == {dtype} and {p.dtype for p in trainer.parameters} == {torch.float32}
     assert trainer.losses != full.losses and trainer.losses == pytest.approx(full.losses, rel=0.02)
+
+
+def scaled(factor: float) -> Task:
+    """A task whose loss is so many times as large."""
+    task = Task()
+    own = task.loss
+    task.loss = lambda batch: own(batch) * factor
+    return task
+
+
+def test_small_gradients_survive_fp16():
+    """Those of a layer's output are 1e-9 here, and fp16 begins at 6e-8; the loss is scaled, the learning isn't."""
+    norms = {}
+    for precision in ("fp32", "fp16"):
+        _, (event,) = watch(TrainingConfig(steps=1, precision=precision), task=scaled(1e-6))
+        norms[precision] = event.norm
+    assert norms["fp16"] == pytest.approx(norms["fp32"], rel=0.02) and norms["fp32"] > 0
+
+
+def test_an_overflow_in_fp16_halves_the_scale_and_takes_the_step_again(monkeypatch):
+    config = TrainingConfig(steps=4, precision="fp16", max_grad_norm=0.0)
+    trainer, events = watch(config, task=scaled(10))
+    full, _ = watch(replace(config, precision="fp32"), task=scaled(10))
+    assert len(events) == 4 and 1 <= trainer._loss_scale < MOST_SCALE
+    assert trainer.losses == pytest.approx(full.losses, rel=0.02)
+    assert watch(config, task=scaled(1e-6))[0]._loss_scale == MOST_SCALE
+    monkeypatch.setattr("loha_core.training.trainer.RAISE_SCALE_AFTER", 3)
+    assert watch(config, task=scaled(10))[0]._loss_scale == 2 * trainer._loss_scale
 
 
 def test_max_grad_norm():
