@@ -24,9 +24,10 @@ const MARGIN = 4;
  * @param {(value: V) => void} part.show the value has changed from outside
  * @param {() => number} part.height the least, in pixels
  * @param {boolean} [part.grows] takes what room the node has
+ * @param {(label?: string) => void} [part.rename] a subgraph shows the widget under this name of its own, or none does
  * @returns {Hosted<V>}
  */
-export function host(node, name, element, { value, read, show, height, grows }) {
+export function host(node, name, element, { value, read, show, height, grows, rename }) {
   let current = value;
   const frame = document.createElement("div");
   frame.className = `loha-frame${grows ? " widget-expands" : ""}`;
@@ -60,9 +61,12 @@ export function host(node, name, element, { value, read, show, height, grows }) 
   });
 
   const overridden = () => {
-    const link = app.graph && node.inputs?.find((input) => input.widget?.name === name)?.link;
+    const number = app.graph && node.inputs?.find((input) => input.widget?.name === name)?.link;
+    const link = number == null ? undefined : node.graph?.getLink?.(number);
     // A subgraph's own input (-10) hands out this very widget; it stays usable there.
-    const linked = link != null && node.graph?.getLink?.(link)?.origin_id !== -10;
+    const outer = link?.origin_id === -10 ? node.graph.inputs?.[link.origin_slot] : undefined;
+    const linked = number != null && !outer;
+    rename?.(outer?.label ?? outer?.name);
     frame.inert = linked;
     frame.toggleAttribute("data-overridden", linked);
   };

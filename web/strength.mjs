@@ -21,6 +21,7 @@ export function strengthWidget(node, name, spec) {
   const what = name === "strength_clip" ? "clip strength" : "model strength";
   const fill = el("div.loha-fill");
   const thumb = el("div.loha-thumb");
+  const label = el("span.loha-label", { textContent: what });
   const track = el(
     "div.loha-track",
     {
@@ -35,7 +36,7 @@ export function strengthWidget(node, name, spec) {
     el("div.loha-tick", { style: `left:${place(1)}%` }),
     fill,
     thumb,
-    el("span.loha-label", { textContent: what }),
+    label,
   );
   const field = numberField(what, (value) => change(value), committed);
   const link = el("button.loha-icon.loha-link", {
@@ -57,6 +58,7 @@ export function strengthWidget(node, name, spec) {
     read: (found) => clamp(parse(found) ?? 1),
     height: () => 26,
     show,
+    rename: (name = what) => (label.textContent = name),
   });
   function show(value) {
     const [from, to] = [place(Math.min(0, value)), place(Math.max(0, value))];

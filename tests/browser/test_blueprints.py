@@ -6,7 +6,7 @@ import json
 from typing import Any
 
 import pytest
-from playwright.sync_api import Page
+from playwright.sync_api import Page, expect
 from safetensors import safe_open
 
 from ..comfy.test_sampling import REPOSITORY, ready  # noqa: F401  (the demo's checkpoint, and random LoHas)
@@ -63,6 +63,9 @@ def test_added_from_the_library_it_runs(page: Page, ready, name: str, request): 
     assert page.evaluate("app.graph._nodes[0].widgets.map(w => [w.name, w.value])") == [
         list(pair) for pair in zip(widgets, saved["widgets_values"], strict=True)
     ]
+    if name.startswith("Compare"):  # two sliders, by the names that the blueprint gave them
+        sliders = page.locator(".loha-label:visible")
+        expect(sliders).to_have_text([widget for widget in widgets if widget.startswith("strength")])
     shoot(page, f"blueprint-{name.split()[0].lower()}", request)
 
     prompt = page.evaluate(CONNECT, [values, output])

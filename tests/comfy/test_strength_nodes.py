@@ -370,7 +370,11 @@ def test_lists_of_other_packs_are_applied_first_and_checked(stack, loras):
     everything = {"model": models.model, "clip": models.clip, "lora_stack": foreign}
     model, clip, entries, _ = stack.LoHaStack.execute(**stacked(loras[0]), **everything).result
     assert entries == [(loras[0], 0.5, 0.0), (loras[1], 1.0, 1.0), (loras[0], 1.0, 1.0)]
-    assert max(map(len, model.patches.values())) == 3 and max(map(len, clip.patcher.patches.values())) == 2
+    on_model, on_clip = (
+        max(len(patch.weights) for entries in patches.values() for _, patch, *_ in entries)
+        for patches in (model.patches, clip.patcher.patches)
+    )
+    assert (on_model, on_clip) == (3, 2)
     for wrong in (["x"], [("x", 1)], [("x", "strong", 1)], [("x", float("nan"), 1)], [(3, 1, 1)]):
         with pytest.raises(LoHaError, match=r"entry 1 of the lora_stack input: expected \(name, model strength"):
             stack.received(wrong)
