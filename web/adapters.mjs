@@ -73,7 +73,7 @@ export function find(all, typed, folder) {
   const inside = [...all].filter((name) => !folder || split(name)[0] === folder || /^[\\/]/.test(name.slice(folder.length)) && name.startsWith(folder));
   if (!typed.trim()) return inside;
   return inside
-    .map((name) => ([fit(typed, name), name]))
+    .map((name) => [fit(typed, name), name])
     .filter(([score]) => score !== undefined)
     .sort((a, b) => Number(b[0]) - Number(a[0]))
     .map(([, name]) => name);

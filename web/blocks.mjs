@@ -3,6 +3,7 @@ import { ask } from "./adapters.mjs";
 import { el, onDrag } from "./dom.mjs";
 import { after, committed, host, valueOf } from "./host.mjs";
 import { clamp, snap, stepped, text, FINE, STEP } from "./number.mjs";
+import { t } from "./words.mjs";
 
 const LOW = -1, HIGH = 2;
 const BARS = 132, HEIGHT = 226;
@@ -32,8 +33,8 @@ export function blocksWidget(node, name, spec) {
   const title = el("span.loha-count");
   const presets = el("button.loha-button", {
     type: "button",
-    textContent: "Presets",
-    title: "Save, load, and share",
+    textContent: t("Presets"),
+    title: t("Save, load, and share"),
     async onclick() {
       const { openPresets } = await import("./presets.mjs"); // rarely needed
       openPresets(presets, node, { vector: hosted.get(), numbers: () => numbers(), apply: (text) => put(text) });
@@ -45,7 +46,7 @@ export function blocksWidget(node, name, spec) {
     rows: 2,
     spellcheck: false,
     placeholder: spec[1]?.placeholder ?? "",
-    "aria-label": "vector",
+    "aria-label": t("vector"),
     oninput: () => put(area.value, false),
     onchange: committed,
   });
@@ -90,8 +91,8 @@ export function blocksWidget(node, name, spec) {
   let drawn = "";
   function draw() {
     const labels = Object.keys(bars.values);
-    title.textContent = bars.family ?? "parts of any model";
-    title.title = bars.family ? "" : "For a bar per block choose the family, or run once with the model connected.";
+    title.textContent = bars.family ?? t("parts of any model");
+    title.title = bars.family ? "" : t("For a bar per block choose the family, or run once with the model connected.");
     if (labels.join() !== drawn) {
       drawn = labels.join();
       plot.replaceChildren(...labels.map(drawBar));
@@ -100,12 +101,12 @@ export function blocksWidget(node, name, spec) {
       element.style.setProperty("--zero", `${(-LOW / (HIGH - LOW)) * 100}%`);
       element.style.setProperty("--one", `${((1 - LOW) / (HIGH - LOW)) * 100}%`);
     }
-    labels.forEach((label, index) => showBar((plot.children[index]), bars.values[label]));
+    labels.forEach((label, index) => showBar(plot.children[index], bars.values[label]));
   }
 
   function showBar(bar, value) {
     const [from, to] = [Math.min(0, value), Math.max(0, value)].map((v) => ((clamp(v, LOW, HIGH) - LOW) / (HIGH - LOW)) * 100);
-    const fill = (bar.firstElementChild);
+    const fill = bar.firstElementChild;
     Object.assign(fill.style, { bottom: `${from}%`, height: `${Math.max(to - from, 1)}%` });
     fill.classList.toggle("negative", value < 0);
     bar.classList.toggle("beyond", value < LOW || value > HIGH);
@@ -150,7 +151,7 @@ export function blocksWidget(node, name, spec) {
       if (beside) handle[beside]?.focus();
       else if (next[0] === undefined) return;
       else {
-        assign(labels, (next));
+        assign(labels, next);
         committed();
       }
       event.preventDefault();
@@ -165,7 +166,7 @@ export function blocksWidget(node, name, spec) {
   }
 
   function drawGroup(part, labels) {
-    const handle = el("button.loha-button", { type: "button", textContent: part, title: `All of ${part}: drag up or down, double-click for 1`, "aria-label": `all of ${part}`, style: `flex:${part === "BASE" ? 3 : labels.length} 0 0` });
+    const handle = el("button.loha-button", { type: "button", textContent: part, title: t("All of {part}: drag up or down, double-click for 1", { part }), "aria-label": t("all of {part}", { part }), style: `flex:${part === "BASE" ? 3 : labels.length} 0 0` });
     control(handle, labels, false);
     return handle;
   }
@@ -175,7 +176,7 @@ export function blocksWidget(node, name, spec) {
     const all = Object.keys(bars.values);
     labels.forEach((label, index) => {
       bars.values[label] = values[index];
-      showBar((plot.children[all.indexOf(label)]), values[index]);
+      showBar(plot.children[all.indexOf(label)], values[index]);
     });
     put(bars.listed ? numbers(labels) : named());
   }

@@ -1,6 +1,7 @@
 // Choosing adapters out of many, and reading what is in one.
 import { adapterNames, ask, find, pictureOf, split } from "./adapters.mjs";
 import { copyText, el, openDialog } from "./dom.mjs";
+import { t } from "./words.mjs";
 
 // More rows than this nobody reads; typing narrows them down.
 const MOST = 200;
@@ -20,26 +21,26 @@ export async function chooseAdapters(anchor, several, chosen) {
 
   const filter = el("input.loha-filter", {
     type: "search",
-    placeholder: "Type a few letters…",
-    "aria-label": "filter",
+    placeholder: t("Type a few letters…"),
+    "aria-label": t("filter"),
     role: "combobox",
     "aria-controls": "loha-choices",
     "aria-expanded": "true",
     oninput: () => draw(0),
   });
   const folders = [...new Set([...names].map((name) => split(name)[0]))].filter(Boolean).sort();
-  const folder = el("select.loha-folder", { "aria-label": "folder", title: "Folder", onchange: () => draw(0) });
-  folder.append(el("option", { value: "", textContent: "all folders" }));
+  const folder = el("select.loha-folder", { "aria-label": t("folder"), title: t("folder"), onchange: () => draw(0) });
+  folder.append(el("option", { value: "", textContent: t("all folders") }));
   for (const name of folders) folder.append(el("option", { value: name, textContent: name }));
   folder.hidden = !folders.length;
   const list = el("div.loha-choices.loha-scrolls", { id: "loha-choices", role: "listbox", "aria-multiselectable": String(several) });
   const add = el("button.loha-button", { type: "button", onclick: () => finish([...ticked]) });
   const dialog = openDialog(
-    several ? "Add adapters" : "Choose an adapter",
+    several ? t("Add adapters") : t("Choose an adapter"),
     anchor,
     el("div.loha-row", {}, filter, folder),
     list,
-    ...(several ? [el("footer", {}, el("small", { textContent: "Enter adds one; tick to add several" }), add)] : []),
+    ...(several ? [el("footer", {}, el("small", { textContent: t("Enter adds one; tick to add several") }), add)] : []),
   );
 
   const finish = (found) => {
@@ -79,14 +80,14 @@ export async function chooseAdapters(anchor, several, chosen) {
         );
       }),
     );
-    if (found.length > MOST) list.append(el("small", { textContent: `… and ${found.length - MOST} more: type to narrow them down` }));
-    if (!found.length) list.append(el("small", { textContent: names.size ? "nothing fits" : "no adapter in models/loras" }));
+    if (found.length > MOST) list.append(el("small", { textContent: t("… and {number} more: type to narrow them down", { number: found.length - MOST }) }));
+    if (!found.length) list.append(el("small", { textContent: names.size ? t("nothing fits") : t("no adapter in models/loras") }));
     list.scrollTop = top;
     const current = list.children[at];
     current?.classList.add("current");
     current?.scrollIntoView({ block: "nearest" });
     filter.setAttribute("aria-activedescendant", `loha-choice-${at}`);
-    add.textContent = ticked.size ? `Add ${ticked.size}` : "Add";
+    add.textContent = ticked.size ? t("Add {number}", { number: ticked.size }) : t("Add");
     add.disabled = !ticked.size;
   };
   filter.addEventListener("keydown", (event) => {
@@ -123,14 +124,14 @@ export async function showInfo(anchor, name) {
     return;
   }
   const facts = Object.entries({ file: about.name, ...about.facts }).flatMap(([label, value]) => [
-    el("dt", { textContent: label }),
+    el("dt", { textContent: t(label) }),
     el("dd", { textContent: String(value) }),
   ]);
   body.replaceChildren(el("dl", {}, ...facts));
   if (about.words.length) {
     const words = about.words.map((word) => wordButton(word, word));
-    const all = about.words.length > 1 ? [wordButton("copy all", about.words.join(", "))] : [];
-    body.append(el("p", { textContent: "trigger words (click to copy)" }), el("div.loha-words", {}, ...words, ...all));
+    const all = about.words.length > 1 ? [wordButton(t("copy all"), about.words.join(", "))] : [];
+    body.append(el("p", { textContent: t("trigger words (click to copy)") }), el("div.loha-words", {}, ...words, ...all));
   }
   if (about.picture) body.prepend(el("img", { src: pictureOf(name), alt: "", loading: "lazy" }));
 }

@@ -1,4 +1,5 @@
 // The page's elements: building them, dragging in them, and a dialog. Text goes in as text, never as markup.
+import { t } from "./words.mjs";
 
 const sheet = document.createElement("link");
 sheet.rel = "stylesheet";
@@ -59,7 +60,7 @@ export function onDrag(element, start) {
  * @returns {HTMLDialogElement}
  */
 export function openDialog(title, anchor, ...content) {
-  const close = el("button.loha-icon", { type: "button", textContent: "✕", title: "Close", onclick: () => dialog.close() });
+  const close = el("button.loha-icon", { type: "button", textContent: "✕", title: t("Close"), onclick: () => dialog.close() });
   const dialog = el("dialog.loha-dialog", { tabIndex: -1 }, el("header", {}, el("b", { textContent: title }), close), ...content);
   dialog.setAttribute("aria-label", title);
   isolate(dialog);
@@ -71,7 +72,7 @@ export function openDialog(title, anchor, ...content) {
   // ComfyUI's own keys stay out of it, also while nothing in it has the focus.
   const onKey = (event) => {
     if (event.key === "Escape") dialog.close();
-    else if (dialog.contains((event.target))) return;
+    else if (dialog.contains(event.target)) return;
     event.stopPropagation();
   };
   window.addEventListener("keydown", onKey, true);
@@ -97,7 +98,7 @@ export function openDialog(title, anchor, ...content) {
 export function isolate(element) {
   for (const type of ["pointerdown", "pointermove", "pointerup", "mousedown"]) {
     element.addEventListener(type, (event) => {
-      const { button, buttons } = (event);
+      const { button, buttons } = event;
       if (button !== 1 && !(buttons & 4)) event.stopPropagation(); // the middle button pans
     });
   }
@@ -115,7 +116,7 @@ export async function copyText(text) {
     await navigator.clipboard.writeText(text);
   } catch {
     // Pages that are not served by https have no clipboard of their own.
-    const focused = (document.activeElement);
+    const focused = document.activeElement;
     const area = el("textarea", { value: text });
     (document.querySelector("dialog[open]") ?? document.body).append(area);
     area.select();

@@ -1,5 +1,6 @@
 // What a merge loses, layer by layer: a bar each.
 import { el } from "./dom.mjs";
+import { t } from "./words.mjs";
 
 // The scale never ends below this, so that rounding doesn't look like a loss.
 const LEAST = 0.01;
@@ -14,8 +15,8 @@ export function errorBars() {
   let at = -1, sorted = false;
   const status = el("span.loha-count");
   const plot = el("div.loha-plot", {
-    tabIndex: 0, role: "slider", "aria-label": "relative error by layer", "aria-valuemin": "0",
-    title: "Point at a bar, or use the arrow keys",
+    tabIndex: 0, role: "slider", "aria-label": t("relative error by layer"), "aria-valuemin": "0",
+    title: t("Point at a bar, or use the arrow keys"),
     onpointermove: ({ clientX }) => {
       const { left, width } = plot.getBoundingClientRect();
       choose(Math.floor(((clientX - left) / width) * shown.length));
@@ -29,7 +30,7 @@ export function errorBars() {
     },
   });
   const sort = el("button.loha-button", {
-    type: "button", textContent: "Sort", title: "Largest first", "aria-pressed": "false",
+    type: "button", textContent: t("Sort"), title: t("Largest first"), "aria-pressed": "false",
     onclick() {
       sorted = !sorted;
       sort.setAttribute("aria-pressed", String(sorted));
@@ -43,7 +44,9 @@ export function errorBars() {
     plot.children[at]?.classList.add("current");
     const [name, , error, rank] = shown[at] ?? [];
     const largest = Math.max(0, ...layers.map((layer) => layer[2]));
-    status.textContent = name ? `${percent(error)}, rank ${rank}: ${name}` : `${layers.length} layers, at most ${percent(largest)} lost`;
+    status.textContent = name
+      ? t("{error}, rank {rank}: {name}", { error: percent(error), rank, name })
+      : t("{number} layers, at most {error} lost", { number: layers.length, error: percent(largest) });
     status.title = name ?? "";
     plot.setAttribute("aria-valuemax", String(shown.length - 1));
     plot.setAttribute("aria-valuenow", String(at));

@@ -1,6 +1,7 @@
 // An element on a node, as the widget of an input or for show, in LiteGraph and in Nodes 2.0.
 import { app } from "../../scripts/app.js";
 import { isolate } from "./dom.mjs";
+import { t } from "./words.mjs";
 
 const MARGIN = 4;
 
@@ -35,7 +36,7 @@ export function host(node, name, element, { value, read, show, height, grows, re
   frame.append(element);
   // ComfyUI blurs a widget's element when something else is pressed; what has the focus lies in it.
   frame.blur = () => {
-    const focused = (document.activeElement);
+    const focused = document.activeElement;
     if (frame.contains(focused)) focused?.blur();
   };
   isolate(frame);
@@ -69,6 +70,7 @@ export function host(node, name, element, { value, read, show, height, grows, re
     rename?.(outer?.label ?? outer?.name);
     frame.inert = linked;
     frame.toggleAttribute("data-overridden", linked);
+    frame.dataset.says = t("set by the connected input");
   };
   after(node, "onConnectionsChange", overridden);
   after(node, "onConfigure", overridden);
@@ -126,7 +128,7 @@ function passOn(/** @type {HTMLElement} */ frame) {
   const forward = { pointerdown: "processMouseDown", pointermove: "processMouseMove", pointerup: "processMouseUp" };
   for (const [type, process] of Object.entries(forward)) {
     frame.addEventListener(type, (event) => {
-      const { button, buttons } = (event);
+      const { button, buttons } = event;
       if ((button === 1 || buttons & 4) && !LiteGraph.vueNodesMode) app.canvas[process](event);
     });
   }

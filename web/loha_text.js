@@ -2,6 +2,7 @@
 import { app } from "../../scripts/app.js";
 import { el } from "./dom.mjs";
 import { display } from "./host.mjs";
+import { t } from "./words.mjs";
 
 const LINE = 17, BARS = 96; // pixels
 
@@ -13,9 +14,9 @@ const LOSING = ["LoHaMerge", "LoHaResize", "LoHaConvert", "LoHaExtract"];
 
 /** @type {Record<string, string>} node -> what there is to see after a run */
 const HINTS = {
-  LoHaInfo: "what is in the adapter",
-  LoHaNetwork: "how many layers this means",
-  LoHaSave: "where the file lies",
+  LoHaInfo: "Run the workflow to see what is in the adapter.",
+  LoHaNetwork: "Run the workflow to see how many layers this means.",
+  LoHaSave: "Run the workflow to see where the file lies.",
 };
 
 app.registerExtension({
@@ -26,9 +27,8 @@ app.registerExtension({
 
     const losing = LOSING.includes(node.comfyClass);
     const height = lines * LINE + 13 + (losing ? BARS : 0);
-    const text = el("pre.loha-info", {
-      textContent: `Run the workflow to see ${HINTS[node.comfyClass] ?? "what is lost"}.`,
-    });
+    const hint = HINTS[node.comfyClass] ?? "Run the workflow to see what is lost.";
+    const text = el("pre.loha-info", { textContent: t(hint) });
     const view = el("div", {}, text);
     display(node, "summary", view, height);
     const bars = losing && import("./errors.mjs").then(({ errorBars }) => {

@@ -2,6 +2,7 @@
 import { app } from "../../scripts/app.js";
 import { api } from "../../scripts/api.js";
 import { el } from "./dom.mjs";
+import { t } from "./words.mjs";
 
 const SMOOTHING = 0.95;
 const PICTURES = 6;
@@ -25,16 +26,16 @@ export function monitor(node, view) {
       },
     });
   const canvas = el("canvas", { role: "img" });
-  const status = el("span.loha-count", { textContent: "Run the workflow to see the loss." });
+  const status = el("span.loha-count", { textContent: t("Run the workflow to see the loss.") });
   const pictures = el("div.loha-row.loha-previews");
   const cancel = el("button.loha-button", {
-    type: "button", textContent: "Cancel", title: "End the run; its state is kept", disabled: true,
+    type: "button", textContent: t("Cancel"), title: t("End the run; its state is kept"), disabled: true,
     onclick: () => api.interrupt(),
   });
   view.append(
     el("div.loha-row", {}, status,
-      toggle("Log", "Logarithmic scale", (on) => (log = on)),
-      toggle("Fix", "Keep the loss axis as it is", (on) => (held = on ? range : undefined)),
+      toggle(t("Log"), t("Logarithmic scale"), (on) => (log = on)),
+      toggle(t("Fix"), t("Keep the loss axis as it is"), (on) => (held = on ? range : undefined)),
       cancel),
     el("div.loha-plot", {}, canvas), pictures);
 
@@ -74,10 +75,10 @@ export function monitor(node, view) {
   function show() {
     const left = run.state === "running" ? run.seconds_left : null;
     status.textContent = [
-      `${run.step} of ${run.steps}`,
-      run.loss != null && `loss ${run.loss.toPrecision(3)}`,
-      run.lr != null && `lr ${run.lr.toPrecision(2)}`,
-      left != null ? `${clock(left)} left` : run.state,
+      t("{step} of {steps}", run),
+      run.loss != null && t("loss {loss}", { loss: run.loss.toPrecision(3) }),
+      run.lr != null && t("lr {rate}", { rate: run.lr.toPrecision(2) }),
+      left != null ? t("{time} left", { time: clock(left) }) : t(run.state),
     ].filter(Boolean).join(" · ");
     status.title = status.textContent;
     cancel.disabled = run.state !== "running";
@@ -90,7 +91,7 @@ export function monitor(node, view) {
     });
     if (pictures.dataset.shown !== String(wanted)) {
       pictures.dataset.shown = String(wanted);
-      pictures.replaceChildren(...wanted.map(([step, src]) => el("img", { src, alt: `Step ${step}`, title: `Step ${step}` })));
+      pictures.replaceChildren(...wanted.map(([step, src]) => el("img", { src, alt: t("Step {step}", { step }), title: t("Step {step}", { step }) })));
     }
     draw();
   }
@@ -120,7 +121,11 @@ export function monitor(node, view) {
 }
 
 const clock = (seconds) =>
-  seconds < 90 ? `${Math.round(seconds)} s` : seconds < 5400 ? `${Math.round(seconds / 60)} min` : `${(seconds / 3600).toFixed(1)} h`;
+  seconds < 90
+    ? t("{time} s", { time: Math.round(seconds) })
+    : seconds < 5400
+      ? t("{time} min", { time: Math.round(seconds / 60) })
+      : t("{time} h", { time: (seconds / 3600).toFixed(1) });
 
 /** An exponential average that is right from the first value on. */
 function smoothed(values) {
@@ -177,7 +182,8 @@ function paint(canvas, { losses, previous, steps, log, held }) {
   const ends = [log ? range[0].toPrecision(3) : "0", range[1].toPrecision(3)];
   pen.fillText(ends[1], 4 * scale, 11 * scale);
   pen.fillText(ends[0], 4 * scale, height - 4 * scale);
-  const behind = previous.length ? `, ${previous.length} of the run before` : "";
-  canvas.setAttribute("aria-label", `Loss of ${losses.length} steps${behind}; axis from ${ends[0]} to ${ends[1]}`);
+  const behind = previous.length ? t(", {number} of the run before", { number: previous.length }) : "";
+  const axis = t("axis from {low} to {high}", { low: ends[0], high: ends[1] });
+  canvas.setAttribute("aria-label", `${t("Loss of {number} steps", { number: losses.length })}${behind}; ${axis}`);
   return range;
 }

@@ -1,5 +1,6 @@
 // A strength as a field: typed, dragged sideways, or stepped by the arrow keys.
 import { el, onDrag } from "./dom.mjs";
+import { t } from "./words.mjs";
 
 export const STEP = 0.05, FINE = 0.01;
 // What the nodes take.
@@ -50,7 +51,7 @@ export function numberField(label, change, done) {
     inputMode: "decimal",
     role: "spinbutton",
     "aria-label": label,
-    title: `${label}: drag sideways (Shift: fine), click to type, double-click for 1`,
+    title: t("{label}: drag sideways (Shift: fine), click to type, double-click for 1", { label }),
   });
   const show = (next) => {
     value = next;

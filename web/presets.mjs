@@ -2,6 +2,7 @@
 import { api } from "../../scripts/api.js";
 import { copyText, el, openDialog } from "./dom.mjs";
 import { committed, setValue, valueOf } from "./host.mjs";
+import { t } from "./words.mjs";
 
 const FILE = "loha_block_presets.json";
 
@@ -23,19 +24,19 @@ async function read() {
 export async function openPresets(anchor, node, equaliser) {
   const list = el("div.loha-choices.loha-scrolls");
   const error = el("div.loha-error", { role: "status" });
-  const name = el("input.loha-filter", { type: "text", placeholder: "Name for the present setting", "aria-label": "name" });
-  const save = el("button.loha-button", { type: "submit", textContent: "Save" });
+  const name = el("input.loha-filter", { type: "text", placeholder: t("Name for the present setting"), "aria-label": t("name") });
+  const save = el("button.loha-button", { type: "submit", textContent: t("Save") });
   const copy = el("button.loha-button", {
     type: "button",
-    textContent: "Copy as numbers",
-    title: "One number per block, as block-weight tools write them; paste it into a vector",
+    textContent: t("Copy as numbers"),
+    title: t("One number per block, as block-weight tools write them; paste it into a vector"),
     async onclick() {
       await copyText(equaliser.numbers());
       copy.classList.add("copied");
     },
   });
   const form = el("form.loha-row", { onsubmit: store }, name, save);
-  const dialog = openDialog("Block presets", anchor, list, form, el("footer", {}, copy), error);
+  const dialog = openDialog(t("Block presets"), anchor, list, form, el("footer", {}, copy), error);
 
   const attempt = async (action) => {
     try {
@@ -64,7 +65,7 @@ export async function openPresets(anchor, node, equaliser) {
   function show(saved) {
     const names = Object.keys(saved).sort();
     list.replaceChildren(...names.map((key) => el("div.loha-row", {}, choice(key, saved[key]), removal(key))));
-    if (!names.length) list.append(el("small", { textContent: "none saved yet" }));
+    if (!names.length) list.append(el("small", { textContent: t("none saved yet") }));
   }
   const choice = (key, { preset, family, vector }) =>
     el("button.loha-button.loha-wide", {
@@ -80,7 +81,7 @@ export async function openPresets(anchor, node, equaliser) {
       },
     });
   const removal = (key) =>
-    el("button.loha-icon", { type: "button", title: `Remove ${key}`, "aria-label": `remove ${key}`, onclick: () => change((saved) => delete saved[key]) }, el("i.pi.pi-times"));
+    el("button.loha-icon", { type: "button", title: t("Remove {name}", { name: key }), "aria-label": t("remove {name}", { name: key }), onclick: () => change((saved) => delete saved[key]) }, el("i.pi.pi-times"));
 
   await attempt(async () => show(await read()));
 }

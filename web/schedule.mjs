@@ -3,6 +3,7 @@ import { parseFrames, strengthAt, writeFrames } from "./curve.mjs";
 import { el, onDrag } from "./dom.mjs";
 import { after, committed, host, valueOf } from "./host.mjs";
 import { FINE, STEP, clamp, snap, text } from "./number.mjs";
+import { t } from "./words.mjs";
 
 /** @typedef {import("./curve.mjs").Frame} Frame */
 
@@ -29,9 +30,9 @@ export function scheduleWidget(node, name, spec) {
   drawing.append(line);
   const axis = [0, 1].map((value) => el("div.loha-level", {}, el("span", { textContent: String(value) })));
   const shades = [el("div.loha-shade"), el("div.loha-shade")];
-  const plot = el("div.loha-plot", { title: "Press to add a keyframe, drag it; double-click or Delete removes it. Shift: fine." }, ...axis, drawing, ...shades);
+  const plot = el("div.loha-plot", { title: t("Press to add a keyframe, drag it; double-click or Delete removes it. Shift: fine.") }, ...axis, drawing, ...shades);
   const scale = el("div.loha-scale", {}, ...["0 %", "25 %", "50 %", "75 %", "100 %"].map((label) => el("span", { textContent: label })));
-  const area = el("textarea.loha-text", { rows: 2, spellcheck: false, "aria-label": "keyframes", placeholder: "0: 0, 0.5: 1, 1: 0.3", oninput: typed, onchange: committed });
+  const area = el("textarea.loha-text", { rows: 2, spellcheck: false, "aria-label": t("keyframes"), placeholder: "0: 0, 0.5: 1, 1: 0.3", oninput: typed, onchange: committed });
   const error = el("div.loha-error", { role: "status" });
   const element = el("div.loha-schedule", {}, plot, scale, area, error);
 
@@ -46,7 +47,7 @@ export function scheduleWidget(node, name, spec) {
   function load(value) {
     if (area.value !== value) area.value = value;
     const found = parseFrames(value);
-    error.textContent = found ? "" : "expected progress: strength pairs, such as 0: 0, 0.5: 1";
+    error.textContent = found ? "" : t("expected progress: strength pairs, such as 0: 0, 0.5: 1");
     if (found) frames = found;
     rescale();
     draw();
@@ -86,7 +87,7 @@ export function scheduleWidget(node, name, spec) {
       const handle = handles.get(frame) ?? newHandle(frame);
       Object.assign(handle.style, { left: `${frame.x * 100}%`, top: `${clamp(toY(frame.y), 0, 100)}%` });
       handle.title = `${text(frame.x * 100)} %: ${text(frame.y)}`;
-      handle.setAttribute("aria-label", `keyframe at ${text(frame.x * 100)} %`);
+      handle.setAttribute("aria-label", t("keyframe at {percent} %", { percent: text(frame.x * 100) }));
       handle.setAttribute("aria-valuenow", text(frame.y));
     }
   }
@@ -151,7 +152,7 @@ export function scheduleWidget(node, name, spec) {
     handles.get(frame)?.focus();
     return {
       move(e) {
-        Object.assign((frame), at(e));
+        Object.assign(frame, at(e));
         write();
       },
       end: settle,

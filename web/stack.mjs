@@ -3,6 +3,7 @@ import { adapterNames, split } from "./adapters.mjs";
 import { el, onDrag } from "./dom.mjs";
 import { after, committed, host } from "./host.mjs";
 import { clamp, numberField, parse } from "./number.mjs";
+import { t } from "./words.mjs";
 
 // Loaded when it is first needed.
 const chooser = () => import("./chooser.mjs");
@@ -30,13 +31,13 @@ export function stackWidget(node, name, spec) {
   /** @type {Set<string> | undefined} */
   let known;
 
-  const all = toggle("all on or off", () => {
+  const all = toggle(t("all on or off"), () => {
     const on = !rows.every((row) => row.on);
     for (const row of rows) row.on = on;
     changed();
   });
   const count = el("span.loha-count");
-  const both = button("M|C", "A strength for the model and another for the text encoders", () => {
+  const both = button("M|C", t("A strength for the model and another for the text encoders"), () => {
     two = !two;
     for (const row of rows) {
       if (two) row.strength_clip ??= row.strength_model;
@@ -44,7 +45,7 @@ export function stackWidget(node, name, spec) {
     }
     changed();
   });
-  const add = button("+ Add", "Add adapters", async () => {
+  const add = button(t("+ Add"), t("Add adapters"), async () => {
     (await chooser()).chooseAdapters(add, true, (names) => {
       for (const chosen of names) {
         rows.push({ on: true, name: chosen, strength_model: 1, ...(two ? { strength_clip: 1 } : {}) });
@@ -75,7 +76,7 @@ export function stackWidget(node, name, spec) {
 
   function load(value) {
     const found = understand(value);
-    problem = found ? "" : "not a list of rows; adding one replaces it";
+    problem = found ? "" : t("not a list of rows; adding one replaces it");
     rows = found ?? [];
     if (rows.length) two = rows.some((row) => row.strength_clip !== undefined);
     draw();
@@ -84,17 +85,17 @@ export function stackWidget(node, name, spec) {
 
   /** @param {number} focused row that gets the focus; that of the focused one if it is negative */
   function draw(focused = -1) {
-    const active = (list.contains(document.activeElement) ? document.activeElement : null);
+    const active = list.contains(document.activeElement) ? document.activeElement : null;
     const at = focused < 0 ? [...list.children].findIndex((row) => row.contains(active)) : focused;
     list.replaceChildren(...rows.map(drawRow));
-    if (!rows.length) list.append(el("div.loha-empty", { textContent: problem || "Add adapters to apply them together." }));
+    if (!rows.length) list.append(el("div.loha-empty", { textContent: problem || t("Add adapters to apply them together.") }));
     const part = active?.dataset.part;
-    if (part) (list.children[Math.min(at, rows.length - 1)]?.querySelector(`[data-part=${part}]`))?.focus();
+    if (part) list.children[Math.min(at, rows.length - 1)]?.querySelector(`[data-part=${part}]`)?.focus();
 
     const on = rows.filter((row) => row.on).length;
     all.setAttribute("aria-checked", on && on < rows.length ? "mixed" : String(on > 0));
     all.disabled = !rows.length;
-    count.textContent = rows.length ? `${on} of ${rows.length} on` : "";
+    count.textContent = rows.length ? t("{on} of {all} on", { on, all: rows.length }) : "";
     both.setAttribute("aria-pressed", String(two));
     mark();
   }
@@ -106,7 +107,7 @@ export function stackWidget(node, name, spec) {
         row[key] = value;
         store();
       };
-      const field = numberField(`${label} of ${stem}`, set, committed);
+      const field = numberField(t("{label} of {name}", { label, name: stem }), set, committed);
       field.show(row[key] ?? row.strength_model);
       return field.element;
     };
@@ -119,7 +120,7 @@ export function stackWidget(node, name, spec) {
     };
     const replace = async () =>
       (await chooser()).chooseAdapters(title, false, ([chosen]) => ((row.name = chosen), changed()));
-    const on = toggle(`${stem} on`, () => ((row.on = !row.on), changed()));
+    const on = toggle(t("{name} on", { name: stem }), () => ((row.on = !row.on), changed()));
     on.setAttribute("aria-checked", String(row.on));
     const remove = () => (rows.splice(index, 1), changed());
     const title = button(stem, row.name, replace, "name");
@@ -127,13 +128,13 @@ export function stackWidget(node, name, spec) {
     const line = el(
       "div.loha-row.loha-stack-row",
       { role: "listitem" },
-      el("button.loha-icon.loha-grip", { type: "button", title: "Drag to reorder, or ↑ ↓", "aria-label": `reorder ${stem}`, onkeydown: move, "data-part": "grip" }, el("i.pi.pi-ellipsis-v")),
+      el("button.loha-icon.loha-grip", { type: "button", title: t("Drag to reorder, or ↑ ↓"), "aria-label": t("reorder {name}", { name: stem }), onkeydown: move, "data-part": "grip" }, el("i.pi.pi-ellipsis-v")),
       on,
       title,
-      strength("strength_model", two ? "model strength" : "strength"),
-      ...(two ? [strength("strength_clip", "clip strength")] : []),
-      icon("pi-info-circle", `About ${stem}`, async ({ currentTarget }) => (await chooser()).showInfo(currentTarget, row.name), "info"),
-      icon("pi-times", `Remove ${stem}`, remove, "remove"),
+      strength("strength_model", two ? t("model strength") : t("strength")),
+      ...(two ? [strength("strength_clip", t("clip strength"))] : []),
+      icon("pi-info-circle", t("About {name}", { name: stem }), async ({ currentTarget }) => (await chooser()).showInfo(currentTarget, row.name), "info"),
+      icon("pi-times", t("Remove {name}", { name: stem }), remove, "remove"),
     );
     line.classList.toggle("off", !row.on);
     return line;
@@ -144,8 +145,8 @@ export function stackWidget(node, name, spec) {
     for (const [index, row] of rows.entries()) {
       const missing = Boolean(known && !known.has(row.name));
       list.children[index].classList.toggle("missing", missing);
-      const title = (list.children[index].querySelector("[data-part=name]"));
-      title.title = missing ? `${row.name}: not in models/loras. Click to choose another.` : row.name;
+      const title = list.children[index].querySelector("[data-part=name]");
+      title.title = missing ? t("{name}: not in models/loras. Click to choose another.", { name: row.name }) : row.name;
     }
   }
 

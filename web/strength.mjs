@@ -2,6 +2,7 @@
 import { el, onDrag } from "./dom.mjs";
 import { after, committed, host, setValue } from "./host.mjs";
 import { FINE, STEP, clamp, numberField, parse, snap, stepped, text } from "./number.mjs";
+import { t } from "./words.mjs";
 
 // What the slider spans; the field takes the rest.
 const LOW = -2, HIGH = 2;
@@ -18,7 +19,7 @@ const place = (value) => ((clamp(value, LOW, HIGH) - LOW) / (HIGH - LOW)) * 100;
  */
 export function strengthWidget(node, name, spec) {
   const partner = NAMES.find((other) => other !== name) ?? "";
-  const what = name === "strength_clip" ? "clip strength" : "model strength";
+  const what = name === "strength_clip" ? t("clip strength") : t("model strength");
   const fill = el("div.loha-fill");
   const thumb = el("div.loha-thumb");
   const label = el("span.loha-label", { textContent: what });
@@ -30,7 +31,7 @@ export function strengthWidget(node, name, spec) {
       "aria-label": what,
       "aria-valuemin": String(LOW),
       "aria-valuemax": String(HIGH),
-      title: `${spec[1]?.tooltip ?? ""}\nDrag, Shift for fine steps; double-click for 1; arrow keys.`,
+      title: `${spec[1]?.tooltip ?? ""}\n${t("Drag, Shift for fine steps; double-click for 1; arrow keys.")}`,
     },
     el("div.loha-tick", { style: `left:${place(0)}%` }),
     el("div.loha-tick", { style: `left:${place(1)}%` }),
@@ -41,8 +42,8 @@ export function strengthWidget(node, name, spec) {
   const field = numberField(what, (value) => change(value), committed);
   const link = el("button.loha-icon.loha-link", {
     type: "button",
-    title: "Link: model and clip strength move together",
-    "aria-label": "link model and clip strength",
+    title: t("Link: model and clip strength move together"),
+    "aria-label": t("link model and clip strength"),
     onclick() {
       node.properties[LINKED] = !node.properties[LINKED];
       if (node.properties[LINKED]) setValue(node, partner, hosted.get());

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pytest
-from playwright.sync_api import Page
+from playwright.sync_api import Page, expect
 
-from ..comfy.test_locales import read
+from ..comfy.test_locales import WORDS, read
 from .test_nodes import shoot
 
 SET = "([name, value]) => app.extensionManager.setting.set(name, value)"
@@ -51,7 +51,8 @@ def chinese(page: Page) -> Iterator[Page]:
 
 
 def test_the_page_is_chinese(chinese: Page, request):
-    texts = {path.removeprefix("main."): text for path, text in read("zh").items()}
+    found = {path: text for path, text in read("zh").items() if not path.startswith(WORDS)}
+    texts = {path.removeprefix("main."): text for path, text in found.items()}
     assert chinese.evaluate("paths => paths.map(path => texts.t(path))", list(texts)) == list(texts.values())
 
     types = sorted({path.split(".")[1] for path in texts if path.startswith("nodeDefs.")})
@@ -64,3 +65,17 @@ def test_the_page_is_chinese(chinese: Page, request):
         for index, label in enumerate(node["outputs"]):
             assert label == texts.get(f"{path}.outputs.{index}.name", label)
     shoot(chinese, "chinese", request)
+
+
+def test_our_widgets_are_chinese(chinese: Page, request):
+    """They read the words as the page begins."""
+    chinese.reload()
+    chinese.wait_for_function("!!(window.app?.graph && LiteGraph.registered_node_types?.LoHaTrainer)", timeout=60_000)
+    chinese.evaluate("app.graph.clear()")
+    chinese.keyboard.press("Escape")
+    chinese.evaluate(NODES, ["LoHaLoader", "LoHaStack", "LoHaTrainer"])
+    words = read("zh")
+    for word in ("model strength", "+ Add", "Add adapters to apply them together.", "Log", "Cancel"):
+        expect(chinese.get_by_text(words[WORDS + word], exact=True).first).to_be_attached()
+    chinese.get_by_role("button", name=words[WORDS + "+ Add"]).evaluate("button => button.click()")
+    expect(chinese.get_by_role("dialog", name=words[WORDS + "Add adapters"])).to_be_visible()

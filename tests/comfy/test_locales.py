@@ -18,6 +18,8 @@ from demo import comfyui
 from .test_schema import REPOSITORY, SNAPSHOT, contract, ours
 
 LOCALES = REPOSITORY / "locales"
+# The words of our own widgets, in main.json: by what they are in English, and read by web/words.mjs.
+WORDS = "main.loha."
 # ComfyUI's page takes a translation for a template; with these it would show something else, or nothing.
 TEMPLATE = re.compile(r"[{}@|]")
 # What a translation keeps: numbers, and the names of programs, files, formats and inputs.
@@ -85,7 +87,7 @@ def test_english_is_what_the_nodes_say(wanted):
 
 
 def test_chinese_says_all_that_english_says(wanted, server):
-    chinese = read("zh")
+    chinese = {path: text for path, text in read("zh").items() if not path.startswith(WORDS)}
     assert chinese.keys() == wanted.keys()
     assert shown(chinese) == chinese and all(text.strip() for text in chinese.values())
     options = {
@@ -102,6 +104,18 @@ def test_chinese_says_all_that_english_says(wanted, server):
             kept = set(KEPT.findall(text)) | options.get(path, set()) & set(re.findall(r"[\w.-]+", text))
             lost[path] = {word for word in kept if word not in chinese[path]}
     assert not {path: words for path, words in lost.items() if words}
+
+
+def test_chinese_has_the_widgets_words():
+    words = {path.removeprefix(WORDS): text for path, text in read("zh").items() if path.startswith(WORDS)}
+    sources = "".join(path.read_text("utf-8") for path in (REPOSITORY / "web").glob("*.*js"))
+    said = set(re.findall(r'\bt\(\s*"([^"\\]+)"', sources))
+    assert len(said) > 60 and said <= words.keys(), said - words.keys()
+    # The others are said by their variables: hints, a run's states, and what the server tells of a file.
+    told = sources + "".join(path.read_text("utf-8") for path in (REPOSITORY / "nodes").glob("*.py"))
+    assert not {word for word in words.keys() - said if f'"{word}"' not in told and word != "file"}
+    for english, text in words.items():
+        assert text.strip() and set(re.findall(r"{\w+}", text)) == set(re.findall(r"{\w+}", english)), english
 
 
 if __name__ == "__main__":
