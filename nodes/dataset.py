@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-import comfy.utils
 import torch
 from comfy_api.latest import io, ui
 from torch import Tensor
@@ -19,6 +18,7 @@ from loha_core.training.pictures import Sizes
 
 from . import sources
 from .contact_sheet import MOST, Shown, contact_sheet, latent_picture
+from .progress import ProgressBar
 from .sources import Source
 
 LOHA_DATASET = io.Custom("LOHA_DATASET")
@@ -284,7 +284,7 @@ def _sizes(one: dict[str, Any]) -> Sizes:
 def _encode_captions(dataset: Dataset) -> None:
     """Now rather than amid training, where the text encoder would take the model's place in memory."""
     captions = dataset.all_captions()
-    bar = comfy.utils.ProgressBar(len(captions))
+    bar = ProgressBar(len(captions))
     for caption in captions:
         dataset.encode(caption)
         bar.update(1)

@@ -8,7 +8,6 @@ from collections import defaultdict
 from collections.abc import Callable
 from typing import Any
 
-import comfy.utils
 import torch
 from comfy_api.latest import io, ui
 
@@ -19,6 +18,7 @@ from . import charts
 from .info import block_order
 from .inputs import choice, known
 from .loader import LOHA, LOHA_BLOCKS
+from .progress import ProgressBar
 from .save import DTYPES
 
 CATEGORY = "LoHa/merge"
@@ -272,7 +272,7 @@ def _bounds(bound: str, rank: int, amount: float) -> dict[str, Any]:
 
 def computed(work: Callable[[Callable[[int, int, str], object]], Made]) -> Made:
     """``work`` with ComfyUI's progress bar, which is also where Cancel acts."""
-    bar = comfy.utils.ProgressBar(1)
+    bar = ProgressBar(1)
     with torch.inference_mode(False), torch.no_grad():
         return work(lambda done, total, name: bar.update_absolute(done, total))
 

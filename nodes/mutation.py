@@ -1,4 +1,4 @@
-"""Models that change their activations in place, made right for autograd.
+"""ComfyUI's models made right for autograd: those that change their activations in place, above all.
 
 Some of ComfyUI's models write ``x += y`` into a tensor that a norm before has kept for its backward (Flux, Hunyuan,
 LTX: it saves memory when sampling). Autograd refuses the backward of that, and gradient checkpointing, which runs a
@@ -13,6 +13,7 @@ from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
 
+import comfy.model_management
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
@@ -64,10 +65,22 @@ def allowed(blocks: Iterable[nn.Module], *, again: bool) -> Iterator[None]:
         again: they run again in the backward, with what they were given.
     """
     with ExitStack() as stack:
+        stack.enter_context(_in_training())
         for block in blocks:
             stack.enter_context(acting_as(block, partial(_run, block.forward, again)))
         with saved_tensors_hooks(_pack, _unpack):
             yield
+
+
+@contextmanager
+def _in_training() -> Iterator[None]:
+    """While this is set, newer ComfyUI (0.33) leaves kernels aside that have no backward."""
+    before = getattr(comfy.model_management, "in_training", False)
+    comfy.model_management.in_training = True
+    try:
+        yield
+    finally:
+        comfy.model_management.in_training = before
 
 
 def _run(forward: Callable[..., Any], again: bool, *args: Any, **kwargs: Any) -> Any:

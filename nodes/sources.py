@@ -7,13 +7,14 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-import comfy.utils
 import torch
 from torch import Tensor
 
 from loha_core import LoHaError
 from loha_core.training.data import Item, digest
 from loha_core.training.pictures import Size, Sizes, at_latent_size, check_picture, fit
+
+from .progress import ProgressBar
 
 # Pictures that go to the VAE together; it makes smaller batches of them where memory is short.
 TOGETHER = 8
@@ -152,7 +153,7 @@ def encoded(sources: Sequence[Source], sizes: Sizes, vae: Any, flip: bool) -> li
     together = TOGETHER if getattr(vae, "latent_dim", 2) == 2 else 1
     groups = [same[at : at + together] for same in by_size.values() for at in range(0, len(same), together)]
     items: dict[int, Item] = {}
-    bar = comfy.utils.ProgressBar(len(sources))
+    bar = ProgressBar(len(sources))
     for group in groups:
         seen = [cropped(sources[index], sizes) for index in group]
         batch = torch.stack([source.content for source in seen])

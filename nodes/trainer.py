@@ -13,7 +13,6 @@ from typing import Any
 
 import comfy.model_management
 import comfy.sample
-import comfy.utils
 import folder_paths
 import numpy as np
 import torch
@@ -44,6 +43,7 @@ from .loader import LOHA
 from .network import LOHA_CONFIG, NetworkConfig, build, check_start
 from .optimizer import LOHA_OBJECTIVE, LOHA_OPTIMIZER, Optimizing, optimizing
 from .patches import CLIP, MODEL
+from .progress import ProgressBar
 
 FOLDER = "loha"  # of runs, in ComfyUI's output folder
 
@@ -173,7 +173,7 @@ class Watcher:
 
     def __init__(self, job: Job, trainer: Trainer, patcher: Any) -> None:
         self.job, self.trainer, self.patcher = job, trainer, patcher
-        self.bar = comfy.utils.ProgressBar(trainer.config.steps)
+        self.bar = ProgressBar(trainer.config.steps)
         self.record = monitor.begin(job.folder.name, job.workflow, trainer)
 
     def __call__(self, event: Event) -> None:
@@ -181,7 +181,6 @@ class Watcher:
             case Stepped():
                 self.record.stepped(event)
                 self.bar.update_absolute(event.step)
-                comfy.model_management.throw_exception_if_processing_interrupted()
             case PreviewDue():
                 self._show(event.step)
             case Saved():

@@ -15,7 +15,11 @@ import comfy.sd
 import comfy.supported_models
 import comfy.utils
 import torch
+from comfy.ldm.flux.model import FluxParams
 from torch import Tensor
+
+# What newer ComfyUI asks for besides.
+FLUX_MORE = {"txt_ids_dims": []} if "txt_ids_dims" in FluxParams.__annotations__ else {}
 
 _UNET = {
     "image_size": 32,
@@ -105,6 +109,7 @@ MORE: dict[str, tuple[type, dict[str, Any]]] = {
             "theta": 10000,
             "qkv_bias": True,
             "guidance_embed": True,
+            **FLUX_MORE,
             "dtype": torch.float32,
         },
     ),

@@ -179,8 +179,7 @@ def test_cancel_stops_a_merge(merge_nodes, files):
 
     def hook(done, total, *_, **__):
         calls.append(done)
-        if done == 3:
-            raise comfy.model_management.InterruptProcessingException
+        comfy.model_management.interrupt_current_processing()
 
     before = comfy.utils.PROGRESS_BAR_HOOK
     comfy.utils.set_progress_bar_global_hook(hook)
@@ -189,4 +188,4 @@ def test_cancel_stops_a_merge(merge_nodes, files):
             run(merge_nodes.LoHaResize, loha=adapter, **SETTINGS, method="svd")
     finally:
         comfy.utils.set_progress_bar_global_hook(before)
-    assert max(calls) == 3
+    assert len(calls) == 1
