@@ -20,6 +20,7 @@ from PIL import Image
 from playwright.sync_api import Locator, Page, sync_playwright
 
 from . import comfyui, digits
+from .browser import chromium
 from .prepare import LOHA, train_lohas, write_files
 from .train_loha import KNOWN_FOLDER, folder
 
@@ -329,11 +330,7 @@ def main() -> int:
         write_files(server)
         with server, sync_playwright() as playwright:
             train_lohas(server, *digits.HELD_BACK)
-            browser = playwright.chromium.launch(
-                executable_path=shutil.which("chromium") or shutil.which("google-chrome"),
-                args=["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-sync"],
-            )
-            page = browser.new_page(viewport={"width": 1700, "height": 1400}, device_scale_factor=2)
+            page = chromium(playwright).new_page(viewport={"width": 1700, "height": 1400}, device_scale_factor=2)
             page.goto(server.address)
             page.wait_for_function(READY, timeout=60_000)
             for setting, value in SETTINGS.items():

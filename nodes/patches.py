@@ -6,6 +6,7 @@ import weakref
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 from math import prod
 from typing import Any
 
@@ -42,7 +43,7 @@ class LoHaPatch(WeightAdapterBase):
     def from_factors(cls, f: LoHaFactors) -> LoHaPatch:
         return cls(set(), ((1.0, f.w1_a, f.w1_b, f.w2_a, f.w2_b, f.alpha, f.t1, f.t2, f.dora_scale),))
 
-    @property
+    @cached_property
     def stack(self) -> list[tuple[float, LoHaFactors]]:
         return [(strength, LoHaFactors(*fields)) for strength, *fields in self.weights]
 
@@ -68,11 +69,10 @@ class LoHaPatch(WeightAdapterBase):
         original_weight: Any = None,
     ) -> Tensor:
         """Add strength·ΔW (or DoRA's interpolation) to ``weight`` in place, in one pass, and return it."""
-        strengths = [strength * own for own, _ in self.stack]
-        stack = [factors.to(device=weight.device) for _, factors in self.stack]
+        stack = [(factors.to(device=weight.device), strength * own) for own, factors in self.stack]
         if _is_identity(function):
-            return add_delta_(weight, stack, strengths)
-        for factors, each in zip(stack, strengths, strict=True):
+            return add_delta_(weight, [factors for factors, _ in stack], [each for _, each in stack])
+        for factors, each in stack:
             _add_reordered_(weight, factors, each, function)
         return weight
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from comfy_api.latest import io, ui
 
-from loha_core.blocks import FAMILIES, PRESETS, BlockStrength, Layout
+from loha_core.blocks import FAMILIES, LAYOUTS, PRESETS, BlockStrength, Layout
 from loha_core.schedule import INTERPOLATIONS, Schedule
 
 from . import charts
@@ -16,8 +16,10 @@ from .loader import LOHA_BLOCKS, LOHA_SCHEDULE
 AUTO = "auto"
 # How many rules the picture lists before it counts the rest.
 RULES_SHOWN = 8
-# What `spell` writes of a model that is not in FAMILIES.
-_SPELLED = re.compile(r"\w{1,40}:[1-9]\d{0,2}(,\w{1,40}:[1-9]\d{0,2}){0,15}")
+# What `spell` writes of a model that is not in FAMILIES: parts as families call theirs, or a model's own lists.
+_PARTS = {part for layout in LAYOUTS.values() for part, _ in layout.parts}
+_COUNT = rf"(?:{'|'.join(sorted(_PARTS))}|\w{{0,40}}(?:blocks|layers)):[1-9]\d{{0,2}}"
+_SPELLED = re.compile(rf"{_COUNT}(?:,{_COUNT}){{0,15}}")
 
 
 class LoHaBlockStrength(io.ComfyNode):

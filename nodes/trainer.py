@@ -345,8 +345,8 @@ class LoHaTrainer(io.ComfyNode):
         cls, model: Any, clip: Any = None, name: str = "my_loha", resume: bool = True, **values: Any
     ) -> io.NodeOutput:
         with torch.inference_mode(False):
-            job = _job(model, clip, run_folder(name, resume), resume, **values)
-            job.workflow = _workflow(cls.hidden)
+            folder, workflow = run_folder(name, resume), _workflow(cls.hidden)
+            job = _job(model, clip, folder, resume, workflow=workflow, **values)
             adapter = job.run()
             trained = bridge.apply(model, clip, adapter, 1.0, 1.0)
         curve = charts.losses(f"Loss of {job.folder.name}", f"{len(job.losses)} steps", job.losses)

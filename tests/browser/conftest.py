@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterator
 
 import pytest
 from playwright.sync_api import Browser, Page, sync_playwright
 
+from demo.browser import chromium
 from demo.comfyui import Server
 
 from ..comfy.conftest import server  # noqa: F401  (one server for both folders)
@@ -16,10 +16,7 @@ from ..comfy.conftest import server  # noqa: F401  (one server for both folders)
 @pytest.fixture(scope="session")
 def browser() -> Iterator[Browser]:
     with sync_playwright() as playwright:
-        yield playwright.chromium.launch(
-            executable_path=shutil.which("chromium") or shutil.which("google-chrome"),
-            args=["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-sync"],
-        )
+        yield chromium(playwright)
 
 
 @pytest.fixture(params=[False, True], ids=["LiteGraph", "Nodes 2.0"])

@@ -140,6 +140,7 @@ def test_blocks_are_those_of_the_library(server):
         ({"vector": "1,2"}, "the vector has 2 numbers"),
         ({"vector": "IN99=1", "family": "SD1.5"}, "no block IN99"),
         ({"family": "blocks:999999999"}, "no model family"),
+        ({"family": "nothing:3"}, "no model family"),
         ({"family": "blocks:x"}, "no model family"),
     ],
 )
