@@ -231,7 +231,6 @@ class Diffusion:
         for part in (self.model, *self._text_encoders().values()):
             part.requires_grad_(False)
         found = {"model": _wrapped(self.model, config, self.family.component)}
-        self.model.to(self.device)
         self.trains_text = text_encoders
         if text_encoders:
             found["text"] = {}

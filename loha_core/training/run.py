@@ -9,16 +9,18 @@ import math
 import re
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from ..adapter import Adapter
 from ..errors import LoHaError
 from ..formats import save_adapter
+from ..layer import LoHaLayer
 from ..names import flat
 from .data import Dataset, Item, digest
 from .folder import Entry, read_folder
@@ -53,6 +55,7 @@ def train(path: Path) -> Path:
     with torch.random.fork_rng([]):
         torch.manual_seed(settings.training.seed)  # the first values of the factors
         networks = diffusion.networks(settings.network, settings.run.text_encoders)
+    _place(diffusion.model, networks["model"].values(), accelerator)
     if settings.run.gradient_checkpointing:
         diffusion.model.enable_gradient_checkpointing()
     share = settings.run.batch_size // accelerator.num_processes
@@ -85,17 +88,37 @@ def train(path: Path) -> Path:
 
 def _accelerator(batch_size: int) -> Any:
     try:
-        from accelerate import Accelerator
+        import accelerate
     except ImportError:
         raise LoHaError(f"training on the command line needs accelerate: {EXTRA}") from None
     # Left to itself it takes processes without a GPU for runs of their own. Precision is said in [training].
-    accelerator = Accelerator(mixed_precision="no", cpu=not torch.accelerator.is_available())
+    accelerator = accelerate.Accelerator(mixed_precision="no", cpu=not torch.accelerator.is_available())
+    if accelerator.distributed_type == "FSDP":
+        if not accelerator.is_fsdp2:
+            raise LoHaError("the first version of FSDP cannot shard a frozen model; launch with --fsdp_version 2")
+        # Else transformers gives text encoders, which stay whole, to the first process only.
+        accelerate.utils.disable_fsdp_ram_efficient_loading()
+        accelerator.state.fsdp_plugin.cpu_ram_efficient_loading = False
     if batch_size % accelerator.num_processes:
         raise LoHaError(
             f"[training] batch_size is {batch_size}, for all {accelerator.num_processes} processes together: "
             f"make it a multiple of {accelerator.num_processes}"
         )
     return accelerator
+
+
+def _place(model: Any, layers: Iterable[LoHaLayer], accelerator: Any) -> None:
+    """On this process's device; under FSDP its share of the frozen weights, and all of the factors."""
+    if accelerator.distributed_type != "FSDP":
+        model.to(accelerator.device)
+        return
+    from accelerate.utils import fsdp2_prepare_model
+
+    whole = [part for layer in layers for part in layer.children() if isinstance(part, nn.ParameterDict)]
+    for part in whole:
+        part.to(accelerator.device)
+    accelerator.state.fsdp_plugin.ignored_modules = whole
+    fsdp2_prepare_model(accelerator, model)
 
 
 def _steps(settings: Settings, feed: Feed) -> Any:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -41,8 +41,7 @@ class TrainingConfig:
         steps: optimizer steps.
         accumulation: batches per step.
         seed: of everything.
-        precision: "fp32", or "bf16" or "fp16" for autocast around the loss; factors stay float32. There is no
-            loss scaling: fp16 may lose small gradients.
+        precision: "fp32", or "bf16" or "fp16" for autocast around the loss; factors stay float32.
         max_grad_norm: gradients are scaled down to this norm; 0 is off.
         ema: decay of the exponential moving average that is saved and shown instead of the factors; 0 is off.
         max_norm: no layer's ‖ΔW‖ gets above this; 0 is off.
@@ -142,7 +141,8 @@ class Trainer:
         folder: where the state and the losses are kept; None keeps nothing.
         identity: what else a resumed run must agree with, such as the data set's fingerprint.
         callbacks: get every `Event`. One that raises stops the run, after the state is saved.
-        accelerator: of Hugging Face Accelerate, for several processes.
+        accelerator: of Hugging Face Accelerate, for several processes: each has all of the factors and its share of
+            every batch, and gradients are averaged. The frozen model may be sharded.
 
     Attributes:
         step: optimizer steps done.
@@ -174,10 +174,7 @@ class Trainer:
         self.step, self.losses = 0, list[float]()
         self._loss_scale, self._steps_at_scale = (MOST_SCALE if config.precision == "fp16" else 1.0), 0
         self._whole = True  # not amid an optimizer step
-        self._loss: Callable[[Any], Tensor] = loss
-        if accelerator is not None:
-            # Distributed training needs a module to call: this one's output is the loss.
-            self._loss, self.optimizer = accelerator.prepare(_Loss(self.parameters, loss), self.optimizer)
+        self._loss = loss
 
     def run(self) -> None:
         """Train from where the run is to its last step.
@@ -236,15 +233,15 @@ class Trainer:
             number = self.step * c.accumulation + part
             batch = self.batches(number)
             torch.manual_seed(generator(c.seed, "dropout", number, self._rank).initial_seed())
-            with self._unsynchronised(part < c.accumulation - 1):
-                with self._autocast():
-                    loss = self._loss(batch) / c.accumulation
-                if loss.requires_grad:
-                    scaled = loss * self._loss_scale
-                    scaled.backward() if self.accelerator is None else self.accelerator.backward(scaled)
-                elif not any(layer.module_dropout[ADAPTER] for layer in self._layers()):
-                    raise LoHaError("the loss does not depend on any trained layer: none of them was run")
-            total += self._mean(loss.detach())
+            with self._autocast():
+                loss = self._loss(batch) / c.accumulation
+            if loss.requires_grad:
+                (loss * self._loss_scale).backward()
+            elif not any(layer.module_dropout[ADAPTER] for layer in self._layers()):
+                raise LoHaError("the loss does not depend on any trained layer: none of them was run")
+            total += float(loss.detach())
+        if self.accelerator is not None:
+            total = self._average(total)
         if self._loss_scale != 1 and (found := [p.grad for p in self.parameters if p.grad is not None]):
             torch._foreach_div_(found, self._loss_scale)
         return total
@@ -285,11 +282,18 @@ class Trainer:
     def _rank(self) -> int:
         return 0 if self.accelerator is None else int(self.accelerator.process_index)
 
-    def _unsynchronised(self, more_to_come: bool) -> AbstractContextManager[Any]:
-        return self.accelerator.no_sync(self._loss) if self.accelerator is not None and more_to_come else nullcontext()
+    def _average(self, loss: float) -> float:
+        """Gradients, and the loss, as the mean of all processes': one exchange, of no more than the factors' size.
 
-    def _mean(self, loss: Tensor) -> float:
-        return float(loss if self.accelerator is None else self.accelerator.reduce(loss, "mean"))
+        A layer that a process's batch left out has a gradient of zero there.
+        """
+        for parameter in self.parameters:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+        own = [parameter.grad for parameter in self.parameters if parameter.grad is not None]
+        mean = self.accelerator.reduce(nn.utils.parameters_to_vector([own[0].new_tensor(loss), *own]), "mean")
+        nn.utils.vector_to_parameters(mean[1:], own)
+        return float(mean[0])
 
     # What has been learnt
 
@@ -427,19 +431,6 @@ class Trainer:
         finally:
             for layer, was in zip(layers, before, strict=True):
                 layer.training = was
-
-
-class _Loss(nn.Module):
-    """A loss as a module whose parameters are the trained ones."""
-
-    def __init__(self, trained: Iterable[nn.Parameter], loss: Callable[[Any], Tensor]) -> None:
-        super().__init__()
-        self.trained = nn.ParameterList(trained)
-        self.loss = loss
-
-    def forward(self, batch: Any) -> Tensor:
-        # Processes wait for a gradient of every parameter, also of a layer that this batch left out.
-        return self.loss(batch) + 0 * sum(p.sum() for p in self.trained)
 
 
 def limit_norm(layer: LoHaLayer, most: float) -> None:

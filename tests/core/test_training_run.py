@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from dataclasses import fields
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,6 +19,7 @@ from PIL import Image
 pytest.importorskip("diffusers")
 pytest.importorskip("accelerate")
 
+import accelerate
 import diffusers
 
 from loha_core import LoHaConfig, LoHaError, load_adapter
@@ -274,11 +277,11 @@ def test_peft_folders_and_saves_on_the_way(write, tmp_path):
 # --- several processes --------------------------------------------------------------------------
 
 
-def launched(config: Path, processes: int, cache: Path) -> subprocess.CompletedProcess[str]:
+def launched(program: str, cache: Path, kind: str = "--multi_gpu") -> subprocess.CompletedProcess[str]:
     # Without --multi_gpu there is one process, whatever the number; without a GPU they share the CPU.
-    launch = f"accelerate.commands.launch --multi_gpu --num_processes {processes} --num_machines 1 --mixed_precision no"
+    launch = f"accelerate.commands.launch {kind} --num_processes 2 --num_machines 1 --mixed_precision no"
     command = [sys.executable, "-m", *launch.split(), *"--dynamo_backend no --main_process_port 0".split()]
-    command += ["-m", "loha_core", "train", str(config)]
+    command += ["-m", *program.split()]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HOME": str(cache), "CUDA_VISIBLE_DEVICES": ""}
     return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=300, env=environment)
 
@@ -291,7 +294,7 @@ def test_two_processes_give_what_one_gives_and_go_on(write, tmp_path):
 
     alone, half = (tensors(run.train(config(f"alone{size}", size))) for size in (4, 2))
     for steps in (1, 3):
-        found = launched(config("shared", steps=steps), 2, tmp_path)
+        found = launched(f"loha_core train {config('shared', steps=steps)}", tmp_path)
         assert found.returncode == 0, found.stderr[-3000:]
         assert found.stderr.count("saved ") == found.stderr.count("on 2 processes") == 1
     assert found.stderr.count("going on from step 1") == 1
@@ -301,8 +304,38 @@ def test_two_processes_give_what_one_gives_and_go_on(write, tmp_path):
     assert furthest[0] < 1e-5 < 1e-4 < furthest[1]
 
 
+FSDP = "--use_fsdp --fsdp_version 2 --fsdp_auto_wrap_policy TRANSFORMER_BASED_WRAP"
+
+
+@pytest.mark.parametrize("family", ["sdxl", "flux"])
+def test_a_sharded_model_gives_what_a_whole_one_gives(write, tmp_path, family):
+    """FSDP2: each process holds half of the frozen weights, and all of the factors."""
+
+    def config(folder: str) -> Path:
+        training = {"batch_size": 4, "gradient_checkpointing": True, "text_encoders": family == "sdxl"}
+        return write(family, training=training, optimizer={"lr": 0.001}, output={"folder": folder})
+
+    alone = tensors(run.train(config("alone")))
+    found = launched(f"tests.core.sharded train {config('shared')}", tmp_path, FSDP)
+    assert found.returncode == 0, found.stderr[-3000:]
+    shared = tensors(tmp_path / "shared" / "mine.safetensors")
+    assert alone.keys() == shared.keys()
+    assert max(float((alone[name] - shared[name]).abs().max()) for name in shared) < 1e-5
+    held = re.search(r"holds (\d+) of (\d+) frozen numbers", found.stderr)
+    assert held is not None
+    assert int(held[1]) == pytest.approx(int(held[2]) / 2, rel=0.05)
+
+
+def test_the_first_version_of_fsdp_is_refused(write, monkeypatch):
+    # Accelerate makes it on a GPU only.
+    first = SimpleNamespace(distributed_type=accelerate.DistributedType.FSDP, is_fsdp2=False, num_processes=2)
+    monkeypatch.setattr(accelerate, "Accelerator", lambda **_: first)
+    with pytest.raises(LoHaError, match="launch with --fsdp_version 2"):
+        run.train(write())
+
+
 def test_a_batch_that_cannot_be_shared_out(write, tmp_path):
-    found = launched(write(training={"batch_size": 3}), 2, tmp_path)
+    found = launched(f"loha_core train {write(training={'batch_size': 3})}", tmp_path)
     assert found.returncode and "batch_size is 3, for all 2 processes together: make it a multiple of 2" in found.stderr
 
 
