@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import comfy.ldm.modules.attention
 import comfy.model_sampling
 import comfy.sampler_helpers
 import comfy.samplers
@@ -110,6 +111,7 @@ class Diffusion:
     def _apply(self, conds: list[dict[str, Any]], batch: Batch, part: slice) -> Tensor:
         options = dict(self.patcher.model_options.get("transformer_options", {}))
         options |= {"cond_or_uncond": [0] * len(conds), "sigmas": batch.sigma[part], "sample_sigmas": batch.sigma[part]}
+        options["optimized_attention_override"] = _attention
         inputs = comfy.samplers.cond_cat(conds)
         output: Tensor = self.model.apply_model(
             batch.noisy[part], batch.sigma[part], **inputs, transformer_options=options
@@ -132,6 +134,13 @@ class Diffusion:
         conds = comfy.samplers.process_conds(self.model, noisy, conds, self.device, latent_image=noisy, seed=self.seed)
         found = comfy.samplers.get_area_and_mult(conds["positive"][0], noisy, sigma)
         return dict(found.conditioning)
+
+
+def _attention(_: Any, *args: Any, **kwargs: Any) -> Tensor:
+    """torch's own, in place of what is chosen for sampling: that may keep all scores (sub-quadratic), or have no
+    backward (Sage), and then what comes before it learns nothing."""
+    y: Tensor = comfy.ldm.modules.attention.attention_pytorch(*args, **kwargs)
+    return y
 
 
 def _fit(one: dict[str, Any], other: dict[str, Any]) -> bool:

@@ -127,12 +127,13 @@ class OptimizerConfig:
             how = f"pip install 'comfyui-loha[{source.extra}]'" if source.extra else "update torch"
             raise LoHaError(f"the optimizer {self.name} needs a library that is not here ({error}): {how}") from error
         groups = list(groups)
+        options = {**source.options, **self.options}
+        if self.name == "adamw" and {p.device.type for g in groups for p in g["params"]} <= {"cpu", "cuda"}:
+            options = {"fused": True} | options  # one kernel for all parameters
         if source.one_rate and len({group["lr"] for group in groups}) > 1:
             raise LoHaError(f"the optimizer {self.name} has one learning rate: leave out lr_text and lora_plus")
         try:
-            made: torch.optim.Optimizer = kind(
-                groups, lr=self.lr, weight_decay=self.weight_decay, **{**source.options, **self.options}
-            )
+            made: torch.optim.Optimizer = kind(groups, lr=self.lr, weight_decay=self.weight_decay, **options)
         except (AssertionError, RuntimeError, TypeError, ValueError) as error:
             raise LoHaError(f"the optimizer {self.name} does not take these options: {error}") from error
         return made

@@ -96,6 +96,19 @@ def test_recomputing_blocks_gives_the_same(family):
     assert t.distance(*adapters) < 0.01
 
 
+def test_an_attention_without_a_backward_is_for_sampling_only(family):
+    """Sage's and int8's kernels cut the gradient off from queries, keys and what comes before."""
+    inference_only, asked = family.model.clone(), []
+
+    def cut(attention, *args, **kwargs):
+        asked.append(1)
+        return attention(*args, **kwargs).detach()
+
+    inference_only.model_options["transformer_options"]["optimized_attention_override"] = cut
+    adapters = [t.train(family, steps=2, model=model, name="run") for model in (inference_only, family.model)]
+    assert not asked and t.same(*adapters)
+
+
 def test_gradients_are_those_of_the_loss(family):
     """Against the difference quotient: a model that changes its activations in place is easily wrong here."""
     job = t.job(family, steps=1)

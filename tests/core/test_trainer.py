@@ -77,7 +77,7 @@ def test_a_step_is_adamws_on_the_gradient_of_the_loss():
     trainer, _ = watch(TrainingConfig(steps=4, max_grad_norm=0.0), OptimizerConfig(lr=0.01, weight_decay=0.1))
     task = Task()
     parameters = task.trainer(TrainingConfig()).parameters
-    optimizer = torch.optim.AdamW(parameters, lr=0.01, weight_decay=0.1)
+    optimizer = torch.optim.AdamW(parameters, lr=0.01, weight_decay=0.1, fused=True)
     with attached(task.layers):
         for number in range(4):
             optimizer.zero_grad()
