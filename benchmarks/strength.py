@@ -5,7 +5,8 @@
 Random weights: an 860M-parameter UNet and CLIP-L in float32, a LoHa on all linear and convolution layers. All in one
 process, in turns, medians. Two parts:
 
-change: a new strength until the model is ready to sample, as ComfyUI does it (loader, then load_models_gpu).
+change: a new strength until the model is ready to sample, as ComfyUI does it (loader, then load_models_gpu); and how
+much of that goes into ComfyUI's `calculate_weight`, which adds updates to weights, ours as its own.
 sampling: seconds for one call of the UNet on a batch of two (prompt and negative prompt), beside the same call without
 an adapter, and beside an update that is rebuilt at every call and convolved by itself, as a bypass does it today.
 """
@@ -19,7 +20,8 @@ import platform
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +31,7 @@ from demo import comfyui
 
 comfyui.importable()
 
+import comfy.lora  # noqa: E402
 import comfy.model_management  # noqa: E402
 import comfy.model_patcher  # noqa: E402
 import comfy.sd  # noqa: E402
@@ -118,6 +121,24 @@ def medians(ways: dict[str, Callable[[], Any]], repeats: int) -> dict[str, float
     return {name: statistics.median(values) for name, values in samples.items()}
 
 
+@contextmanager
+def adding() -> Iterator[list[float]]:
+    """Seconds of each `calculate_weight` while this lasts."""
+    own, found = comfy.lora.calculate_weight, list[float]()
+
+    def timed(*args: Any, **kwargs: Any) -> Any:
+        started = time.perf_counter()
+        weight = own(*args, **kwargs)
+        found.append(time.perf_counter() - started)
+        return weight
+
+    comfy.lora.calculate_weight = timed
+    try:
+        yield found
+    finally:
+        comfy.lora.calculate_weight = own
+
+
 def change(bridge: Any, model: Any, clip: Any, rank: int, repeats: int) -> dict[str, float]:
     adapter, tensors = adapter_for(model, clip, rank)
     strengths = iter(s / 1000 for s in range(1, 10_000))
@@ -148,7 +169,10 @@ def change(bridge: Any, model: Any, clip: Any, rank: int, repeats: int) -> dict[
         work()
         if name == "live":
             written = {n: (p.data_ptr(), p._version) for n, p in model.model.named_parameters()}
-        result[name] = medians({name: work}, repeats if name != "live" else 5 * repeats)[name]
+        times = repeats if name != "live" else 5 * repeats
+        with adding() as spent:
+            result[name] = medians({name: work}, times)[name]
+        result[f"{name}, adding"] = sum(spent) / times
         if name == "live":
             assert written == {n: (p.data_ptr(), p._version) for n, p in model.model.named_parameters()}
         held.clear()
@@ -220,11 +244,18 @@ def main() -> None:
     model, clip = build()
     print(f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}, float32")
     if options.part != "sampling":
-        print("\nA new strength until the model is ready, r=8, UNet and CLIP-L:")
-        c = change(bridge, model, clip, 8, options.repeats)
-        print(f"  native LoraLoader  {c['native']:8.3f} s")
-        print(f"  merge              {c['merge']:8.3f} s   {c['native'] / c['merge']:7.1f} × faster")
-        print(f"  live               {c['live']:8.4f} s   {c['native'] / c['live']:7.1f} × faster, no weight written")
+        print(
+            "\nA new strength until the model is ready, UNet and CLIP-L; live writes no weight; adding: in calculate_weight"
+        )
+        print("  rank     native       merge               live            adding: native        ours")
+        for rank in ranks:
+            c = change(bridge, model, clip, rank, options.repeats)
+            merge, live = (f"{c[n]:9.4g} s {c['native'] / c[n]:6.1f}×" for n in ("merge", "live"))
+            native, ours = c["native, adding"], c["merge, adding"]
+            print(
+                f"  {rank:4d} {c['native']:8.2f} s {merge} {live} {native:12.2f} s {ours:9.2f} s {native / ours:6.1f}×",
+                flush=True,
+            )
     if options.part != "change":
         print(f"\nOne call of the UNet, batch 2, {options.size}×{options.size} latents, relative to no adapter:")
         print("  rank   no adapter      live      auto (chose)     rebuilt beside the layer")

@@ -5,7 +5,8 @@
 A reduced SD1.5 (107M-parameter UNet of random weights), 32×32 latents, batch 1, float32, AdamW, rank 8 on all linear
 and convolution layers. Each trainer runs in a process of its own; what it steps by is ComfyUI's progress bar.
 
-speed: seconds per step (the median, without the first) and how far the process's memory gets above the loaded model.
+speed: seconds per step (the median, without the first) and how far the process's memory gets above the loaded model;
+both with every activation kept, which is our node's default, and with blocks recomputed in the backward, the native's.
 validation: ε-error on held-out latents after the same number of steps on the same data, each trainer at the best of
 the same learning rates. The latents are handwritten digits, so that there is something to learn.
 """
@@ -24,6 +25,7 @@ from typing import Any
 from . import memory
 
 WAYS = ("ours", "native LoHa", "native LoRA")
+RECOMPUTING = ", recomputing"
 RATES = (3e-5, 1e-4, 3e-4, 1e-3, 3e-3)
 TRAINED, HELD_OUT = 64, 64
 RANK = 8
@@ -48,7 +50,7 @@ def child(way: str, steps: int, rate: float, threads: int, validate: bool) -> di
     memory.reset_peak()
     before = memory.resident()
     with torch.inference_mode():
-        train = _ours if way == "ours" else _native
+        train = _ours if way.startswith("ours") else _native
         trained = train(model, latents[:TRAINED], conditioning[:TRAINED], steps, rate, way)
     most = memory.peak()
     gaps = [b - a for a, b in pairwise(times)]
@@ -111,8 +113,8 @@ def _ours(model: Any, latents: Any, conditioning: Any, steps: int, rate: float, 
     optimizer = pack["optimizer"].optimizing(learning_rate=rate, schedule="constant", max_grad_norm=0.0)
     output = pack["trainer"].LoHaTrainer.execute(
         model, None, "benchmark", False, dataset=Dataset(items), network=network, optimizer=optimizer, steps=steps,
-        epochs=0, batch_size=1, accumulation=1, precision="fp32", training_seed=0, gradient_checkpointing=False,
-        save_every=0,
+        epochs=0, batch_size=1, accumulation=1, precision="fp32", training_seed=0, save_every=0,
+        gradient_checkpointing=way.endswith(RECOMPUTING),
     )  # fmt: skip
     return output.args[1]
 
@@ -123,7 +125,8 @@ def _native(model: Any, latents: Any, conditioning: Any, steps: int, rate: float
     settings = {
         "batch_size": 1, "steps": steps, "grad_accumulation_steps": 1, "learning_rate": rate, "rank": RANK,
         "optimizer": "AdamW", "loss_function": "MSE", "seed": 0, "training_dtype": "fp32", "lora_dtype": "fp32",
-        "algorithm": way.removeprefix("native "), "gradient_checkpointing": False, "existing_lora": "[None]",
+        "algorithm": way.removeprefix("native ").removesuffix(RECOMPUTING), "existing_lora": "[None]",
+        "gradient_checkpointing": way.endswith(RECOMPUTING),
     }  # fmt: skip
     output = TrainLoraNode.execute(
         [model],
@@ -166,16 +169,16 @@ def run(way: str, steps: int, rate: float, threads: int, validate: bool = False)
 
 
 def speed(steps: int, repeats: int, threads: int) -> None:
-    found: dict[str, list[dict[str, Any]]] = {way: [] for way in WAYS}
+    found: dict[str, list[dict[str, Any]]] = {way + how: [] for how in ("", RECOMPUTING) for way in WAYS}
     for _ in range(repeats):
-        for way in WAYS:
+        for way in found:
             found[way].append(run(way, steps, 1e-4, threads))
     middle = {w: {k: statistics.median(r[k] for r in rows) for k in ("seconds", "memory")} for w, rows in found.items()}
-    print(f"{'':<14}{'s/step':>8}{'ours/it':>9}{'MiB':>8}{'ours/it':>9}")
+    print(f"{'':<26}{'s/step':>8}{'ours/it':>9}{'MiB':>8}{'ours/it':>9}")
     for way, row in middle.items():
         ratios = {key: middle["ours"][key] / row[key] for key in row}
         print(
-            f"{way:<14}{row['seconds']:>8.2f}{ratios['seconds']:>8.2f}×{row['memory']:>8.0f}{ratios['memory']:>8.2f}×"
+            f"{way:<26}{row['seconds']:>8.2f}{ratios['seconds']:>8.2f}×{row['memory']:>8.0f}{ratios['memory']:>8.2f}×"
         )
 
 

@@ -21,7 +21,7 @@ from PIL import Image
 from torch import nn
 
 from loha_core import Adapter, LoHaError, LoHaLayer, save_adapter
-from loha_core.training.attach import attached, blocks_of, recomputing
+from loha_core.training.attach import attached, blocks_of, fingerprint, recomputing
 from loha_core.training.data import Dataset, digest
 from loha_core.training.objectives import Objective
 from loha_core.training.trainer import (
@@ -97,6 +97,7 @@ class Job:
                 self.dataset.encode(caption)
         modules = [patcher.model for patcher in patchers]
         comfy.model_management.load_models_gpu(patchers, memory_required=self._memory())
+        base = fingerprint(modules[0].diffusion_model)
         diffusion = Diffusion(patchers[0], self.dataset, self.objective, self.batch_size, self.seed, clip)
         with _seeded(self.seed), trainable_weights(*modules):
             labels = {"model": MODEL, "text": CLIP}
@@ -113,7 +114,7 @@ class Job:
                 self.optimizing.optimizer,
                 init=self.network.loha.init_weights,
                 folder=self.folder,
-                identity=self._identity(built),
+                identity=self._identity(built, base),
             )
             if self.resume:
                 trainer.resume()
@@ -150,7 +151,7 @@ class Job:
             self.preview.every,
         )  # fmt: skip
 
-    def _identity(self, built: dict[str, dict[str, Any]]) -> dict[str, str]:
+    def _identity(self, built: dict[str, dict[str, Any]], base: str) -> dict[str, str]:
         """What a resumed run must have in common with the one before."""
         layers = [f"{name} {layer.weight_shape}" for found in built.values() for name, layer in found.items()]
         return {
@@ -159,6 +160,7 @@ class Job:
             "network": repr(self.network),
             "objective": repr(self.objective),
             "batch size": repr(self.batch_size),
+            "base model": base,
         }
 
     def _memory(self) -> float:

@@ -12,6 +12,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from ..layer import LoHaLayer, acting_as
+from .data import digest
 
 
 @contextmanager
@@ -36,6 +37,15 @@ def _recomputed(forward: Any, *args: Any, **kwargs: Any) -> Any:
     if not torch.is_grad_enabled():
         return forward(*args, **kwargs)
     return checkpoint(forward, *args, use_reentrant=False, **kwargs)
+
+
+def fingerprint(model: nn.Module) -> str:
+    """Which weights a model has, by those of its norms and biases: few, moved by any fine-tuning, and by no adapter.
+
+    To bfloat16's precision, so that it does not matter in which one they were loaded.
+    """
+    vectors = ((name, p) for name, p in model.named_parameters() if p.dim() == 1 and p.is_floating_point())
+    return digest([(name, p.detach().to(torch.bfloat16)) for name, p in vectors])
 
 
 def blocks_of(model: nn.Module) -> list[nn.Module]:

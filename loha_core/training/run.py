@@ -22,6 +22,7 @@ from ..errors import LoHaError
 from ..formats import save_adapter
 from ..layer import LoHaLayer
 from ..names import flat
+from .attach import fingerprint
 from .data import Dataset, Item, digest
 from .folder import Entry, read_folder
 from .objectives import Objective
@@ -48,6 +49,7 @@ def train(path: Path) -> Path:
     accelerator = _accelerator(settings.run.batch_size)
     entries = _entries(settings)
     diffusion = Diffusion(load_pipeline(settings.model, settings.root), accelerator.device)
+    base = fingerprint(diffusion.model)
     objective = settings.objective or Objective(
         timesteps="logit-normal" if diffusion.noising.prediction == "flow" else "uniform"
     )
@@ -70,7 +72,7 @@ def train(path: Path) -> Path:
         settings.optimizer,
         init=settings.network.init_weights,
         folder=output.folder,
-        identity=_identity(settings, dataset, objective),
+        identity=_identity(settings, dataset, objective) | {"base model": base},
         callbacks=[output],
         accelerator=accelerator,
     )

@@ -193,6 +193,11 @@ def test_a_new_run_gets_a_new_folder_and_resume_the_latest(page, flux, tmp_path)
     assert t.same(load_adapter(tmp_path / "loha" / "mine" / "mine.safetensors"), first)
     with pytest.raises(LoHaError, match="other settings.*batch size"):
         t.train(flux, name="mine", training_seed=5, resume=True, batch_size=1)
+    other = t.models("flux")
+    next(p for p in other.model.model.diffusion_model.parameters() if p.dim() == 1).data.add_(0.1)
+    with pytest.raises(LoHaError, match="other settings: base model"):
+        t.train(other, name="mine", training_seed=5, resume=True)
+    assert t.same(t.train(t.models("flux"), name="mine", training_seed=5, resume=True), longer.run())
 
 
 def test_starting_from_a_loha(page, flux):  # noqa: F811

@@ -196,6 +196,19 @@ def test_a_run_goes_on_only_with_what_it_began_with(write):
     run.train(write(network={"r": 3}, output={"resume": False}))
 
 
+def test_a_run_goes_on_only_with_the_model_it_began_with(write, tmp_path):
+    """Another one at the same place; a finished run's adapter would come out for it."""
+    pipe = pipelines.build("sd15")
+    for folder in ("model", "other"):
+        pipe.save_pretrained(tmp_path / folder)
+        pipe.unet.conv_norm_out.weight.data.add_(0.1)
+    run.train(write())
+    (tmp_path / "model").rename(tmp_path / "away")
+    (tmp_path / "other").rename(tmp_path / "model")
+    with pytest.raises(LoHaError, match="a run with other settings: base model"):
+        run.train(write())
+
+
 @pytest.mark.parametrize(
     "changes",
     [
