@@ -244,9 +244,7 @@ def main() -> None:
     model, clip = build()
     print(f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}, float32")
     if options.part != "sampling":
-        print(
-            "\nA new strength until the model is ready, UNet and CLIP-L; live writes no weight; adding: in calculate_weight"
-        )
+        print("\nA new strength until the model is ready, UNet and CLIP-L; live writes no weight")
         print("  rank     native       merge               live            adding: native        ours")
         for rank in ranks:
             c = change(bridge, model, clip, rank, options.repeats)
