@@ -26,7 +26,7 @@ BALANCE = {"cpu": 2.0, "cuda": 20.0}
 # FLOPs in the time before the first of them: 40 µs for U and V, 50 µs for tiles. Measured on the same CPU.
 PREPARATION: dict[Backend, float] = {"whole": 0.0, "khatri_rao": 8e6, "tiles": 10e6}
 # The most numbers in a weight that is merged whole: its two products are the memory that takes.
-WHOLE = 2 << 20
+WHOLE = 1 << 20
 # The most bytes that U and V may take.
 KHATRI_RAO_BYTES = 32 << 20
 

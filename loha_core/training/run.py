@@ -72,7 +72,7 @@ def train(path: Path) -> Path:
         settings.optimizer,
         init=settings.network.init_weights,
         folder=output.folder,
-        identity=_identity(settings, dataset, objective) | {"base model": base},
+        identity=_identity(settings, dataset, objective, base),
         callbacks=[output],
         accelerator=accelerator,
     )
@@ -130,7 +130,7 @@ def _steps(settings: Settings, feed: Feed) -> Any:
     return replace(settings.training, steps=math.ceil(batches / settings.training.accumulation))
 
 
-def _identity(settings: Settings, dataset: Dataset, objective: Objective) -> dict[str, str]:
+def _identity(settings: Settings, dataset: Dataset, objective: Objective, base: str) -> dict[str, str]:
     """What a run that goes on must have in common with what it began as."""
     described = {
         "network": settings.network.to_dict(),
@@ -138,7 +138,7 @@ def _identity(settings: Settings, dataset: Dataset, objective: Objective) -> dic
         "model": asdict(settings.model),
         "run": asdict(replace(settings.run, epochs=0)),
     }
-    return {"data": dataset.fingerprint()} | {name: repr(value) for name, value in described.items()}
+    return {"data": dataset.fingerprint(), "base model": base} | {name: repr(value) for name, value in described.items()}
 
 
 # --- data ---------------------------------------------------------------------------------------

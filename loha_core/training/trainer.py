@@ -240,7 +240,7 @@ class Trainer:
             elif not any(layer.module_dropout[ADAPTER] for layer in self._layers()):
                 raise LoHaError("the loss does not depend on any trained layer: none of them was run")
             total += float(loss.detach())
-        if self.accelerator is not None:
+        if self.accelerator is not None and self.accelerator.num_processes > 1:
             total = self._average(total)
         if self._loss_scale != 1 and (found := [p.grad for p in self.parameters if p.grad is not None]):
             torch._foreach_div_(found, self._loss_scale)
