@@ -138,7 +138,8 @@ def _identity(settings: Settings, dataset: Dataset, objective: Objective, base: 
         "model": asdict(settings.model),
         "run": asdict(replace(settings.run, epochs=0)),
     }
-    return {"data": dataset.fingerprint(), "base model": base} | {name: repr(value) for name, value in described.items()}
+    hashes = {"data": dataset.fingerprint(), "base model": base}
+    return hashes | {name: repr(value) for name, value in described.items()}
 
 
 # --- data ---------------------------------------------------------------------------------------
