@@ -62,7 +62,7 @@ def peak() -> float:
     return 2 * a.numel() * b.shape[1] / min(take_turns([lambda: gemm.matmul(a, b)], 1.0)[0])
 
 
-def measure(shape: Shape, rank: int, seconds: float, peak: float) -> Row:
+def measure(shape: Shape, rank: int, seconds: float, fastest: float) -> Row:
     from comfy.lora import calculate_weight
     from comfy.weight_adapter.loha import LoHaAdapter
 
@@ -79,7 +79,7 @@ def measure(shape: Shape, rank: int, seconds: float, peak: float) -> Row:
     ]
     samples = take_turns(ways, seconds)
     ours, comfy, touched = map(min, samples)
-    floor = max(touched, 4 * out * n * rank / peak)
+    floor = max(touched, 4 * out * n * rank / fastest)
     median_ratio = statistics.median(samples[1]) / statistics.median(samples[0])
     return Row(shape, rank, ours, comfy, floor, median_ratio, plan(shape, factors).backend, extra_memory(ways[0]))
 

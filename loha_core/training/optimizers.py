@@ -22,6 +22,7 @@ class Source(NamedTuple):
     extra: str = ""  # of our package; empty: torch itself has it
     options: Mapping[str, Any] = {}
     one_rate: bool = False  # it finds the learning rate itself, the same for all groups
+    fused: bool = False  # it has one kernel for all parameters on CPU and CUDA, if not told otherwise
 
 
 def _adamw8bit() -> Any:
@@ -49,7 +50,7 @@ def _lion() -> Any:
 
 
 SOURCES: dict[str, Source] = {
-    "adamw": Source(lambda: torch.optim.AdamW),
+    "adamw": Source(lambda: torch.optim.AdamW, fused=True),
     "adamw8bit": Source(_adamw8bit, "adamw8bit"),
     "prodigy": Source(_prodigy, "prodigy", {"safeguard_warmup": True, "use_bias_correction": True}, one_rate=True),
     "schedule-free": Source(_schedule_free, "schedule-free"),
@@ -128,8 +129,9 @@ class OptimizerConfig:
             raise LoHaError(f"the optimizer {self.name} needs a library that is not here ({error}): {how}") from error
         groups = list(groups)
         options = {**source.options, **self.options}
-        if self.name == "adamw" and {p.device.type for g in groups for p in g["params"]} <= {"cpu", "cuda"}:
-            options = {"fused": True} | options  # one kernel for all parameters
+        devices = {p.device.type for group in groups for p in group["params"]}
+        if source.fused and devices <= {"cpu", "cuda"} and not {"fused", "foreach"} & options.keys():
+            options["fused"] = True
         if source.one_rate and len({group["lr"] for group in groups}) > 1:
             raise LoHaError(f"the optimizer {self.name} has one learning rate: leave out lr_text and lora_plus")
         try:

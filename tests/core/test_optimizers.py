@@ -71,6 +71,12 @@ def test_options_reach_each_optimizer(name):
     assert minimum(name, 40, options=options) != minimum(name, 40)
 
 
+def test_adamw_can_be_told_how_it_walks_the_parameters():
+    """torch takes one of fused and foreach; ours is left out where the user has chosen."""
+    assert minimum("adamw", options={"foreach": True}) < 0.5
+    assert minimum("adamw", options={"fused": False}) < 0.5
+
+
 def test_options_that_an_optimizer_does_not_have(name):
     with pytest.raises(LoHaError, match=f"{name} does not take these options.*momentun"):
         minimum(name, options={"momentun": 1})
