@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import functional, init
+from . import forwards, functional, init
 from .algebra import compute_dtype, dora_norm
 from .apply import add_delta_
 from .autograd import Factors, Geometry
@@ -20,20 +20,6 @@ from .factors import LoHaFactors
 
 # A ParameterDict keeps its entries as attributes.
 _TAKEN = frozenset(dir(nn.ParameterDict()))
-
-
-@contextmanager
-def acting_as(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
-    """While this lasts, ``forward`` runs in place of the module's; what somebody else put there comes back."""
-    replaced = vars(module).get("forward")
-    module.forward = forward  # type: ignore[method-assign]
-    try:
-        yield
-    finally:
-        if replaced is None:
-            del module.forward
-        else:
-            module.forward = replaced  # type: ignore[method-assign]
 
 
 class LoHaLayer(nn.Module):
@@ -82,7 +68,7 @@ class LoHaLayer(nn.Module):
         self._kept_weight: Tensor | None = None
         self._active: list[str] = []
         self._disabled = False
-        self._own_forward: Callable[..., Tensor] | None = None  # the base's, while this layer stands in for it
+        self._link: forwards.Link | None = None  # while this layer stands in for the base
 
     # What the wrapped layer is
 
@@ -269,17 +255,21 @@ class LoHaLayer(nn.Module):
 
     # Forward
 
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        return self._forward(self.base_layer, *args, **kwargs)
+
+    def _forward(self, base: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
+        """``base``: the base layer, or what it does while this layer stands in for it."""
+        x = forwards.first(args, kwargs)
         if self._disabled and self.merged:
             self.unmerge()
         names = [] if self._disabled or self.merged else [name for name in self._active if name in self.hada_w1_a]
         if self.training:
             names = [name for name in names if not self._drops_module(name)]
-        base = self._own_forward or self.base_layer
         if not names:
-            return base(x, *args, **kwargs)
-        fused = not args and not kwargs and self._can_fuse()
-        y = self._adapted(x, names[0], apply_base=True) if fused else base(x, *args, **kwargs)
+            return base(*args, **kwargs)
+        fused = len(args) + len(kwargs) == 1 and self._can_fuse()
+        y = self._adapted(x, names[0], apply_base=True) if fused else base(*args, **kwargs)
         for name in names[fused:]:
             update = self._adapted(x.to(y.dtype) if y.is_floating_point() else x, name, apply_base=False)
             y = y + update.to(y.dtype)
@@ -288,26 +278,24 @@ class LoHaLayer(nn.Module):
     def _can_fuse(self) -> bool:
         """The base is exactly what its class says, and nobody watches its forward."""
         base = self.base_layer
-        plain = type(base) is self.base_class and self._forward_is_its_own()
+        plain = type(base) is self.base_class and forwards.is_own(base, self._link)
         return plain and not (base._forward_hooks or base._forward_pre_hooks or base._backward_hooks)
-
-    def _forward_is_its_own(self) -> bool:
-        """Nobody has put another forward into the base before this layer did."""
-        own = self._own_forward
-        return own is None or getattr(own, "__func__", None) is type(self.base_layer).forward
 
     @contextmanager
     def standing_in(self) -> Iterator[None]:
-        """While this lasts, the base module itself acts with its adapters; the tree that it is in stays as it is."""
-        if self._own_forward is not None:  # it does already
+        """While this lasts, the base module itself acts with its adapters; the tree that it is in stays as it is.
+
+        What else acts in its place acts around it.
+        """
+        if self._link is not None:  # it does already
             yield
             return
-        self._own_forward = self.base_layer.forward
+        self._link = forwards.push(self.base_layer, self._forward, innermost=True)
         try:
-            with acting_as(self.base_layer, self.forward):
-                yield
+            yield
         finally:
-            self._own_forward = None
+            forwards.remove(self._link)
+            self._link = None
 
     def _adapted(self, x: Tensor, adapter: str, *, apply_base: bool) -> Tensor:
         factors = self._tensors(adapter)

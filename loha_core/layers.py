@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from . import forwards
 from .autograd import Geometry
 from .layer import LoHaLayer
 from .targets import is_transformers_conv1d
@@ -65,10 +67,12 @@ class _LoHaConv(LoHaLayer):
         widths, mode = self._pads
         return F.pad(x, widths, mode=mode)
 
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def _forward(self, base: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
+        x = forwards.first(args, kwargs)
         if x.dim() == len(self._walk.stride) + 1:
-            return super().forward(x.unsqueeze(0), *args, **kwargs).squeeze(0)
-        return super().forward(x, *args, **kwargs)
+            others = {name: value for name, value in kwargs.items() if name != "input"}
+            return super()._forward(base, x.unsqueeze(0), *args[1:], **others).squeeze(0)
+        return super()._forward(base, *args, **kwargs)
 
 
 def _padding(base: Any) -> tuple[tuple[list[int], str] | None, Geometry]:

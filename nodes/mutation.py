@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.overrides import TorchFunctionMode
 
-from loha_core.layer import acting_as
+from loha_core.forwards import acting_as
 
 # End in an underscore and change no values.
 _HARMLESS = {"requires_grad_", "detach_", "set_", "share_memory_"}
@@ -67,7 +67,7 @@ def allowed(blocks: Iterable[nn.Module], *, again: bool) -> Iterator[None]:
     with ExitStack() as stack:
         stack.enter_context(_in_training())
         for block in blocks:
-            stack.enter_context(acting_as(block, partial(_run, block.forward, again)))
+            stack.enter_context(acting_as(block, partial(_run, again)))
         with saved_tensors_hooks(_pack, _unpack):
             yield
 
@@ -83,7 +83,7 @@ def _in_training() -> Iterator[None]:
         comfy.model_management.in_training = before
 
 
-def _run(forward: Callable[..., Any], again: bool, *args: Any, **kwargs: Any) -> Any:
+def _run(again: bool, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     def given(value: Any) -> Any:
         copy = isinstance(value, Tensor) and value.is_floating_point() and (again or value._is_view())
         return value.clone() if copy else value

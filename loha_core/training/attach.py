@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
-from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from ..layer import LoHaLayer, acting_as
+from ..forwards import acting_as
+from ..layer import LoHaLayer
 from .data import digest
 
 
@@ -29,7 +29,7 @@ def recomputing(blocks: Iterable[nn.Module]) -> Iterator[None]:
     """Gradient checkpointing (arXiv 1604.06174): each block keeps its input only, and runs again in the backward."""
     with ExitStack() as stack:
         for block in blocks:
-            stack.enter_context(acting_as(block, partial(_recomputed, block.forward)))
+            stack.enter_context(acting_as(block, _recomputed))
         yield
 
 

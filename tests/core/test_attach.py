@@ -100,7 +100,7 @@ def test_an_error_inside_takes_the_layers_off():
     base, layer = pair()
     with pytest.raises(ZeroDivisionError), attached([layer]), recomputing([base]):
         raise ZeroDivisionError
-    assert "forward" not in vars(base) and layer._own_forward is None
+    assert "forward" not in vars(base) and layer._link is None
 
 
 # --- gradient checkpointing -----------------------------------------------------------------------
