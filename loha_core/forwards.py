@@ -62,23 +62,24 @@ def remove(link: Link) -> None:
     With its last link the module's forward is again what it was, unless somebody else has replaced it since.
     """
     module = link.module
-    chain = vars(module).get(_PLACE)
+    chain = _chain(module)
     if chain is None or link not in chain.links:
         return
     chain.links = tuple(other for other in chain.links if other is not link)
     if chain.links:
         return
     delattr(module, _PLACE)
-    if vars(module).get("forward") is chain:
-        if chain.is_own:
-            del module.forward
-        else:
-            module.forward = chain.inner
+    if not _is_forward(module, chain):
+        return
+    if chain.is_own:
+        del module.forward
+    else:
+        module.forward = chain.inner  # type: ignore[method-assign]
 
 
 def renew(link: Link) -> None:
     """See to it that a link acts, also where another package has put back a forward that it found before."""
-    chain = vars(link.module).get(_PLACE)
+    chain = _chain(link.module)
     if chain is not None and link in chain.links:
         _standing(link.module)
 
@@ -111,12 +112,21 @@ def first(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     return args[0] if args else kwargs["input"]
 
 
+def _chain(module: nn.Module) -> _Chain | None:
+    found: _Chain | None = vars(module).get(_PLACE)
+    return found
+
+
+def _is_forward(module: nn.Module, chain: _Chain) -> bool:
+    return vars(module).get("forward") is chain
+
+
 def _standing(module: nn.Module) -> _Chain:
     """The module's chain, which is its forward; made if there is none, anew if it is so no longer."""
-    chain: _Chain | None = vars(module).get(_PLACE)
-    current = vars(module).get("forward")
-    if chain is not None and current is chain:
+    chain = _chain(module)
+    if chain is not None and _is_forward(module, chain):
         return chain
+    current = vars(module).get("forward")
     # One that lost its last link while somebody stood around it is taken up again rather than buried.
     new = current if isinstance(current, _Chain) else _Chain(module)
     if chain is not None:

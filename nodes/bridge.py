@@ -8,8 +8,8 @@ from typing import Any, Literal, get_args
 
 from loha_core import Adapter, LoHaError, Report
 
-from . import live, patches
-from .patches import CLIP, MODEL
+from .host import live, patches
+from .host.patches import CLIP, MODEL
 
 Mode = Literal["auto", "merge", "live"]
 MODES: tuple[str, ...] = get_args(Mode)
@@ -72,6 +72,6 @@ def apply(
 
 def _is_cheap(model: Any, clip: Any, bound: patches.Bound) -> bool:
     patchers = {MODEL: model, CLIP: clip and clip.patcher}
-    if any(live.obstacle(patchers[label], found) for label, found in bound.patches.items()):
+    if any(live.why_unsupported(patchers[label], found) for label, found in bound.patches.items()):
         return False
     return model is None or live.overhead(model, bound.patches[MODEL]) <= CHEAP

@@ -5,12 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 import comfy.lora
-import torch
+import comfy.utils
 from comfy_api.latest import io
 from torch import Tensor
 
 from loha_core.extract import extract
 
+from .host import live, weights
 from .inputs import choice
 from .merge import CATEGORY, KINDS, computed, kind_input, outputs, shown
 from .network import spelled
@@ -24,29 +25,36 @@ class Patched:
 
     def __init__(self, path: str, model: Any, clip: Any) -> None:
         self.path = path
-        self.found: dict[str, tuple[str, list[Any]]] = {}
+        self.found: dict[str, tuple[Any, str]] = {}
         self.names: dict[str, str] = {}
         patchers = [("", model)] if clip is None else [("", model), ("text_encoders.", clip.patcher)]
         for lead, patcher in patchers:
-            for key, patches in patcher.get_key_patches().items():
-                if lead or key.startswith("diffusion_model."):
-                    self.found[lead + key] = (key, patches)
+            keys = [key for key in weights.shapes(patcher.model) if lead or key.startswith("diffusion_model.")]
+            self.found |= {lead + key: (patcher, key) for key in keys}
             names = spelled(patcher.model, bool(lead))
             self.names |= {name: lead + key for key, name in names.items() if lead + key in self.found}
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        weights = ((key, patches[0][0]) for key, (_, patches) in self.found.items())
-        return {key: tuple(weight.shape) for key, weight in weights if weight.is_floating_point()}
+        return {key: weights.shape(*self._place(key)) for key in self.found}
 
     def modules(self) -> dict[str, str]:
         """Layers by the names that files call them."""
         shapes = self.shapes()
-        return {name: key for name, key in self.names.items() if len(shapes.get(key, ())) >= 2}
+        return {name: key for name, key in self.names.items() if len(shapes[key]) >= 2}
+
+    def _place(self, key: str) -> tuple[Any, str]:
+        """(module, parameter)."""
+        patcher, own = self.found[key]
+        path, _, parameter = own.rpartition(".")
+        return comfy.utils.get_attr(patcher.model, path) if path else patcher.model, parameter
 
     def __getitem__(self, key: str) -> Tensor:
-        own, ((weight, convert), *patches) = self.found[key]
-        wide: Tensor = convert(weight.to("cpu", torch.float32, copy=True), inplace=True)
-        return comfy.lora.calculate_weight(patches, wide, own) if patches else wide
+        patcher, own = self.found[key]
+        backup = patcher.hook_backup.get(own) or patcher.backup.get(own)
+        stored = None if backup is None else backup[0]
+        weight = weights.dense(*self._place(key), device="cpu", stored=stored, patched=False)
+        patches = [*patcher.patches.get(own, ()), *live.patches_of(patcher, own)]
+        return comfy.lora.calculate_weight(patches, weight, own) if patches else weight
 
 
 class LoHaExtract(io.ComfyNode):

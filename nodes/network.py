@@ -3,23 +3,34 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
+from math import prod
 from typing import Any
 
 import comfy.lora
-import comfy.model_management
-import torch
 from comfy_api.latest import io, ui
 from torch import Tensor, nn
 
-from loha_core import Adapter, LoHaConfig, LoHaConv1d, LoHaConv2d, LoHaError, LoHaFactors, LoHaLayer, LoHaLinear, bind
+from loha_core import (
+    Adapter,
+    LoHaConfig,
+    LoHaConv1d,
+    LoHaConv2d,
+    LoHaError,
+    LoHaFactors,
+    LoHaLayer,
+    LoHaLinear,
+    bind,
+    forwards,
+)
 from loha_core.layers import LoHaConv3d
 from loha_core.names import flat
 from loha_core.training.trainer import ADAPTER
 
-from .patches import CLIP, MODEL, networks_of
+from .host import weights
+from .host.patches import CLIP, MODEL, networks_of
 
 LOHA_CONFIG = io.Custom("LOHA_CONFIG")
 
@@ -61,36 +72,28 @@ class NetworkConfig:
         return replace(self.loha, r=self.conv_rank, alpha=self.conv_alpha).resolved(path)
 
 
-_PLAIN = (torch.float32, torch.float16, torch.bfloat16)
-
-
 class _InComfyUI:
-    """A LoHa layer around one of ComfyUI's, which may cast its weight, or keep it elsewhere, on each call."""
+    """A LoHa layer around one of ComfyUI's, which may keep its weight elsewhere or packed, and cast it on each call."""
 
     base_layer: Any
-    _forward_is_its_own: Callable[[], bool]
+    _link: forwards.Link | None
 
     def _can_fuse(self) -> bool:
-        weight, here = self.base_layer.weight, self.hada_w1_a[ADAPTER].device  # type: ignore[attr-defined]
-        return self._is_plain() and weight.device == here and self._forward_is_its_own()
+        return self._acts_as_it_is() and forwards.is_own(self.base_layer, self._link)
 
-    def _is_plain(self) -> bool:
-        """The weight itself is what acts."""
-        base, weight = self.base_layer, self.base_layer.weight
+    def _acts_as_it_is(self) -> bool:
+        """The stored weight itself is what acts, here and now."""
+        base, here = self.base_layer, self.hada_w1_a[ADAPTER].device  # type: ignore[attr-defined]
         functions = [*getattr(base, "weight_function", ()), *getattr(base, "bias_function", ())]
-        return type(weight) in (nn.Parameter, Tensor) and weight.dtype in _PLAIN and not functions
+        plain = isinstance(base, nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d) and weights.acts_as_stored(base)
+        return plain and base.weight.device == here and not functions
 
     def _base_weight(self) -> Tensor:
-        """What DoRA looks at: the weight as ComfyUI hands it to the layer's own forward."""
-        base, weight = self.base_layer, self.base_layer.weight
-        factor = self.hada_w1_a[ADAPTER] if ADAPTER in self.hada_w1_a else weight  # type: ignore[attr-defined]
-        if self._is_plain() and weight.device == factor.device:
-            return weight  # type: ignore[no-any-return]
-        functions = getattr(base, "weight_function", ())
-        cast: Tensor = comfy.model_management.cast_to(weight, torch.float32, factor.device, copy=bool(functions))
-        for function in functions:
-            cast = function(cast)
-        return cast
+        """What DoRA looks at: the weight that acts, whatever it is kept as."""
+        if ADAPTER in self.hada_w1_a and self._acts_as_it_is():  # type: ignore[attr-defined]
+            return self.base_layer.weight  # type: ignore[no-any-return]
+        device = self.hada_w1_a[ADAPTER].device if ADAPTER in self.hada_w1_a else None  # type: ignore[attr-defined]
+        return weights.dense(self.base_layer, device=device)
 
 
 class _Linear(_InComfyUI, LoHaLinear):
@@ -109,12 +112,11 @@ class _Conv3d(_InComfyUI, LoHaConv3d):
     pass
 
 
-_CLASSES: dict[type[nn.Module], type[LoHaLayer]] = {
-    nn.Linear: _Linear,
-    nn.Conv1d: _Conv1d,
-    nn.Conv2d: _Conv2d,
-    nn.Conv3d: _Conv3d,
-}
+_CLASSES: dict[type[nn.Module], type[LoHaLayer]] = {nn.Conv1d: _Conv1d, nn.Conv2d: _Conv2d, nn.Conv3d: _Conv3d}
+
+
+def _class_for(layer: nn.Module) -> type[LoHaLayer]:
+    return next((new for old, new in _CLASSES.items() if isinstance(layer, old)), _Linear)
 
 
 def targets(module: nn.Module, config: NetworkConfig, *, text: bool = False) -> dict[str, nn.Module]:
@@ -125,11 +127,9 @@ def targets(module: nn.Module, config: NetworkConfig, *, text: bool = False) -> 
     """
     found: dict[str, nn.Module] = {}
     there = []
-    for path, layer in module.named_modules():
-        if not isinstance(layer, nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d) or layer.weight is None:
-            continue
+    for path, layer in weights.layers(module):
         there.append(path)
-        wanted = re.search(_TEXT, path) if text else config.wants(path, _kernel(layer))
+        wanted = re.search(_TEXT, path) if text else config.wants(path, weights.kernel(layer))
         if wanted:
             found[path] = layer
     if not found:
@@ -148,10 +148,6 @@ def _nearest(wanted: str, paths: list[str]) -> list[str]:
     close = [near for word in re.findall(r"\w+", wanted) for near in get_close_matches(word, parts, 2)]
     found = [next(path for path in paths if near in path.split(".")) for near in close]
     return list(dict.fromkeys([*found, *paths]))[:5]
-
-
-def _kernel(layer: nn.Module) -> int:
-    return torch.Size(getattr(layer, "kernel_size", ())).numel()
 
 
 def build(patcher: Any, label: str, config: NetworkConfig, start: Adapter | None = None) -> dict[str, LoHaLayer]:
@@ -174,15 +170,14 @@ def build(patcher: Any, label: str, config: NetworkConfig, start: Adapter | None
             f"such as {min(lost)}; what they do would be lost. Choose more layers (preset all, a conv_rank above 0)."
         )
     for path, layer in found.items():
-        kind = next(new for old, new in _CLASSES.items() if isinstance(layer, old))
-        new = kind(layer)
+        new = _class_for(layer)(layer)
         new._active = [ADAPTER]
         key = f"{lead}{path}.weight"
         if (factors := begun.get(key)) is not None:
             own: dict[str, Any] = {part: tensor.clone() for part, tensor in factors.tensors().items()}
             new.add_factors(ADAPTER, replace(factors, **own), config.loha)  # the input stays what it is
         else:
-            rank, alpha = config.rank_and_alpha(path, _kernel(layer))
+            rank, alpha = config.rank_and_alpha(path, weights.kernel(layer))
             new.update_layer(ADAPTER, rank, alpha, config.loha)
         name = names.get(key, f"lora_unet_{flat(path)}" if not is_text else f"text_encoders.{path}")
         layers[name] = new
@@ -251,20 +246,21 @@ def count(config: NetworkConfig, model: Any, clip: Any) -> str:
         parameters = sum(_parameters(path, layer, config) for path, layer in found.items())
         kinds: dict[str, int] = {}
         for layer in found.values():
-            kind = next(old.__name__ for old in _CLASSES if isinstance(layer, old))
+            kind = _class_for(layer).base_class.__name__
             kinds[kind] = kinds.get(kind, 0) + 1
-        share = parameters / sum(p.numel() for p in module.parameters())
+        share = parameters / sum(map(prod, weights.shapes(module).values()))
         of = ", ".join(f"{n} {kind}" for kind, n in kinds.items())
         lines.append(f"{label}: {len(found)} layers ({of}), {parameters / 1e6:.2f} M parameters, {share:.2%} of it")
     return "\n".join(lines) or "connect a model to see how many layers and parameters this means"
 
 
 def _parameters(path: str, layer: nn.Module, config: NetworkConfig) -> int:
-    rank, _ = config.rank_and_alpha(path, _kernel(layer))
-    weight: Any = layer.weight
-    out, inner = weight.shape[:2]
-    tucker = config.loha.use_effective_conv2d and _kernel(layer) > 1
-    half = rank * (out + inner + rank * _kernel(layer)) if tucker else rank * (out + inner * _kernel(layer))
+    rank, _ = config.rank_and_alpha(path, weights.kernel(layer))
+    out, inner = weights.shape(layer)[:2]
+    tucker = config.loha.use_effective_conv2d and weights.kernel(layer) > 1
+    half = (
+        rank * (out + inner + rank * weights.kernel(layer)) if tucker else rank * (out + inner * weights.kernel(layer))
+    )
     return int(2 * half + (out if config.loha.use_dora else 0) + config.loha.use_scalar)
 
 

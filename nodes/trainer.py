@@ -20,7 +20,7 @@ from comfy_api.latest import io, ui
 from PIL import Image
 from torch import nn
 
-from loha_core import Adapter, LoHaError, LoHaLayer, save_adapter
+from loha_core import Adapter, LoHaError, save_adapter
 from loha_core.training.attach import attached, blocks_of, fingerprint, recomputing
 from loha_core.training.data import Dataset, digest
 from loha_core.training.objectives import Objective
@@ -36,13 +36,14 @@ from loha_core.training.trainer import (
     TrainingConfig,
 )  # fmt: skip
 
-from . import bridge, charts, live, monitor, mutation
+from . import bridge, charts, monitor, mutation
 from .dataset import LOHA_DATASET
 from .diffusion import Diffusion, trainable_weights
+from .host import live
+from .host.patches import CLIP, MODEL
 from .loader import LOHA
 from .network import LOHA_CONFIG, NetworkConfig, build, check_start
 from .optimizer import LOHA_OBJECTIVE, LOHA_OPTIMIZER, Optimizing, optimizing
-from .patches import CLIP, MODEL
 from .progress import ProgressBar
 
 FOLDER = "loha"  # of runs, in ComfyUI's output folder
@@ -87,10 +88,12 @@ class Job:
     def run(self) -> Adapter:
         """Train; the model and the text encoders are afterwards as they were."""
         self._check()
-        patchers = [self.model.clone()]
+        patchers = [_resident(self.model)]
         clip = None
         if self.clip is not None:
             clip = self.clip.clone()
+            clip.patcher = _resident(self.clip.patcher)
+            clip.cond_stage_model = clip.patcher.model
             patchers.append(clip.patcher)
         else:
             for caption in self.dataset.all_captions():  # before the model needs the memory
@@ -123,7 +126,7 @@ class Job:
             again = self.gradient_checkpointing
             blocks = _blocks(modules[0].diffusion_model) + _text_blocks(*modules[1:])
             recomputed = recomputing(blocks if again else ())
-            with _attached(layers, patchers), mutation.allowed(blocks, again=again), recomputed:
+            with attached(layers), mutation.allowed(blocks, again=again), recomputed:
                 trainer.run()
             self.losses = trainer.losses
             return watcher.adapter()
@@ -236,24 +239,21 @@ class Watcher:
         comfy.model_management.load_models_gpu([self.patcher], memory_required=job._memory())
 
 
-@contextmanager
-def _attached(layers: list[LoHaLayer], patchers: list[Any]) -> Iterator[None]:
-    """The layers act beneath what ComfyUI injects: it ejects and injects again whenever it likes, as for a preview."""
+def _resident(patcher: Any) -> Any:
+    """A clone whose weights stay where autograd keeps them: newer ComfyUI's dynamic VRAM gives their pages to others.
 
-    def injected(inject: bool) -> None:
-        for patcher in patchers:
-            patcher.inject_model() if inject else patcher.eject_model()
-
-    injected(False)
+    Raises:
+        LoHaError: the model's loader cannot give it without.
+    """
+    if not getattr(patcher, "is_dynamic", bool)():
+        return patcher.clone()
     try:
-        with attached(layers):
-            injected(True)
-            try:
-                yield
-            finally:
-                injected(False)
-    finally:
-        injected(True)
+        return patcher.clone(disable_dynamic=True)
+    except RuntimeError as error:
+        raise LoHaError(
+            f"this model cannot be trained in dynamic VRAM, and its loader cannot give it otherwise ({error}); "
+            "load it by one of ComfyUI's own loaders, or start ComfyUI with --disable-dynamic-vram"
+        ) from error
 
 
 def _blocks(model: nn.Module) -> list[nn.Module]:

@@ -46,12 +46,22 @@ def bridge(pack: ModuleType) -> ModuleType:
 
 @pytest.fixture(scope="session")
 def patches(pack: ModuleType) -> ModuleType:
-    return sys.modules[f"{pack.__name__}.nodes.patches"]
+    return sys.modules[f"{pack.__name__}.nodes.host.patches"]
 
 
 @pytest.fixture(scope="session")
 def live(pack: ModuleType) -> ModuleType:
-    return sys.modules[f"{pack.__name__}.nodes.live"]
+    return sys.modules[f"{pack.__name__}.nodes.host.live"]
+
+
+@pytest.fixture(scope="session")
+def acting(pack: ModuleType) -> ModuleType:
+    return sys.modules[f"{pack.__name__}.nodes.host.acting"]
+
+
+@pytest.fixture(scope="session")
+def weights(pack: ModuleType) -> ModuleType:
+    return sys.modules[f"{pack.__name__}.nodes.host.weights"]
 
 
 @pytest.fixture(scope="session")

@@ -256,13 +256,13 @@ def factors(shape, tucker):
 @pytest.mark.parametrize("tucker", [False, True], ids=["flat", "Tucker"])
 @pytest.mark.parametrize("adds", [True, False], ids=["U(Vx)", "W+ΔW"])
 @pytest.mark.parametrize("kind", CONVOLUTIONS)
-def test_convolutions(live, patches, monkeypatch, kind, tucker, adds):
+def test_convolutions(live, acting, patches, monkeypatch, kind, tucker, adds):
     cls, size, options = CONVOLUTIONS[kind]
     torch.manual_seed(0)
     layer = cls(8, 6, **{"kernel_size": 3, **options})
     patcher = patcher_for(layer)
     f = factors(tuple(layer.weight.shape), tucker)
-    monkeypatch.setattr(live, "cheaper_to_add", lambda *_: adds)
+    monkeypatch.setattr(acting, "cheaper_to_add", lambda *_: adds)
     patch = patches.Patch("layer.weight", patches.LoHaPatch.from_factors(f), 1.0)
     alive = live.apply(patcher, [patch], 0.7)
     x = torch.randn(2, 8, *size)
@@ -280,7 +280,7 @@ def test_convolutions(live, patches, monkeypatch, kind, tucker, adds):
 
 @pytest.mark.parametrize("weight_dtype", [torch.float8_e4m3fn, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("adds", [True, False], ids=["U(Vx)", "W+ΔW"])
-def test_weights_that_comfyui_casts(live, patches, monkeypatch, adds, weight_dtype, capsys):
+def test_weights_that_comfyui_casts(live, acting, patches, monkeypatch, adds, weight_dtype, capsys):
     """An fp8 base: live's error against float64 is below merge's, which has to round the sum to fp8 again."""
     torch.manual_seed(0)
     layer = comfy.ops.manual_cast.Linear(64, 48)
@@ -290,7 +290,7 @@ def test_weights_that_comfyui_casts(live, patches, monkeypatch, adds, weight_dty
     patch = patches.Patch("layer.weight", patches.LoHaPatch.from_factors(f), 1.0)
     x = torch.randn(16, 64)
     exact = x.double() @ (layer.weight.double() + 0.7 * f.delta(torch.float64)).T + layer.bias.double()
-    monkeypatch.setattr(live, "cheaper_to_add", lambda *_: adds)
+    monkeypatch.setattr(acting, "cheaper_to_add", lambda *_: adds)
     errors = {}
     for name, patched in (("live", live.apply(patcher, [patch], 0.7)), ("merge", patches.merge(patcher, [patch], 0.7))):
         patched.patch_model()
@@ -302,28 +302,43 @@ def test_weights_that_comfyui_casts(live, patches, monkeypatch, adds, weight_dty
     assert errors["live"] < errors["merge"]
 
 
-def test_a_layer_that_keeps_its_weight_to_itself(live, patches):
-    """Quantised layers of other packs: LoHa is added to the output; DoRA cannot be, and says so."""
+@pytest.mark.parametrize("kind", ["LoHa", "DoRA", "LoRA", "bias"])
+@pytest.mark.parametrize("adds", [True, False], ids=["U(Vx)", "W+ΔW"])
+def test_a_layer_whose_forward_asks_no_weight_functions(live, acting, patches, monkeypatch, kind, adds):
+    """A class of another pack: what acts is what merging would give, by whatever way is left."""
+    import comfy.lora
 
-    class Quantised(comfy.ops.disable_weight_init.Linear):
+    class OfAPack(comfy.ops.disable_weight_init.Linear):
         def forward(self, x):
             return torch.nn.functional.linear(x, self.weight, self.bias)
 
     torch.manual_seed(0)
-    patcher = patcher_for(Quantised(8, 6))
+    monkeypatch.setattr(acting, "cheaper_to_add", lambda *_: adds)
+    patcher = patcher_for(OfAPack(8, 6))
     f, x = factors((6, 8), False), torch.randn(4, 8)
-    dora = LoHaFactors(f.w1_a, f.w1_b, f.w2_a, f.w2_b, f.alpha, dora_scale=torch.ones(6, 1))
+    native = {
+        "LoRA": {"x.lora_up.weight": torch.randn(6, 2), "x.lora_down.weight": torch.randn(2, 8)},
+        "bias": {"x.diff_b": torch.randn(6)},
+    }
+    if kind in native:
+        [(target, update)] = comfy.lora.load_lora(native[kind], {"x": "layer.weight"}).items()
+    else:
+        magnitude = torch.rand(6, 1) if kind == "DoRA" else None
+        dora = LoHaFactors(f.w1_a, f.w1_b, f.w2_a, f.w2_b, f.alpha, dora_scale=magnitude)
+        target, update = "layer.weight", patches.LoHaPatch.from_factors(dora)
+    patch = patches.Patch(target, update, 1.0)
     with torch.no_grad():
-        expected = patcher.model(x) + x @ (0.7 * f.delta()).T
-        alive = live.apply(patcher, [patches.Patch("layer.weight", patches.LoHaPatch.from_factors(f), 1.0)], 0.7)
+        plain = patcher.model(x)
+        merged = patches.merge(patcher, [patch], 0.7)
+        merged.patch_model()
+        expected = patcher.model(x)
+        merged.unpatch_model()
+        alive = live.apply(patcher, [patch], 0.7)
         alive.patch_model()
-        assert close(patcher.model(x), expected)
+        for _ in range(2):
+            assert close(patcher.model(x), expected) and not close(expected, plain)
         alive.unpatch_model()
-        alive = live.apply(patcher, [patches.Patch("layer.weight", patches.LoHaPatch.from_factors(dora), 1.0)], 0.7)
-        alive.patch_model()
-        with pytest.raises(LoHaError, match="set the LoHa node's mode to merge"):
-            patcher.model(x)
-        alive.unpatch_model()
+        assert torch.equal(patcher.model(x), plain)
 
 
 def test_slices_and_other_adapters_live(live, patches):

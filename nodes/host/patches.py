@@ -20,6 +20,8 @@ from loha_core import Adapter, LoHaError, LoHaFactors, Network, Report, add_delt
 from loha_core.bind import Target, reason, weight_key
 from loha_core.formats.grouping import split_other
 
+from . import weights
+
 MODEL, CLIP = "MODEL", "CLIP"
 # What ComfyUI knows of the names that files use.
 _KEYS = (comfy.lora.model_lora_keys_unet, comfy.lora.model_lora_keys_clip)
@@ -92,6 +94,29 @@ def _add_reordered_(
     weight.copy_(torch.lerp(wide, algebra.dora(wide, update, magnitude), strength))
 
 
+def part_of(target: Target) -> tuple[int, int, int] | None:
+    """(axis, start, length) where a target is a slice of a weight."""
+    return None if isinstance(target, str) or target[1] is None else tuple(target[1])
+
+
+def reordered(factors: LoHaFactors, target: Target) -> LoHaFactors | None:
+    """Factors whose outputs are in the weight's order; None where ComfyUI's function does something else to them."""
+    function = None if isinstance(target, str) or len(target) < 3 else target[2]
+    if function is None or _is_identity(function):
+        return factors
+    out = factors.shape[0]
+    found = function(torch.arange(out, dtype=torch.float32).unsqueeze(1)).long()
+    if found.shape != (out, 1) or not torch.equal(found.flatten().sort().values, torch.arange(out)):
+        return None
+    rows = found.flatten().to(factors.w1_a.device)
+    axis = 1 if factors.is_tucker else 0
+    magnitude = factors.dora_scale
+    if magnitude is not None and magnitude.numel() == out:
+        magnitude = magnitude.reshape(-1, *[1] * (magnitude.dim() - 1))[rows].reshape(magnitude.shape)
+    w1_a, w2_a = (a.index_select(axis, rows) for a in (factors.w1_a, factors.w2_a))
+    return replace(factors, w1_a=w1_a, w2_a=w2_a, dora_scale=magnitude)
+
+
 def _is_identity(function: Callable[[Tensor], Tensor]) -> bool:
     probe = torch.empty(2, 1)
     return function(probe) is probe
@@ -161,7 +186,7 @@ def _find(adapter: Adapter, modules: tuple[Any, Any]) -> tuple[dict[str, list[La
 def networks_of(modules: tuple[Any, Any]) -> dict[str, Network]:
     """What is there of (model, text encoders), by label, with all names that files call their weights by."""
     return {
-        label: Network(keys(module, {}), {key: tuple(weight.shape) for key, weight in module.state_dict().items()})
+        label: Network(keys(module, {}), weights.shapes(module))
         for label, module, keys in zip((MODEL, CLIP), modules, _KEYS, strict=True)
         if module is not None
     }
