@@ -42,6 +42,9 @@ def apply_to_checkpoint(
 ) -> list[Report]:
     """Bake adapters into a copy of a checkpoint: W + Σ strength·ΔW in each weight's own dtype; DoRA as it is trained.
 
+    A quantised weight (see `quantised`) is changed as what it means, in float32, and stored in its own format again,
+    with new scales and rounded once; a note of the report says how many were.
+
     One tensor is in memory at a time. Names of SD1.5, SDXL, SD3 and Flux checkpoints, of diffusers' files and of bare
     model files are understood. LoRA layers and ``.diff`` tensors of mixed files are applied, too.
 
@@ -59,8 +62,9 @@ def apply_to_checkpoint(
         for each adapter what was applied and what was not.
 
     Raises:
-        LoHaError: shapes that do not fit (another base model), nothing that fits, ``out`` is the input or exists,
-            values that are not finite, a disk that is full. ``out`` is then as it was.
+        LoHaError: shapes that do not fit (another base model), nothing that fits, a weight in a format that is not
+            known, ``out`` is the input or exists, values that are not finite, a disk that is full. ``out`` is then
+            as it was.
     """
     weights, out = Weights(checkpoint), Path(out)
     each = list(strengths) if isinstance(strengths, Sequence) else [strengths] * len(adapters)
@@ -70,7 +74,7 @@ def apply_to_checkpoint(
     changes: dict[str, list[Change]] = defaultdict(list)
     reports = []
     for adapter, strength, block in zip(adapters, each, by_adapter, strict=True):
-        reports.append(_planned(adapter, strength, block, known, changes))
+        reports.append(_planned(adapter, strength, block, weights, known, changes))
         if not any(reports[-1].matched.values()):
             raise LoHaError(f"nothing in this adapter fits {weights.path}:\n{reports[-1].text(limit=5)}")
     if dry_run:
@@ -118,26 +122,39 @@ def _planned(
     adapter: Adapter,
     strength: float,
     blocks: BlockStrength | None,
+    weights: Weights,
     known: Network,
     changes: dict[str, list[Change]],
 ) -> Report:
     """Find what this adapter does to which weight, and add it to ``changes``."""
     layers, rest = split(adapter)
     multiplier = block_strength(blocks, adapter)
+    for name in layers:
+        if (found := known.find(name)) is not None:
+            weights.survey.check(weights.path, weight_key(found))
+    acting: dict[str, list[Change]] = defaultdict(list)
     whole = replace(adapter, layers={name: _as_loha(layer) for name, layer in layers.items()}, extras={})
     binding = bind(whole, {"checkpoint": known})
     for name, target, factors in binding.layers["checkpoint"]:
-        changes[weight_key(target)].append(partial(_add, target, factors, strength * multiplier(name)))
+        if own := strength * multiplier(name):  # none at all leaves the weight as it is, and is no reason to round it
+            acting[weight_key(target)].append(partial(_add, target, factors, own))
     for key, tensor in rest.items():
         module, suffix = split_other(key) or ("", "")
         found = _difference_target(known.shapes, module, suffix)
+        if found is not None:
+            weights.survey.check(weights.path, found)
         if found is None:
             binding.report.unmatched[key] = "not a kind that can be baked, or no such layer"
         elif tuple(tensor.shape) != known.shapes[found]:
             raise LoHaError(f"{adapter.source}: {key} is {tuple(tensor.shape)}; {found} is {known.shapes[found]}")
         else:
-            changes[found].append(partial(_add_difference, tensor, strength * multiplier(module)))
+            if own := strength * multiplier(module):
+                acting[found].append(partial(_add_difference, tensor, own))
             binding.report.matched["checkpoint"].append(key)
+    for key, steps in acting.items():
+        changes[key] += steps
+    if formats := weights.survey.formats(acting):
+        binding.report.notes.append(f"weights re-quantised in their own format: {formats}")
     return binding.report
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Protocol
 
@@ -17,6 +17,7 @@ from .bind import Target, weight_key
 from .errors import LoHaError
 from .factoring import Factoring, Kind, Method
 from .merge import Made, Progress
+from .quantised import Survey, kind_of, survey
 from .updates import ErrorReport, Layer, LayerError, join, product
 from .weights import Weights, modules, part_of
 
@@ -27,7 +28,8 @@ _NOISE = 1e-6  # a change that is smaller than this share of the weight is round
 class Model(Protocol):
     """What is needed of a model: a `Weights` file, or anything that gives its tensors by key.
 
-    One that also has ``modules()``, layer name -> key, names its layers itself.
+    One that also has ``modules()``, layer name -> key, names its layers itself; one with a ``survey`` says which
+    weights are quantised. Its weights are what layers multiply by.
     """
 
     def shapes(self) -> Mapping[str, tuple[int, ...]]: ...
@@ -37,16 +39,20 @@ class Model(Protocol):
 
 @dataclass
 class InMemory:
-    """A state dict as a `Model`."""
+    """A state dict as a `Model`; quantised weights as what they mean."""
 
     tensors: Mapping[str, Tensor]
     path: str = "the model"
+    survey: Survey = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.survey = survey({key: kind_of(tensor) for key, tensor in self.tensors.items()}, self.tensors.__getitem__)
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        return {key: tuple(t.shape) for key, t in self.tensors.items() if t.is_floating_point()}
+        return self.survey.shapes
 
     def __getitem__(self, key: str) -> Tensor:
-        return self.tensors[key]
+        return self.survey.dense(self.path, key, lambda part: self.tensors[part].detach())
 
 
 def extract(
@@ -68,7 +74,8 @@ def extract(
     alg. 4.4); what is fitted is the difference within it, and the error is that of the whole difference.
 
     Args:
-        base, tuned: .safetensors files, models (see `Model`) or state dicts; their keys may be of different dialects.
+        base, tuned: .safetensors files, models (see `Model`) or state dicts; their keys may be of different dialects,
+            and their weights quantised, each in its own format (see `quantised`).
         rank: of linear layers, and of convolutions unless ``conv_rank`` says otherwise; 0 there leaves them out.
         method: "fit" for a true LoHa, "svd" for the best approximation of matrix rank ``rank``.
         kind: "loha", or "lora" with method "svd".
@@ -77,7 +84,7 @@ def extract(
 
     Raises:
         LoHaError: weights of different shapes (another base model), nothing in common, nothing that differs, values
-            that are not finite; names the file and the key.
+            that are not finite, a weight in a format that is not known; names the file and the key.
     """
     form = Factoring(method, rank=rank, kind=kind, dtype=dtype, seed=seed)
     conv = form if conv_rank is None else replace(form, rank=conv_rank) if conv_rank else None
@@ -136,7 +143,14 @@ def _pairs(base: Model, tuned: Model, only: str | None) -> tuple[dict[str, tuple
             f"{_path(tuned)} and {_path(base)} have no layer in common ({next(iter(other), 'none')}, … and "
             f"{next(iter(mine), 'none')}, …); they are different kinds of models"
         )
+    surveys = [getattr(model, "survey", Survey()) for model in (base, tuned)]
     for name in common:
+        keys = [weight_key(target) for target in (mine[name], other[name])]
+        if wanted.search(name):
+            for model, found, key in zip((base, tuned), surveys, keys, strict=True):
+                found.check(_path(model), key)
+        if any(key in found.refused for found, key in zip(surveys, keys, strict=True)):
+            continue
         shapes = [_shape(model, target) for model, target in ((base, mine[name]), (tuned, other[name]))]
         # A 1×1 convolution and a linear layer are one thing under two names.
         if shapes[0][0] != shapes[1][0] or torch.Size(shapes[0]).numel() != torch.Size(shapes[1]).numel():
@@ -146,7 +160,11 @@ def _pairs(base: Model, tuned: Model, only: str | None) -> tuple[dict[str, tuple
             )
     missing = len(other) - len(common)
     notes = [f"{missing} layers of {_path(tuned)} are not in the base"] if missing else []
-    return {name: (mine[name], other[name]) for name in common if wanted.search(name)}, notes
+    pairs = {name: (mine[name], other[name]) for name in common if wanted.search(name)}
+    for number, model in enumerate((base, tuned)):
+        if formats := surveys[number].formats({weight_key(pair[number]) for pair in pairs.values()}):
+            notes.append(f"quantised weights in {_path(model)}: {formats}; their rounding is part of the difference")
+    return pairs, notes
 
 
 def _modules(model: Model) -> Mapping[str, Target]:

@@ -1,6 +1,7 @@
 """A model's weights in a .safetensors file, one tensor at a time: read, found by an adapter's names, and written again.
 
-Memory never grows with the file: nothing is mapped, and a tensor is read when it is asked for.
+Quantised weights are read as what their layers multiply by, and written in their own format (`quantised`). Memory
+never grows with the file: nothing is mapped, and a tensor is read when it is asked for.
 """
 
 from __future__ import annotations
@@ -21,15 +22,10 @@ from . import names, spelling
 from .bind import Network, Target
 from .errors import LoHaError
 from .formats.container import atomic, check_is_safetensors
+from .quantised import FLOATS, survey
 
-_DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-}
+# Those that quantised weights and their scales have, too; powers of two (F8_E8M0) as bytes.
+_DTYPES = FLOATS | {"I8": torch.int8, "U8": torch.uint8, "F8_E8M0": torch.uint8}
 _BLOCK = 8 << 20
 
 Change = Callable[[Tensor], object]
@@ -46,7 +42,7 @@ class Entry:
 
 
 class Weights:
-    """The tensors of a .safetensors file.
+    """The tensors of a .safetensors file; quantised weights as what they mean.
 
     >>> weights = Weights("model.safetensors")                              # doctest: +SKIP
     >>> weights["model.diffusion_model.out.2.weight"].shape                 # doctest: +SKIP
@@ -75,6 +71,8 @@ class Weights:
             for key, e in header.items()
         }
         self.entries = dict(sorted(found.items(), key=lambda item: item[1].start))
+        kinds = {key: (entry.dtype, entry.shape) for key, entry in self.entries.items()}
+        self.survey = survey(kinds, self._stored, self.metadata)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.entries)
@@ -83,19 +81,22 @@ class Weights:
         return key in self.entries
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Of the tensors that are floating point."""
-        return {key: entry.shape for key, entry in self.entries.items() if entry.dtype in _DTYPES}
+        """Of the tensors that are floating point, and of quantised weights as their layers see them."""
+        return self.survey.shapes
 
     def __getitem__(self, key: str) -> Tensor:
-        """A copy of one tensor of floating point.
+        """A copy of one tensor; of a quantised weight what its layer multiplies by, in float32.
 
         Raises:
-            LoHaError: the file ends too early, or cannot be read any more.
+            LoHaError: the file ends too early, or cannot be read any more; a weight in a format that is not known.
         """
+        return self.survey.dense(self.path, key, self._stored)
+
+    def _stored(self, key: str) -> Tensor:
         return self._read(key)[0]
 
     def _read(self, key: str) -> tuple[Tensor, bytearray]:
-        """A tensor, and the memory that it lies in."""
+        """A tensor as it is stored, and the memory that it lies in."""
         entry = self.entries[key]
         data = bytearray(entry.stop - entry.start)
         try:
@@ -113,13 +114,14 @@ class Weights:
         return torch.frombuffer(data, dtype=_DTYPES[entry.dtype]).view(entry.shape), data
 
     def rewritten(self, out: Path, change: Callable[[str], Change | None], metadata: Mapping[str, str]) -> None:
-        """Write a copy with some tensors changed, each in its dtype.
+        """Write a copy with some tensors changed, each in its dtype, or its format.
 
-        Tensors are read, changed and written one after another, into a temporary file that takes the name ``out``
-        only when all is written.
+        Tensors are read, changed and written one after another, a quantised weight with its scales, into a temporary
+        file that takes the name ``out`` only when all is written.
 
         Args:
-            change: key -> what changes the tensor in place, or None to copy it as it is.
+            change: key -> what changes the tensor in place, or None to copy it as it is. Of a quantised weight it
+                gets what the weight means, in float32; it is not asked about its scales.
 
         Raises:
             LoHaError: the file cannot be written; ``out`` is then as it was.
@@ -130,16 +132,35 @@ class Weights:
             header[key] = {"dtype": e.dtype, "shape": e.shape, "data_offsets": [e.start - begin, e.stop - begin]}
         text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
         text += b" " * (-len(text) % 8)
+        shift = len(text) + 8 - begin
+        scales = {part for storage in self.survey.storages.values() for part in storage.keys[1:]}
         with atomic(out) as temporary, open(self.path, "rb") as source, open(temporary, "wb") as target:
             target.write(len(text).to_bytes(8, "little") + text)
-            for key, entry in self.entries.items():
+            for key in self.entries:
+                if key in scales:
+                    continue  # with its weight, wherever it lies
+                storage = self.survey.storages.get(key)
+                parts = storage.keys if storage else (key,)
                 changed = change(key)
-                if changed is None:
-                    _copy(source, target, entry)
-                    continue
-                tensor, data = self._read(key)
-                changed(tensor)
-                target.write(data)
+                blocks = None if changed is None else self._changed(key, parts, changed)
+                for number, part in enumerate(parts):
+                    entry = self.entries[part]
+                    target.seek(entry.start + shift)
+                    if blocks is None:
+                        _copy(source, target, entry)
+                    else:
+                        target.write(blocks[number])
+
+    def _changed(self, key: str, parts: tuple[str, ...], change: Change) -> list[bytearray]:
+        """The bytes of a tensor after a change, or those of a quantised weight and its scales."""
+        tensors, blocks = zip(*(self._read(part) for part in parts), strict=True)
+        if storage := self.survey.storages.get(key):
+            dense = storage.dense(tensors)
+            change(dense)
+            storage.store_(dense, tensors)
+        else:
+            change(tensors[0])
+        return list(blocks)
 
 
 def _copy(source: BinaryIO, target: BinaryIO, entry: Entry) -> None:
