@@ -52,7 +52,7 @@ def apply(
     bound = patches.find(adapter, model, clip, blocks or (lambda key, name: 1.0))
     chosen = mode
     if mode == "auto":
-        chosen = "live" if schedule is not None or _is_cheap(model, clip, bound) else "merge"
+        chosen = "live" if schedule is not None or _is_better_live(model, clip, bound) else "merge"
     bound.report.notes.append(f"mode: {chosen}")
     if chosen == "merge":
         return (
@@ -70,8 +70,12 @@ def apply(
     return model, clip, bound.report
 
 
-def _is_cheap(model: Any, clip: Any, bound: patches.Bound) -> bool:
+def _is_better_live(model: Any, clip: Any, bound: patches.Bound) -> bool:
+    """Live is possible, and cheap, or the weights cannot be written."""
     patchers = {MODEL: model, CLIP: clip and clip.patcher}
-    if any(live.why_unsupported(patchers[label], found) for label, found in bound.patches.items()):
+    found = [(patchers[label], wanted) for label, wanted in bound.patches.items()]
+    if any(live.why_unsupported(patcher, wanted) for patcher, wanted in found):
         return False
+    if any(patches.why_not_merged(patcher, (patch.target for patch in wanted)) for patcher, wanted in found):
+        return True
     return model is None or live.overhead(model, bound.patches[MODEL]) <= CHEAP

@@ -35,26 +35,30 @@ class Patched:
             self.names |= {name: lead + key for key, name in names.items() if lead + key in self.found}
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        return {key: weights.shape(*self._place(key)) for key in self.found}
+        return {key: weights.shape(*_place(*place)) for key, place in self.found.items()}
 
     def modules(self) -> dict[str, str]:
         """Layers by the names that files call them."""
         shapes = self.shapes()
         return {name: key for name, key in self.names.items() if len(shapes[key]) >= 2}
 
-    def _place(self, key: str) -> tuple[Any, str]:
-        """(module, parameter)."""
-        patcher, own = self.found[key]
-        path, _, parameter = own.rpartition(".")
-        return comfy.utils.get_attr(patcher.model, path) if path else patcher.model, parameter
-
     def __getitem__(self, key: str) -> Tensor:
-        patcher, own = self.found[key]
-        backup = patcher.hook_backup.get(own) or patcher.backup.get(own)
-        stored = None if backup is None else backup[0]
-        weight = weights.dense(*self._place(key), device="cpu", stored=stored, patched=False)
-        patches = [*patcher.patches.get(own, ()), *live.patches_of(patcher, own)]
-        return comfy.lora.calculate_weight(patches, weight, own) if patches else weight
+        return patched_weight(*self.found[key])
+
+
+def patched_weight(patcher: Any, key: str) -> Tensor:
+    """A weight as it would run, in float32 on the CPU, whether or not the model is loaded now."""
+    backup = patcher.hook_backup.get(key) or patcher.backup.get(key)
+    stored = None if backup is None else backup[0]
+    weight = weights.dense(*_place(patcher, key), device="cpu", stored=stored, patched=False)
+    patches = [*patcher.patches.get(key, ()), *live.patches_of(patcher, key)]
+    return comfy.lora.calculate_weight(patches, weight, key) if patches else weight
+
+
+def _place(patcher: Any, key: str) -> tuple[Any, str]:
+    """(module, parameter)."""
+    path, _, parameter = key.rpartition(".")
+    return comfy.utils.get_attr(patcher.model, path) if path else patcher.model, parameter
 
 
 class LoHaExtract(io.ComfyNode):

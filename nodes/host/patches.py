@@ -12,6 +12,7 @@ from typing import Any
 
 import comfy.lora
 import comfy.lora_convert
+import comfy.utils
 import torch
 from comfy.weight_adapter import WeightAdapterBase
 from torch import Tensor
@@ -205,12 +206,25 @@ def merge(patcher: Any, patches: Iterable[Patch], strength: float) -> Any:
         taken[patch.target] = patch.update
     if not rounds:
         return patcher
+    if why := why_not_merged(patcher, (target for _, taken in rounds for target in taken)):
+        raise LoHaError(f"{why}; set mode to live")
     clone = patcher.clone()
     for share, updates in rounds:
         if lost := set(updates) - set(clone.add_patches(updates, strength * share)):
             raise LoHaError(f"ComfyUI did not take the patches for {sorted(map(str, lost))[:3]}")
         _join(getattr(clone, "patcher", clone).patches, map(weight_key, updates))
     return clone
+
+
+def why_not_merged(patcher: Any, targets: Iterable[Target]) -> str | None:
+    """Why some weight cannot be written, or None."""
+    model = getattr(patcher, "patcher", patcher).model
+    for key in map(weight_key, targets):
+        path, _, parameter = key.rpartition(".")
+        module = comfy.utils.get_attr(model, path) if path else model
+        if why := weights.why_not_merged(module, parameter):
+            return f"{key}: {why}"
+    return None
 
 
 def _join(patches: dict[str, list[Any]], keys: Iterable[str]) -> None:

@@ -204,6 +204,17 @@ def _from_bitsandbytes(stored: Any, device: torch.device, _: bool) -> Tensor:
     return values.to(device, torch.float32)
 
 
+def why_not_merged(module: nn.Module, parameter: str) -> str | None:
+    """Why ComfyUI cannot write an update into a stored weight, or None."""
+    tensor = getattr(module, parameter, None)
+    writes = _is_plain(tensor) or (_is_quantised(tensor) and hasattr(module, f"set_{parameter}"))
+    if writes or (hasattr(tensor, "tensor_type") and hasattr(module, "get_weight")):  # GGUF merges as it unpacks
+        return None
+    if why := why_not_dense(module, parameter):
+        return why
+    return f"the packed {parameter} of a {type(module).__name__} cannot be written"
+
+
 # --- acting on it ----------------------------------------------------------------------------------------------------
 
 
