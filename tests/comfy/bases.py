@@ -159,33 +159,22 @@ def _options(form: str) -> dict[str, Any]:
 
 
 def _counted(base: Base) -> Base:
-    """Products in the format: inputs that were quantised for one."""
-    kind = type(base.layer.weight)
-    if not hasattr(kind, "counted"):
-        before = kind.from_float.__func__
+    """Note the layer's products whose weight is still quantised. By its class, so that its own forward stays free."""
+    real, kind = F.linear, type(base.layer)
 
-        def from_float(cls: Any, tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
-            if (now := kind.counted) is not None:
-                now.append("x")
-            return before(cls, tensor, *args, **kwargs)
-
-        kind.from_float = classmethod(from_float)
-    kind.counted = None
-
-    # By the class, so that the instance's own forward stays free.
-    base.layer.__class__ = type(
-        type(base.layer).__name__, (type(base.layer),), {"__module__": type(base.layer).__module__}
-    )
-    inner = type(base.layer).__mro__[1].forward
+    def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        if hasattr(weight, "_qdata"):
+            base.products.append(type(x).__name__)
+        return real(x, weight, bias)
 
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        kind.counted = base.products
+        F.linear = linear
         try:
-            return inner(self, *args, **kwargs)
+            return kind.forward(self, *args, **kwargs)
         finally:
-            kind.counted = None
+            F.linear = real
 
-    type(base.layer).forward = forward
+    base.layer.__class__ = type(kind.__name__, (kind,), {"forward": forward, "__module__": kind.__module__})
     return base
 
 

@@ -332,8 +332,9 @@ def test_what_extraction_reads(host, pack, table, base_name, way):
         if loaded:
             adapted.patch_model()
         read = [extract.patched_weight(p, KEY).double() for p in (patcher, adapted)]
-        assert relative(read[0], held) < 1e-6 or (loaded and way == "merge" and not base_name.startswith("GGUF"))
-        assert relative(read[1] - held, chosen.reference(held, 0.7) - held) < 1e-4
+        near = 1e-3 if base_name.startswith("GGUF") else 1e-6  # the pack unpacks in half precision
+        assert relative(read[0], held) < near or (loaded and way == "merge" and not base_name.startswith("GGUF"))
+        assert relative(read[1] - held, chosen.reference(held, 0.7) - held) < max(near, 1e-4)
     adapted.unpatch_model()
     table.setdefault(base_name, {})[f"extraction, {way}"] = f"{relative(read[1], chosen.reference(held, 0.7)):.1e}"
 
