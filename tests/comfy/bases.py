@@ -130,6 +130,9 @@ _LAYOUTS = {
 }
 
 
+_EMULATED = {"mxfp8", "nvfp4"}  # no CPU has a product in these: ComfyUI dequantises
+
+
 def quantised(form: str) -> Callable[[Tensor, Tensor], Base]:
     """`mixed_precision_ops.Linear` of ComfyUI 0.33, or a double of it around comfy-kitchen's own tensors."""
 
@@ -139,7 +142,7 @@ def quantised(form: str) -> Callable[[Tensor, Tensor], Base]:
             layout = comfy.quant_ops.QUANT_ALGOS[form]["comfy_tensor_layout"]
             tensor = comfy.quant_ops.QuantizedTensor.from_float(weight, layout, **_options(form))
             conf = torch.tensor(list(json.dumps({"format": form}).encode()), dtype=torch.uint8)
-            ops = comfy.ops.mixed_precision_ops({}, torch.float32, disabled={"mxfp8"})
+            ops = comfy.ops.mixed_precision_ops({}, torch.float32, disabled=_EMULATED)
             layer = ops.Linear(inner, out)
             layer.load_state_dict({**tensor.state_dict("weight"), "bias": bias, "comfy_quant": conf}, strict=False)
         else:
@@ -198,7 +201,7 @@ class QuantisedLinear(nn.Module, comfy.ops.CastWeightBiasOp):
         return F.linear(x, weight, bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.weight_function or self.bias_function or self.form == "mxfp8":  # no CPU has a product in mxfp8
+        if self.weight_function or self.bias_function or self.form in _EMULATED:
             return self.forward_comfy_cast_weights(x)
         if x.requires_grad:
             return _QuantisedProduct.apply(x, self.weight, self.bias)  # type: ignore[no-any-return]
