@@ -229,7 +229,7 @@ class Rebuilt(torch.autograd.Function):
         assert weight is not None
         bias = None if bias is None else bias.to(x.dtype)
         if _fusable(x, weight):
-            return apply_weight(x, update.add_(weight), bias, geometry)
+            return apply_weight(x, update.to(x.dtype).add_(weight), bias, geometry)
         y = apply_weight(x, weight.to(x.dtype), bias, geometry)
         return y.add_(apply_weight(x, update.to(x.dtype), None, geometry))
 
@@ -243,7 +243,9 @@ class Rebuilt(torch.autograd.Function):
         if magnitude is not None:
             update = _dora(weight, update, magnitude) - weight
         fused = ctx.apply_base and _fusable(x, weight)
-        applied = update.add_(weight) if fused else update.to(x.dtype)
+        applied = update.to(x.dtype)
+        if fused:
+            applied = applied.add_(weight)
         gx, gw = apply_weight_backward(g, x, applied, ctx.geometry, need_x, True)
         del update, applied
         if need_x and ctx.apply_base and not fused:
