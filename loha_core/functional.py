@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from . import autograd
+from . import autograd, half
 from .algebra import columnwise, compute_dtype, dora_axis
 from .autograd import Factors, Geometry
 from .errors import LoHaError
@@ -171,6 +171,8 @@ def _khatri_rao(
         y = _khatri_rao(x.reshape(-1, x.shape[-1]), factors, scale, shape, None, weight, bias)
         return y.view(*x.shape[:-1], shape[0])
     kernel = tuple(shape[2:])
+    if x.dtype == torch.float16:
+        return half.KhatriRao.apply(x, scale, weight, bias, kernel, geometry, *factors)
     a1, b1, a2, b2, t1, _ = factors
     if geometry is None:
         return autograd.KhatriRaoLinear.apply(x, a1, b1, a2, b2, scale, weight, bias)
