@@ -146,7 +146,7 @@ class KhatriRaoConv(torch.autograd.Function):
         if weight is None:
             return mix_channels(h, ut.T, geometry.groups)
         y = apply_weight(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype), geometry)
-        return _add_mixed_(y, h, ut.T, geometry.groups)
+        return add_mixed_(y, h, ut.T, geometry.groups)
 
     @staticmethod
     @once_differentiable
@@ -175,10 +175,10 @@ def _filters(v: Tensor, kernel: tuple[int, ...], geometry: Geometry) -> Tensor:
 
 def mix_channels(h: Tensor, u: Tensor, groups: int) -> Tensor:
     """U as a 1×1 convolution: h (n, groups·r², *size), u (o, r²)."""
-    return apply_weight(h, u.reshape(*u.shape, *[1] * (h.dim() - 2)), None, _pointwise(h.dim() - 2, groups))
+    return apply_weight(h, u.reshape(*u.shape, *[1] * (h.dim() - 2)), None, pointwise(h.dim() - 2, groups))
 
 
-def _add_mixed_(y: Tensor, h: Tensor, u: Tensor, groups: int) -> Tensor:
+def add_mixed_(y: Tensor, h: Tensor, u: Tensor, groups: int) -> Tensor:
     """y += U·h."""
     if groups > 1 or not (y.is_contiguous() and h.is_contiguous()):
         return y.add_(mix_channels(h, u, groups))
@@ -198,12 +198,12 @@ def _mixed_backward(g: Tensor, h: Tensor, ut: Tensor, groups: int) -> tuple[Tens
             return gemm.matmul(ut, g3[0]).view(h.shape), gemm.matmul(h3[0], g3[0].T)
         return (ut @ g3).view(h.shape), torch.einsum("nql,nol->qo", h3, g3)
     weight = ut.T.reshape(ut.shape[1], ut.shape[0], *[1] * (h.dim() - 2))
-    gh, gu = apply_weight_backward(g, h, weight, _pointwise(h.dim() - 2, groups), True, True)
+    gh, gu = apply_weight_backward(g, h, weight, pointwise(h.dim() - 2, groups), True, True)
     assert gh is not None and gu is not None
     return gh, gu.flatten(1).T
 
 
-def _pointwise(axes: int, groups: int) -> Geometry:
+def pointwise(axes: int, groups: int) -> Geometry:
     return Geometry((1,) * axes, (0,) * axes, (1,) * axes, groups)
 
 
@@ -229,7 +229,7 @@ class Rebuilt(torch.autograd.Function):
         assert weight is not None
         bias = None if bias is None else bias.to(x.dtype)
         if _fusable(x, weight):
-            return apply_weight(x, update.add_(weight), bias, geometry)
+            return apply_weight(x, update.to(x.dtype).add_(weight), bias, geometry)
         y = apply_weight(x, weight.to(x.dtype), bias, geometry)
         return y.add_(apply_weight(x, update.to(x.dtype), None, geometry))
 
@@ -243,7 +243,9 @@ class Rebuilt(torch.autograd.Function):
         if magnitude is not None:
             update = _dora(weight, update, magnitude) - weight
         fused = ctx.apply_base and _fusable(x, weight)
-        applied = update.add_(weight) if fused else update.to(x.dtype)
+        applied = update.to(x.dtype)
+        if fused:
+            applied = applied.add_(weight)
         gx, gw = apply_weight_backward(g, x, applied, ctx.geometry, need_x, True)
         del update, applied
         if need_x and ctx.apply_base and not fused:

@@ -15,14 +15,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import nullcontext
+from functools import reduce
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from . import autograd
-from .algebra import columnwise, dora_axis
+from . import autograd, half
+from .algebra import columnwise, compute_dtype, dora_axis
 from .autograd import Factors, Geometry
 from .errors import LoHaError
 from .factors import LoHaFactors
@@ -40,11 +41,12 @@ def loha_delta(factors: LoHaFactors, strength: float = 1.0, *, shape: Sequence[i
         shape: of the weight; by default ``factors.shape`` (a flat convolution's kernel stays flat).
 
     Returns:
-        ΔW in the factors' dtype, without DoRA.
+        ΔW in the factors' dtype (where they differ, the one that holds them all), without DoRA.
     """
     shape = tuple(factors.shape if shape is None else shape)
     _check_shape(factors, shape)
-    return _Delta.apply(strength * factors.scale, shape, *_tuple(factors))
+    tensors = _alike(_tuple(factors), compute_dtype(*factors.tensors().values()))
+    return _Delta.apply(strength * factors.scale, shape, *tensors).to(_promoted(_tuple(factors)))
 
 
 def loha_linear(
@@ -60,7 +62,8 @@ def loha_linear(
 
     Args:
         x: (…, i), any floating dtype; the result has the same (autocast: its dtype).
-        factors: flat factors of shape (o, i). Their ``dora_scale`` needs a weight.
+        factors: flat factors of shape (o, i). Their ``dora_scale`` needs a weight. They, weight and bias may have
+            dtypes of their own; what is made of the factors is made in float32 or float64.
         weight: (o, i), the base. Frozen, it is fused with the update and gets no gradient.
         bias: (o,), only with a weight.
         path: "khatri-rao", "rebuild", or "auto": the cheaper by `paths.estimate`.
@@ -140,6 +143,7 @@ def adapted(
             weight either way.
     """
     x = _autocast(x)
+    factors = _alike(factors, compute_dtype(x, *(t for t in factors if t is not None)))
     apply_base = weight is not None if apply_base is None else apply_base
     if apply_base and any(t is not None and t.requires_grad for t in (weight, bias)):
         # A base in training needs its own gradients, which autograd knows how to make.
@@ -156,16 +160,25 @@ def adapted(
         if path == "rebuild":
             kept = weight if apply_base or magnitude is not None else None
             return autograd.Rebuilt.apply(x, kept, base_bias, magnitude, apply_base, shape, geometry, scale, *factors)
-        a1, b1, a2, b2, t1, _ = factors
-        if t1 is not None:
-            assert geometry is not None
-            return _tucker(x, factors, scale, geometry, base_weight, base_bias)
-        if geometry is not None:
-            kernel = tuple(shape[2:])
-            return autograd.KhatriRaoConv.apply(x, a1, b1, a2, b2, scale, base_weight, base_bias, kernel, geometry)
-        flat = x.reshape(-1, x.shape[-1])
-        y = autograd.KhatriRaoLinear.apply(flat, a1, b1, a2, b2, scale, base_weight, base_bias)
+        return _khatri_rao(x, factors, scale, shape, geometry, base_weight, base_bias)
+
+
+def _khatri_rao(
+    x: Tensor, factors: Factors, scale: float, shape: tuple[int, ...], geometry: Geometry | None,
+    weight: Tensor | None, bias: Tensor | None,
+) -> Tensor:  # fmt: skip
+    if geometry is None and x.dim() != 2:
+        y = _khatri_rao(x.reshape(-1, x.shape[-1]), factors, scale, shape, None, weight, bias)
         return y.view(*x.shape[:-1], shape[0])
+    kernel = tuple(shape[2:])
+    if x.dtype == torch.float16:
+        return half.KhatriRao.apply(x, scale, weight, bias, kernel, geometry, *factors)
+    a1, b1, a2, b2, t1, _ = factors
+    if geometry is None:
+        return autograd.KhatriRaoLinear.apply(x, a1, b1, a2, b2, scale, weight, bias)
+    if t1 is not None:
+        return _tucker(x, factors, scale, geometry, weight, bias)
+    return autograd.KhatriRaoConv.apply(x, a1, b1, a2, b2, scale, weight, bias, kernel, geometry)
 
 
 def choose(
@@ -229,6 +242,17 @@ class _Delta(torch.autograd.Function):
 
 def _tuple(f: LoHaFactors) -> Factors:
     return f.w1_a, f.w1_b, f.w2_a, f.w2_b, f.t1, f.t2
+
+
+def _alike(factors: Factors, dtype: torch.dtype) -> Factors:
+    """All in one dtype; their gradients come back in each one's own."""
+    a1, b1, a2, b2, t1, t2 = (t if t is None else t.to(dtype) for t in factors)
+    assert a1 is not None and b1 is not None and a2 is not None and b2 is not None
+    return a1, b1, a2, b2, t1, t2
+
+
+def _promoted(factors: Factors) -> torch.dtype:
+    return reduce(torch.promote_types, (t.dtype for t in factors if t is not None))
 
 
 def _each(value: int | Sequence[int], axes: int) -> tuple[int, ...]:

@@ -7,7 +7,7 @@ the output is an error of xâ‚€ divided by the gain, whether the model predicts Î
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -151,23 +151,33 @@ def _fit(one: dict[str, Any], other: dict[str, Any]) -> bool:
 def trainable_weights(*modules: nn.Module | None) -> Iterator[None]:
     """Weights that autograd accepts: loaded in inference mode, as a graph does, they are of a kind that it refuses.
 
-    Each of those is replaced by a copy with the same values, one after the other, and stays replaced. While this lasts
-    none asks for gradients.
+    Each of those is replaced by a copy with the same values, one after the other, wherever it is used, and stays
+    replaced. While this lasts none asks for gradients.
     """
     asked: list[nn.Parameter] = []
-    for module in modules:
-        for part in module.modules() if module is not None else ():
-            for name, parameter in part.named_parameters(recurse=False):
-                if parameter.is_inference():
-                    setattr(part, name, nn.Parameter(parameter.detach().clone(), requires_grad=False))
-                elif parameter.requires_grad:
-                    parameter.requires_grad_(False)
-                    asked.append(parameter)
-            for name, buffer in part.named_buffers(recurse=False):
-                if buffer.is_inference():
-                    setattr(part, name, buffer.clone())
+    for places in _places(modules):
+        tensor = getattr(*places[0])
+        if tensor.is_inference():
+            copy = tensor.detach().clone()
+            copy = nn.Parameter(copy, requires_grad=False) if isinstance(tensor, nn.Parameter) else copy
+            for part, name in places:
+                setattr(part, name, copy)
+        elif isinstance(tensor, nn.Parameter) and tensor.requires_grad:
+            tensor.requires_grad_(False)
+            asked.append(tensor)
     try:
         yield
     finally:
         for parameter in asked:
             parameter.requires_grad_(True)
+
+
+def _places(modules: Iterable[nn.Module | None]) -> list[list[tuple[nn.Module, str]]]:
+    """For each parameter and buffer the (module, name)s under which it is found: several, if weights are tied."""
+    found: dict[int, list[tuple[nn.Module, str]]] = {}
+    parts = [part for module in modules if module is not None for part in module.modules()]
+    for part in dict.fromkeys(parts):  # modules, too, may be shared
+        parameters = part.named_parameters(recurse=False, remove_duplicate=False)
+        for name, tensor in (*parameters, *part.named_buffers(recurse=False, remove_duplicate=False)):
+            found.setdefault(id(tensor), []).append((part, name))
+    return list(found.values())

@@ -3,16 +3,33 @@
 from __future__ import annotations
 
 import os
-from functools import lru_cache
+from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 
+import comfy.model_management
 import folder_paths
+from comfy_execution.utils import get_executing_context
+from torch import Tensor
 
 from loha_core import Adapter, LoHaError, load_adapter
 
 FOLDER = "loras"
 _CONFIG = "adapter_config.json"
 _SUFFIXES = (".safetensors", ".sft")
+BUDGET = int(comfy.model_management.total_ram * 2**20) // 8
+"""Bytes of adapters that are kept: an eighth of the machine's memory."""
+
+
+@dataclass
+class _Kept:
+    adapter: Adapter
+    fingerprint: str
+    size: int  # bytes
+    prompt: str | None  # the last one that used it
+
+
+_kept: dict[tuple[Path, bool], _Kept] = {}  # by file and legacy_tucker; the one used last comes last
 
 
 def names() -> list[str]:
@@ -60,9 +77,43 @@ def resolve(name: str) -> Path:
 
 
 def load(name: str, *, legacy_tucker: bool = False) -> Adapter:
-    """The adapter of that name; read again only when the file has changed."""
-    path = resolve(name)
-    return _load(path, fingerprint(name), name, legacy_tucker)
+    """The adapter of that name; read again only when the file has changed, or when there was no room to keep it."""
+    path, found = resolve(name), fingerprint(name)
+    for key in [key for key, kept in _kept.items() if key[0] == path and kept.fingerprint != found]:
+        del _kept[key]
+    key, prompt = (path, legacy_tucker), _prompt()
+    if key in _kept:
+        _kept[key] = _kept.pop(key)
+        _kept[key].prompt = prompt
+    else:
+        adapter = load_adapter(path, legacy_tucker=legacy_tucker)
+        adapter.source = name
+        _kept[key] = _Kept(adapter, found, _bytes(adapter), prompt)
+        _make_room(prompt)
+    return _kept[key].adapter
+
+
+def _make_room(prompt: str | None) -> None:
+    """Forget what was used longest ago, but nothing that this prompt has used: it will want that all again, at the
+    next move of a slider. Only after reading, for then it does not want just the same again.
+    """
+    excess = sum(kept.size for kept in _kept.values()) - BUDGET
+    for key, kept in list(_kept.items())[:-1]:
+        if excess > 0 and (prompt is None or kept.prompt != prompt):
+            del _kept[key]
+            excess -= kept.size
+
+
+def _prompt() -> str | None:
+    context = get_executing_context()
+    return None if context is None else context.prompt_id
+
+
+def _bytes(adapter: Adapter) -> int:
+    """What its tensors hold; two may be one."""
+    factors: Iterable[Tensor] = (t for f in adapter.layers.values() for t in f.tensors().values())
+    storages = [t.untyped_storage() for t in (*factors, *adapter.extras.values())]
+    return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 
 
 def fingerprint(name: str) -> str:
@@ -70,13 +121,6 @@ def fingerprint(name: str) -> str:
     path = resolve(name)
     stats = [child.stat() for child in (_files(path) or [path])]
     return ";".join(f"{s.st_mtime_ns}:{s.st_size}" for s in stats)
-
-
-@lru_cache(maxsize=2)
-def _load(path: Path, fingerprint: str, name: str, legacy_tucker: bool) -> Adapter:
-    adapter = load_adapter(path, legacy_tucker=legacy_tucker)
-    adapter.source = name
-    return adapter
 
 
 def _locate(name: Path) -> Path | None:

@@ -34,6 +34,7 @@ from loha_core.training.trainer import (
     Stopped,
     Trainer,
     TrainingConfig,
+    own_randomness,
 )  # fmt: skip
 
 from . import bridge, charts, monitor, mutation
@@ -297,7 +298,7 @@ def _frequency(dataset: Dataset) -> dict[str, int]:
 @contextmanager
 def _seeded(seed: int) -> Iterator[None]:
     """The factors' first values follow from the seed; randomness outside is left alone."""
-    with torch.random.fork_rng([]):
+    with own_randomness():
         torch.manual_seed(seed & 0xFFFFFFFFFFFFFFFF)
         yield
 

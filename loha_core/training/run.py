@@ -29,7 +29,7 @@ from .objectives import Objective
 from .pictures import Sizes, at_latent_size, fit
 from .pipeline import DTYPES, EXTRA, Diffusion, Feed, load_pipeline
 from .settings import DataSettings, Settings, read_settings
-from .trainer import STATE, Event, Saved, Stepped, Stopped, Trainer
+from .trainer import STATE, Event, Saved, Stepped, Stopped, Trainer, own_randomness
 
 # Seconds between two lines about how it goes.
 EVERY = 10.0
@@ -54,7 +54,7 @@ def train(path: Path) -> Path:
         timesteps="logit-normal" if diffusion.noising.prediction == "flow" else "uniform"
     )
     dataset = _dataset(settings, entries, diffusion)
-    with torch.random.fork_rng([]):
+    with own_randomness():
         torch.manual_seed(settings.training.seed)  # the first values of the factors
         networks = diffusion.networks(settings.network, settings.run.text_encoders)
     _place(diffusion.model, networks["model"].values(), accelerator)

@@ -184,7 +184,7 @@ class Trainer:
             LoHaError: the state cannot be written.
         """
         c = self.config
-        with _own_randomness(self.parameters[0].device), self._training():
+        with own_randomness(), self._training():
             try:
                 while self.step < c.steps:
                     loss, norm = self._backward()
@@ -458,7 +458,21 @@ def _copy(to: Sequence[Tensor], source: Sequence[Tensor]) -> None:
 
 
 @contextmanager
-def _own_randomness(device: torch.device) -> Iterator[None]:
-    """Seeds set here are not seen outside."""
-    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+def own_randomness() -> Iterator[None]:
+    """Seeds set here are not seen outside: ``torch.manual_seed`` sets those of all devices, used or not."""
+    states = [(put, get()) for get, put in _random_states()]
+    try:
         yield
+    finally:
+        for put, state in states:
+            put(state)
+
+
+def _random_states() -> Iterator[tuple[Callable[[], Any], Callable[[Any], None]]]:
+    """How to get and to set them, for the CPU and each kind of device that is there."""
+    yield torch.get_rng_state, torch.set_rng_state
+    for kind in (torch.cuda, torch.xpu):
+        if kind.is_available():
+            yield kind.get_rng_state_all, kind.set_rng_state_all
+    if torch.backends.mps.is_available():
+        yield torch.mps.get_rng_state, torch.mps.set_rng_state

@@ -67,5 +67,5 @@ def weights(pack: ModuleType) -> ModuleType:
 @pytest.fixture(scope="session")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[comfyui.Server]:
     """One ComfyUI for the whole run, with this pack in its custom_nodes."""
-    with comfyui.Server(comfyui.find(), base=tmp_path_factory.mktemp("comfyui")) as running:
+    with comfyui.Server(comfyui.find(), base=tmp_path_factory.mktemp("comfyui"), start_timeout=600) as running:
         yield running

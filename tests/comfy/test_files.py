@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import sys
 
 import folder_paths
 import pytest
+import torch
+from comfy_execution.utils import CurrentNodeContext
 
-from loha_core import LoHaError
+from loha_core import Adapter, LoHaError, LoHaFactors, save_adapter
 
 
 @pytest.fixture
@@ -51,3 +54,83 @@ def test_names_that_climb_out_are_refused(files, tmp_path, name):
     (tmp_path / "models" / "x.safetensors").write_bytes(b"x")
     with pytest.raises(LoHaError, match="no such adapter"):
         files.load(name)
+
+
+# --- reading once -------------------------------------------------------------------------------
+
+SIZE = 4 * 2 * 64 * 4  # bytes of each file's tensors
+
+
+def write(path, value: float = 1.0) -> None:
+    a, b = torch.full((64, 2), value), torch.full((2, 64), value)
+    save_adapter(Adapter({"lora_unet_a": LoHaFactors(a, b, a, b, 2.0)}), path)
+
+
+@pytest.fixture
+def reads(files, monkeypatch, tmp_path):
+    """Names of the files that were read; five of them are there."""
+    for name in "abcde":
+        write(tmp_path / "models" / "loras" / f"{name}.safetensors")
+    read, own = [], files.load_adapter
+    monkeypatch.setattr(files, "load_adapter", lambda path, **k: read.append(path.stem) or own(path, **k))
+    monkeypatch.setattr(files, "_kept", {})
+    return read
+
+
+def prompt(files, number: int, names: str) -> None:
+    """Loads them in turn, as the nodes of a prompt do."""
+    with CurrentNodeContext(str(number), "1"):
+        for name in names:
+            assert files.load(f"{name}.safetensors").layers
+
+
+def kept(files) -> set[str]:
+    return {path.stem for path, _ in files._kept}
+
+
+def test_a_stack_is_read_once_however_often_its_slider_moves(files, reads):
+    for number in range(5):
+        prompt(files, number, "abcd")
+    assert reads == ["a", "b", "c", "d"]
+
+
+@pytest.mark.parametrize("budget", [0, 2.5 * SIZE])
+def test_what_one_prompt_needs_is_kept_whatever_the_budget(files, reads, monkeypatch, budget):
+    monkeypatch.setattr(files, "BUDGET", budget)
+    for number in range(5):
+        prompt(files, number, "abcd")
+    assert reads == ["a", "b", "c", "d"]
+
+
+def test_beyond_the_budget_what_was_used_longest_ago_goes(files, reads, monkeypatch):
+    monkeypatch.setattr(files, "BUDGET", 2 * SIZE)
+    for number, name in enumerate("abac"):
+        prompt(files, number, name)
+    assert kept(files) == {"a", "c"} and files._bytes(files.load("a.safetensors")) == SIZE
+    prompt(files, 4, "abcde")
+    prompt(files, 5, "ab")
+    assert kept(files) == set("abcde")  # nothing was read, so nothing had to go
+    write(folder_paths.get_full_path("loras", "a.safetensors"), 2.0)
+    prompt(files, 6, "a")
+    assert kept(files) == {"a", "b"}
+
+
+def test_a_file_that_changed_is_read_again_and_its_old_self_is_gone(files, reads, monkeypatch):
+    first = files.load("a.safetensors")
+    files.load("a.safetensors", legacy_tucker=True)
+    path = folder_paths.get_full_path("loras", "a.safetensors")
+    write(path, 2.0)
+    os.utime(path, ns=(1, 1))
+    seen = []
+    own = files.load_adapter
+    monkeypatch.setattr(files, "load_adapter", lambda *a, **k: seen.append(len(files._kept)) or own(*a, **k))
+    second = files.load("a.safetensors")
+    assert seen == [0] and len(files._kept) == 1
+    assert not torch.equal(first.layers["lora_unet_a"].w1_a, second.layers["lora_unet_a"].w1_a)
+    assert second.source == "a.safetensors"
+
+
+def test_tensors_that_are_one_count_once(files):
+    t = torch.zeros(2, 2, 3, 3)
+    f = LoHaFactors(*torch.zeros(4, 2, 8), alpha=1.0, t1=t, t2=t)
+    assert files._bytes(Adapter({"a": f}, {"b": torch.zeros(5)})) == 4 * (4 * 16 + 36 + 5)

@@ -11,6 +11,7 @@ import pytest
 import torch
 from comfy.model_management import InterruptProcessingException
 from safetensors.torch import load_file
+from torch import nn
 
 from loha_core import LoHaError, load_adapter
 from loha_core.names import flat
@@ -297,6 +298,38 @@ def test_weights_that_were_loaded_in_inference_mode(name):
         after = m.weights()
     assert t.moved(adapter) > 0 and all(torch.equal(before[k], after[k]) for k in before)
     assert t.same(adapter, t.train(t.models(name), text=m.clip is not None, name="plain"))
+
+
+def test_weights_that_are_tied_stay_so():
+    with torch.inference_mode():
+        embedding, head, other = nn.Embedding(6, 4), nn.Linear(4, 6), nn.Linear(4, 6)
+        head.weight = embedding.weight
+        head.again = embedding.weight  # a second name within one module
+        other.bias = head.bias
+        table = torch.ones(3)
+        for module in (embedding, head, other):
+            module.register_buffer("table", table)
+    before = head.weight.clone()
+    with torch.inference_mode(False), t.node("diffusion").trainable_weights(nn.ModuleList([embedding, head]), other):
+        assert not any(p.is_inference() for m in (embedding, head, other) for p in (*m.parameters(), *m.buffers()))
+    assert embedding.weight is head.weight is head.again and torch.equal(head.weight, before)
+    assert head.bias is other.bias and embedding.table is head.table is other.table
+    assert other.weight is not head.weight
+
+
+@pytest.mark.parametrize("kind", ["cuda", "xpu", "mps"])
+def test_a_seed_is_not_seen_outside_on_any_device(kind, monkeypatch):
+    """torch.manual_seed sets those of all devices; here they are played, there being none."""
+    device, each = getattr(torch, kind), "" if kind == "mps" else "_all"
+    seeds = [7]
+    monkeypatch.setattr(torch.backends.mps if kind == "mps" else device, "is_available", lambda: True)
+    monkeypatch.setattr(device, "_is_in_bad_fork", lambda: False)
+    monkeypatch.setattr(device, f"manual_seed{each}", seeds.append)
+    monkeypatch.setattr(device, f"get_rng_state{each}", lambda: seeds[-1])
+    monkeypatch.setattr(device, f"set_rng_state{each}", seeds.append)
+    with t.node("trainer")._seeded(3):
+        assert seeds[-1] == 3
+    assert seeds[-1] == 7
 
 
 @pytest.mark.parametrize("dora", ["off", "output"])

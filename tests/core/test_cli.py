@@ -16,6 +16,7 @@ from loha_core import Adapter, describe, load_adapter
 from loha_core.cli import main
 
 from . import samples
+from .processes import PATIENCE
 
 ROOT = Path(__file__).parents[2]
 KEY = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn2_to_k"
@@ -28,7 +29,7 @@ def run(*arguments: object, **environment: str) -> subprocess.CompletedProcess[s
         cwd=ROOT,
         encoding="utf-8",
         env=os.environ | environment,
-        timeout=60,
+        timeout=PATIENCE,
     )
 
 

@@ -175,6 +175,69 @@ def test_autocast(path):
         assert (got.grad - wanted).norm() / wanted.norm() < 0.02
 
 
+DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
+# What 5 tensors are of, such that any two of them meet in each pair of dtypes: the lines over the field of 4 elements.
+TIMES = [[0, 0, 0, 0], [0, 1, 2, 3], [0, 2, 3, 1], [0, 3, 1, 2]]
+MIXED = [[DTYPES[n] for n in (a, *(b ^ TIMES[a][c] for c in range(4)))] for a in range(4) for b in range(4)]
+
+
+def test_mixed_has_every_pair():
+    pairs = {(i, j, row[i], row[j]) for row in MIXED for i in range(5) for j in range(i)}
+    assert len(pairs) == 10 * 16
+
+
+@pytest.mark.parametrize("path", [*PATHS, "dora"])
+@pytest.mark.parametrize("kind", ["linear", "conv", "tucker"])
+@pytest.mark.parametrize("with_weight", ["frozen", "trained", None])
+@pytest.mark.parametrize("dtypes", MIXED, ids=lambda dtypes: "-".join(str(d).removeprefix("torch.") for d in dtypes))
+def test_each_tensor_may_have_its_own_dtype(path, kind, with_weight, dtypes):
+    if path == "dora" and with_weight is None:
+        pytest.skip("DoRA needs a weight")
+    torch.manual_seed(0)
+    of_x, one, other, of_weight, of_rest = dtypes
+    kernel = () if kind == "linear" else (3, 2)
+    tensors = tucker(8, 6, kernel) if kind == "tucker" else flat(8, 6 * torch.Size(kernel).numel())
+    own = [one, other, other, one, one, other]
+    tensors = [t.detach().to(d).requires_grad_() for t, d in zip(tensors, own, strict=False)]
+    x = rand(5, 6, *[4, 4][: len(kernel)]).detach().to(of_x).requires_grad_()
+    learns = with_weight == "trained"
+    weight = rand(8, 6, *kernel).detach().to(of_weight).requires_grad_(learns) if with_weight else None
+    bias = rand(8).detach().to(of_rest).requires_grad_(learns) if with_weight else None
+    magnitude = rand(8, 1).detach().to(of_rest).requires_grad_() if path == "dora" else None
+
+    def run(x, weight, bias, magnitude, tensors, path):
+        f = factors(tensors, dora=magnitude)
+        if kind == "linear":
+            return loha_linear(x, f, weight=weight, bias=bias, path=path)
+        return loha_conv(x, f, weight=weight, bias=bias, kernel_size=kernel, path=path)
+
+    y = run(x, weight, bias, magnitude, tensors, "rebuild" if path == "dora" else path)
+    assert y.dtype == of_x
+    there = [t for t in (x, weight, bias, magnitude, *tensors) if t is not None]
+    asked = [t for t in there if t.requires_grad]
+    g = torch.randn(y.shape).to(of_x)
+    found = torch.autograd.grad(y, asked, g)
+    wide = {id(t): t.detach().double().requires_grad_() for t in there}
+    x64, w64, b64, m64, *t64 = (wide.get(id(t)) for t in (x, weight, bias, magnitude, *tensors))
+    # With a weight that learns, DoRA treats the norm's weight as a constant.
+    expected = run(x64, w64 if learns or w64 is None else w64.detach(), b64, m64, t64, "rebuild")
+    wanted = torch.autograd.grad(expected, [wide[id(t)] for t in asked], g.double())
+    for name, got, exact, dtype in zip(
+        ["y", *range(len(asked))], [y, *found], [expected, *wanted], [of_x, *(t.dtype for t in asked)], strict=True
+    ):
+        assert got.dtype == dtype
+        assert (got.double() - exact).norm() <= 32 * max(torch.finfo(d).eps for d in (of_x, dtype)) * exact.norm(), name
+
+
+@pytest.mark.parametrize("dtypes", MIXED[:4])
+def test_delta_of_mixed_factors_is_in_the_dtype_that_holds_them_all(dtypes):
+    tensors = [t.detach().to(d).requires_grad_() for t, d in zip(flat(5, 6), dtypes, strict=False)]
+    y = loha_delta(factors(tensors))
+    torch.testing.assert_close(y.double(), delta([t.double() for t in tensors]), rtol=1e-2, atol=1e-2)
+    assert y.dtype == sum(torch.zeros((), dtype=t.dtype) for t in tensors).dtype
+    assert [g.dtype for g in torch.autograd.grad(y.sum(), tensors)] == [t.dtype for t in tensors]
+
+
 def test_what_does_not_fit_is_named():
     f = factors(flat(4, 5))
     with pytest.raises(LoHaError, match="5 input channels"):

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from .processes import PATIENCE
+
 ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "loha_core"
 SOURCES = sorted(PACKAGE.rglob("*.py"))
@@ -65,7 +67,7 @@ def imports(tree: ast.AST, path: Path) -> set[str]:
 def test_importing_it_brings_in_nothing_foreign():
     code = "import sys, loha_core, loha_core.cli, loha_core.training.run; "
     code += f"print(sorted({FOREIGN!r} & {{name.split('.')[0] for name in sys.modules}}))"
-    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, timeout=120)
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, timeout=PATIENCE)
     assert (found.stdout.strip(), found.stderr) == ("[]", "")
 
 

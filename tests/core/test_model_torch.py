@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -16,6 +15,8 @@ from torch.utils.checkpoint import checkpoint
 
 from loha_core.config import LoHaConfig
 from loha_core.model import LoHaModel
+
+from .processes import PATIENCE, ended_well
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -187,23 +188,39 @@ dist.destroy_process_group()
 """
 
 
+def launched(script: Path, processes: int, *arguments: Path) -> subprocess.CompletedProcess[str]:
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"}
+    command = [*launch, str(script), *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE, env=environment)
+
+
 def test_two_processes_train_as_one_with_the_doubled_batch(tmp_path):
     script = tmp_path / "train.py"
     script.write_text(DDP)
-    root = str(Path(__file__).parents[2])
     results = []
     for processes in (1, 2):
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
         out = tmp_path / f"{processes}.pt"
-        launch = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={processes}"]
-        subprocess.run(
-            [*launch, f"--master_port={port}", str(script), str(out)],
-            check=True, timeout=120, env=os.environ | {"PYTHONPATH": root, "OMP_NUM_THREADS": "1"},
-        )  # fmt: skip
+        found = launched(script, processes, out)
+        assert ended_well(found) and out.exists(), found.stderr
         results.append(torch.load(out, weights_only=True))
     one, two = results
     assert len(one) == 14
     for name in one:
         torch.testing.assert_close(two[name], one[name], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("end", "well"),
+    [
+        ("print('terminate called without an active exception', file=sys.stderr, flush=True); os.abort()", True),
+        ("os.abort()", False),
+        ("raise RuntimeError('terminate called without an active exception')", False),
+        ("sys.exit(1)", False),
+    ],
+)
+def test_an_abort_at_the_end_is_told_from_a_failure(tmp_path, end, well):
+    script = tmp_path / "end.py"
+    script.write_text(f"import os, sys\nif os.environ['RANK'] == '1':\n    {end}\n")
+    found = launched(script, 2)
+    assert found.returncode and ended_well(found) == well, found.stderr

@@ -27,6 +27,7 @@ from loha_core.training.trainer import (
     Trainer,
     TrainingConfig,
     limit_norm,
+    own_randomness,
 )
 
 from . import oracle
@@ -532,3 +533,38 @@ def test_adapters_that_are_not_active():
 def test_values_out_of_range(settings, says):
     with pytest.raises(LoHaError, match=says):
         TrainingConfig(**settings)
+
+
+# --- randomness outside -------------------------------------------------------------------------
+
+
+class Device:
+    """Stands in for what torch knows of a device's generators, on a machine that has no such device."""
+
+    def __init__(self, monkeypatch, kind: str) -> None:
+        self.seeds, where = [7, 8], getattr(torch, kind)
+        each = "" if kind == "mps" else "_all"
+        monkeypatch.setattr(torch.backends.mps if kind == "mps" else where, "is_available", lambda: True)
+        monkeypatch.setattr(where, "_is_in_bad_fork", lambda: False)
+        monkeypatch.setattr(where, f"manual_seed{each}", lambda seed: setattr(self, "seeds", [seed, seed]))
+        monkeypatch.setattr(where, f"get_rng_state{each}", lambda: list(self.seeds))
+        monkeypatch.setattr(where, f"set_rng_state{each}", lambda seeds: setattr(self, "seeds", seeds))
+
+
+@pytest.mark.parametrize("kind", ["cuda", "xpu", "mps"])
+def test_seeds_are_not_seen_outside_on_any_device(monkeypatch, kind):
+    device, before = Device(monkeypatch, kind), torch.get_rng_state()
+    with pytest.raises(KeyError), own_randomness():
+        torch.manual_seed(3)
+        torch.rand(2)
+        assert device.seeds == [3, 3]
+        raise KeyError
+    assert device.seeds == [7, 8] and torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("kind", ["cuda", "xpu", "mps"])
+def test_a_run_leaves_each_devices_randomness_as_it_was(monkeypatch, kind):
+    task = Task(config=DROPPING)
+    device, before = Device(monkeypatch, kind), torch.get_rng_state()
+    task.run(TrainingConfig(steps=2))
+    assert device.seeds == [7, 8] and torch.equal(torch.get_rng_state(), before)

@@ -21,6 +21,8 @@ from loha_core.training.captions import Captions
 from loha_core.training.data import Dataset, Item, generator, order
 from loha_core.training.pictures import Sizes, at_latent_size, check_picture, fit
 
+from .processes import PATIENCE
+
 ROOT = Path(__file__).parents[2]
 bucket_sizes = st.lists(st.integers(1, 9), min_size=1, max_size=4)
 seeds = st.integers(0, 2**64 - 1)
@@ -105,7 +107,7 @@ def test_generators_are_the_same_in_every_process_and_differ_by_every_part():
     assert len({tuple(draw(*each)) for each in parts}) == len(parts)
     code = "import torch; from loha_core.training.data import generator as g; print(torch.rand(4, generator=g(1, 'x')))"
     run = [sys.executable, "-c", code]
-    found = subprocess.run(run, capture_output=True, text=True, cwd=ROOT, timeout=120, check=True)
+    found = subprocess.run(run, capture_output=True, text=True, cwd=ROOT, timeout=PATIENCE, check=True)
     assert found.stdout.strip() == str(torch.rand(4, generator=generator(1, "x")))
 
 

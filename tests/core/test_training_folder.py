@@ -13,6 +13,8 @@ from PIL import Image
 from loha_core import LoHaError
 from loha_core.training.folder import read_folder
 
+from .processes import PATIENCE
+
 ROOT = Path(__file__).parents[2]
 
 
@@ -161,5 +163,5 @@ def test_without_pillow_it_names_the_extra(tmp_path):
     save(tmp_path / "a.png")
     code = "import sys; sys.modules['PIL'] = None; from pathlib import Path; from loha_core.training import folder\n"
     code += f"folder.read_folder(Path({str(tmp_path)!r}))"
-    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, timeout=120)
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, timeout=PATIENCE)
     assert "LoHaError: reading pictures needs Pillow: pip install 'comfyui-loha[train]'" in found.stderr

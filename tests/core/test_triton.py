@@ -15,6 +15,7 @@ from loha_core import LoHaError, add_delta_
 from loha_core.kernels import triton_merge
 
 from .merging import HALF, LAYOUTS, assert_rounded, cases, expected, update, weight
+from .processes import PATIENCE
 
 
 def merged(before, updates, **options):
@@ -117,4 +118,4 @@ def test_a_merge_on_the_cpu_never_imports_triton():
         "assert 'loha_core.kernels.triton_merge' not in sys.modules and 'triton' not in sys.modules"
     )
     clean = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    subprocess.run([sys.executable, "-c", code], check=True, env=clean, timeout=120)
+    subprocess.run([sys.executable, "-c", code], check=True, env=clean, timeout=PATIENCE)

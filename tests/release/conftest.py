@@ -27,7 +27,7 @@ def run(folder: Path, *command: str) -> str:
     # comfy-cli keeps settings in the home folder, and would ask whether it may send statistics.
     quiet = os.environ | {"HOME": str(folder.parent), "DO_NOT_TRACK": "1", "NO_COLOR": "1"}
     pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
-    done = subprocess.run(command, cwd=folder, env=quiet, **pipes, text=True, timeout=120)
+    done = subprocess.run(command, cwd=folder, env=quiet, **pipes, text=True, timeout=600)
     assert done.returncode == 0, f"{' '.join(command)} failed:\n{done.stdout}"
     return done.stdout
 
@@ -61,5 +61,5 @@ def unpacked(archive: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def server(unpacked: Path) -> Iterator[comfyui.Server]:
     """A ComfyUI whose only pack is the unpacked archive."""
-    with comfyui.Server(comfyui.find(), base=unpacked.parents[1], pack=None) as running:
+    with comfyui.Server(comfyui.find(), base=unpacked.parents[1], pack=None, start_timeout=600) as running:
         yield running

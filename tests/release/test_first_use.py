@@ -43,8 +43,8 @@ def press_run(page: Page, server: Server, shown: str | None) -> tuple[str, np.nd
     """Press Run and wait: the new picture's address, the pictures, and what ComfyUI's log said meanwhile."""
     before = len(server.log())
     page.get_by_role("button", name="Run", exact=True).click()
-    address = page.wait_for_function(SHOWN, arg=shown, timeout=60_000).json_value()
-    page.wait_for_function("app.ui.lastQueueSize === 0", timeout=30_000)
+    address = page.wait_for_function(SHOWN, arg=shown, timeout=300_000).json_value()
+    page.wait_for_function("app.ui.lastQueueSize === 0", timeout=300_000)
     *_, entry = server.get("/history").values()
     assert entry["status"]["status_str"] == "success"
     return address, server.images(entry).astype(int), server.log()[before:]
@@ -58,12 +58,12 @@ def loads(log: str) -> list[str]:
 def test_first_use(page: Page, ready: Server, renderer: str, request: pytest.FixtureRequest):  # noqa: F811
     # The template browser opens by itself. Our pack is among the extensions; its workflows have names.
     templates = page.get_by_role("dialog")
-    templates.get_by_text(FOLDER, exact=True).click(timeout=60_000)
+    templates.get_by_text(FOLDER, exact=True).click(timeout=300_000)
     expect(templates.get_by_text("loha_loader", exact=True)).to_be_visible()
     shoot(page, "first-use-1-templates", request)
 
     templates.get_by_text("loha_loader", exact=True).click()
-    page.wait_for_function("app.graph._nodes.some(n => n.type === 'LoHaLoader')", timeout=30_000)
+    page.wait_for_function("app.graph._nodes.some(n => n.type === 'LoHaLoader')", timeout=300_000)
     expect(templates).to_have_count(0)
     if renderer == "Nodes 2.0":
         page.get_by_role("button", name="Try it out").click()

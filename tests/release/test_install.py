@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import sys
 import urllib.parse
 from pathlib import Path
 
 import pytest
 
+from demo import comfyui
 from demo.comfyui import Server
 
 from .conftest import FOLDER
@@ -66,8 +68,27 @@ def test_the_routes_answer(server):
     assert server.get("/loha/blocks?family=SD1.5")["family"] == "SD1.5"
 
 
+def of_ours(log: str, *folders: Path) -> list[str]:
+    """Lines of a log that are ours or name us, wherever these folders lie: their names say nothing of who speaks."""
+    for folder in sorted(map(str, folders), key=len, reverse=True):
+        log = log.replace(folder, "")
+    return [line for line in log.splitlines() if "loha" in line.lower()]
+
+
 def test_nothing_in_the_log_is_ours(server):
     """But the time that it took to import."""
-    lines = [line for line in server.log().splitlines() if FOLDER in line or "loha" in line.lower()]
-    imported = [line for line in lines if "seconds:" in line and line.endswith(FOLDER)]
-    assert len(imported) == 1 and lines == imported
+    environments = (Path(sys.prefix), Path(sys.base_prefix), Path.home())
+    lines = of_ours(server.log(), server.base, server.folder, comfyui.REPOSITORY, *environments)
+    assert len(lines) == 1 and "seconds:" in lines[0] and lines[0].endswith(FOLDER)
+
+
+def test_where_a_clone_lies_is_nothing_that_we_say():
+    clone, base = Path("/home/me/ComfyUI-LoHa"), Path("/tmp/loha/clean")
+    log = f"""Python executable: {clone}/.venv/bin/python
+Set user directory to: {base}/user
+{clone}/.venv/lib/python3.11/site-packages/torch/x.py:1: UserWarning: old
+   0.1 seconds: {base}/custom_nodes/{FOLDER}"""
+    fine, ours = f"   0.1 seconds: /custom_nodes/{FOLDER}", "LoHa: something is wrong"
+    assert of_ours(log, clone, base) == [fine]
+    trace = f"File {base}/custom_nodes/{FOLDER}/nodes/files.py"
+    assert of_ours(f"{log}\n{ours}\n{trace}", clone, base) == [fine, ours, trace.replace(str(base), "")]

@@ -28,7 +28,7 @@ def page(browser: Browser, ready: Server) -> Iterator[Page]:  # noqa: F811
     context = browser.new_context()
     opened = context.new_page()
     opened.goto(ready.address)
-    opened.wait_for_function("!!(window.app?.graph && LiteGraph.registered_node_types?.LoHaStack)", timeout=60_000)
+    opened.wait_for_function("!!(window.app?.graph && LiteGraph.registered_node_types?.LoHaStack)", timeout=300_000)
     yield opened
     context.close()
 
