@@ -42,7 +42,8 @@ def weights_of_a_unet() -> dict[str, Tensor]:
 
 
 def is_packed(key: str, weight: Tensor) -> bool:
-    return weight.dim() == 2 and "transformer_blocks" in key
+    """ComfyUI reads the width of the context from the keys of attn2, which nobody packs for that."""
+    return weight.dim() == 2 and "transformer_blocks" in key and "attn2.to_k" not in key
 
 
 def quantised(sd: dict[str, Tensor], form: str, folder: Path):
@@ -94,15 +95,15 @@ def by_city96(stored, path: Path):
 
 
 def output(patcher) -> Tensor:
+    comfy.model_management.load_models_gpu([patcher])
     torch.manual_seed(5)
-    with torch.inference_mode():  # as a graph runs
-        comfy.model_management.load_models_gpu([patcher])
-        y = patcher.model.apply_model(
-            torch.randn(1, 4, 16, 16), torch.ones(1), c_crossattn=torch.randn(1, 77, 768), transformer_options={}
-        )
+    y = patcher.model.apply_model(
+        torch.randn(1, 4, 16, 16), torch.ones(1), c_crossattn=torch.randn(1, 77, 768), transformer_options={}
+    )
     return y.double()
 
 
+@torch.inference_mode()  # as a graph runs
 @pytest.mark.parametrize("form", FORMS)
 def test_a_file(bridge, weights_of_a_unet, form, tmp_path, capsys):
     patcher, held = quantised(weights_of_a_unet, form, tmp_path)
