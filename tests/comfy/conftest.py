@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import importlib.util
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 
@@ -39,29 +39,18 @@ def pack() -> ModuleType:
     return load_pack()
 
 
-@pytest.fixture(scope="session")
-def bridge(pack: ModuleType) -> ModuleType:
-    return sys.modules[f"{pack.__name__}.nodes.bridge"]
+def _module(name: str) -> Callable[[ModuleType], ModuleType]:
+    """A fixture that gives one of the pack's modules."""
+
+    @pytest.fixture(scope="session")
+    def found(pack: ModuleType) -> ModuleType:
+        return sys.modules[f"{pack.__name__}.nodes.{name}"]
+
+    return found
 
 
-@pytest.fixture(scope="session")
-def patches(pack: ModuleType) -> ModuleType:
-    return sys.modules[f"{pack.__name__}.nodes.host.patches"]
-
-
-@pytest.fixture(scope="session")
-def live(pack: ModuleType) -> ModuleType:
-    return sys.modules[f"{pack.__name__}.nodes.host.live"]
-
-
-@pytest.fixture(scope="session")
-def acting(pack: ModuleType) -> ModuleType:
-    return sys.modules[f"{pack.__name__}.nodes.host.acting"]
-
-
-@pytest.fixture(scope="session")
-def weights(pack: ModuleType) -> ModuleType:
-    return sys.modules[f"{pack.__name__}.nodes.host.weights"]
+bridge = _module("bridge")
+patches, live, acting, weights = (_module(f"host.{name}") for name in ("patches", "live", "acting", "weights"))
 
 
 @pytest.fixture(scope="session")

@@ -186,13 +186,13 @@ def test_mixed_has_every_pair():
     assert len(pairs) == 10 * 16
 
 
-@pytest.mark.parametrize("path", [*PATHS, "dora"])
 @pytest.mark.parametrize("kind", ["linear", "conv", "tucker"])
-@pytest.mark.parametrize("with_weight", ["frozen", "trained", None])
+@pytest.mark.parametrize(
+    ("path", "with_weight"),
+    [(p, w) for p in (*PATHS, "dora") for w in ("frozen", "trained", None) if (p, w) != ("dora", None)],
+)
 @pytest.mark.parametrize("dtypes", MIXED, ids=lambda dtypes: "-".join(str(d).removeprefix("torch.") for d in dtypes))
 def test_each_tensor_may_have_its_own_dtype(path, kind, with_weight, dtypes):
-    if path == "dora" and with_weight is None:
-        pytest.skip("DoRA needs a weight")
     torch.manual_seed(0)
     of_x, one, other, of_weight, of_rest = dtypes
     kernel = () if kind == "linear" else (3, 2)
