@@ -26,7 +26,8 @@ from loha_core.bind import weight_key
 from loha_core.paths import estimate
 
 from . import weights
-from .acting import ActingLayer, Entry, SamplingProgress, Update, is_operator, why_not_live
+from .acting import ActingLayer, Update, is_operator, why_not_live
+from .entries import Entry, SamplingProgress
 from .patches import Patch
 
 KEY = "loha"  # one injection for all live adapters of a model
