@@ -41,6 +41,7 @@ export function host(node, name, element, { value, read, show, height, grows, re
   };
   isolate(frame);
   passOn(frame);
+  takeOver(node, name, frame);
 
   const widget = node.addDOMWidget(name, "loha", frame, {
     margin: MARGIN,
@@ -112,8 +113,24 @@ export function display(node, name, element, height) {
   element.classList.add("loha");
   frame.append(element);
   isolate(frame); // selecting text must not drag the node
+  takeOver(node, name, frame);
   const options = { serialize: false, margin: MARGIN, getMinHeight: () => height + 2 * MARGIN };
   node.addDOMWidget(name, "loha_display", frame, options).serialize = false; // neither in prompts nor in workflows
+}
+
+/**
+ * Undo, redo, and opening another workflow make nodes anew, with the ids of those that were there. Nodes 2.0 keeps what
+ * it has drawn for an id, and puts a widget's element in only as it begins; so ours takes the place of the one before.
+ */
+function takeOver(/** @type {any} */ node, /** @type {string} */ name, /** @type {HTMLElement} */ frame) {
+  after(node, "onAdded", () => {
+    const graph = node.graph?.isRootGraph === false ? node.graph.id : "";
+    frame.dataset.of = [graph, node.id, name].join();
+    if (!LiteGraph.vueNodesMode) return; // makes a place for each widget
+    for (const other of document.querySelectorAll(".loha-frame")) {
+      if (other !== frame && other.dataset.of === frame.dataset.of) other.replaceWith(frame);
+    }
+  });
 }
 
 /** Wheel and middle button over a widget mean the canvas; Nodes 2.0 passes them on itself. */
