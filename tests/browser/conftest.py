@@ -19,20 +19,30 @@ def browser() -> Iterator[Browser]:
         yield chromium(playwright)
 
 
+VUE = "Comfy.VueNodes.Enabled"
+READY = """!!(window.app?.graph && app.extensionManager?.setting && app.extensionManager.workflow?.activeWorkflow
+  && LiteGraph.registered_node_types?.LoHaTrainer)"""
+# With an id of its own: of a graph without, front ends from 1.40 on keep the widgets' values beyond its end.
+EMPTY = """() => app.loadGraphData(
+  { id: crypto.randomUUID(), last_node_id: 0, last_link_id: 0, nodes: [], links: [], version: 0.4 },
+  true, false, app.extensionManager.workflow.activeWorkflow)"""
+
+
+def enter(page: Page, server: Server, nodes_2: bool) -> None:  # noqa: F811
+    """Open ComfyUI with an empty graph."""
+    settings = {VUE: nodes_2, "Comfy.TutorialCompleted": True, "Comfy.Minimap.Visible": False}
+    server.post("/settings", settings)
+    page.goto(server.address)
+    page.wait_for_function(READY, timeout=60_000)
+    page.keyboard.press("Escape")  # the template browser opens by itself on an empty profile
+    page.evaluate(EMPTY)
+
+
 @pytest.fixture(params=[False, True], ids=["LiteGraph", "Nodes 2.0"])
 def page(request: pytest.FixtureRequest, browser: Browser, server: Server) -> Iterator[Page]:  # noqa: F811
     """ComfyUI's page with an empty graph, in either renderer."""
     context = browser.new_context(viewport={"width": 1400, "height": 900})
     opened = context.new_page()
-    opened.goto(server.address)
-    opened.wait_for_function("!!(window.app?.graph && window.app.extensionManager?.setting)", timeout=60_000)
-    opened.evaluate("on => app.extensionManager.setting.set('Comfy.VueNodes.Enabled', on)", request.param)
-    opened.evaluate("app.extensionManager.setting.set('Comfy.TutorialCompleted', true)")
-    opened.reload()
-    opened.wait_for_function(
-        "!!(window.app?.graph && window.LiteGraph?.registered_node_types?.LoHaInfo)", timeout=60_000
-    )
-    opened.evaluate("app.graph.clear()")
-    opened.keyboard.press("Escape")  # the template browser opens by itself on an empty profile
+    enter(opened, server, request.param)
     yield opened
     context.close()

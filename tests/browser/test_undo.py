@@ -157,7 +157,7 @@ KINDS = {
 @pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
 def test_what_is_shown_is_sent(page: Page, server: Server, kind: Kind):  # noqa: F811
     node = add(page, kind.node, **kind.values)
-    page.evaluate(f"{TRACKER}.checkState()")
+    page.evaluate(f"{TRACKER}.checkState()")  # adding it is a step
 
     def compare() -> Any:
         values = kind.expected(sent(page, node), server)

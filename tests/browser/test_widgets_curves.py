@@ -10,12 +10,11 @@ from playwright.sync_api import Locator, Page, expect
 from loha_core.blocks import BlockStrength
 from loha_core.schedule import INTERPOLATIONS, Schedule
 
+from .conftest import READY, VUE
 from .test_widgets import (  # noqa: F401  (fixtures among them)
     MARKUP,
     PLACES,
-    READY,
     STYLES,
-    VUE,
     adapters,
     add,
     drag,
