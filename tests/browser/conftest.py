@@ -26,6 +26,8 @@ READY = """!!(window.app?.graph && app.extensionManager?.setting && app.extensio
 EMPTY = """() => app.loadGraphData(
   { id: crypto.randomUUID(), last_node_id: 0, last_link_id: 0, nodes: [], links: [], version: 0.4 },
   true, false, app.extensionManager.workflow.activeWorkflow)"""
+# The front ends 1.49.6 and 1.58.1 show a pack's widget only on its own node; on a subgraph there is a plain field for it.
+OWN_WIDGETS_ON_SUBGRAPHS = "window.__COMFYUI_FRONTEND_VERSION__ === '1.32.9'"
 
 
 def enter(page: Page, server: Server, nodes_2: bool) -> None:  # noqa: F811

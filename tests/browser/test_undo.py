@@ -6,6 +6,7 @@ Undo makes every node anew. Nodes 2.0 would go on showing the elements of the no
 from __future__ import annotations
 
 import json
+import re
 import urllib.parse
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,9 +15,10 @@ from typing import Any
 import pytest
 from playwright.sync_api import Page, Route, expect
 
-from demo.comfyui import Server
+from demo.comfyui import REPOSITORY, Server
 from loha_core.schedule import Schedule
 
+from .conftest import OWN_WIDGETS_ON_SUBGRAPHS
 from .test_nodes import BUILD, adapter  # noqa: F401
 from .test_widgets import (  # noqa: F401  (fixtures among them)
     STYLES,
@@ -30,6 +32,7 @@ from .test_widgets import (  # noqa: F401  (fixtures among them)
 )
 
 TRACKER = "app.extensionManager.workflow.activeWorkflow.changeTracker"
+STEP = f"{TRACKER}.checkState()"  # of what a script has changed
 
 
 def step(page: Page, key: str, by: int) -> None:  # noqa: F811
@@ -157,7 +160,7 @@ KINDS = {
 @pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
 def test_what_is_shown_is_sent(page: Page, server: Server, kind: Kind):  # noqa: F811
     node = add(page, kind.node, **kind.values)
-    page.evaluate(f"{TRACKER}.checkState()")  # adding it is a step
+    page.evaluate(STEP)
 
     def compare() -> Any:
         values = kind.expected(sent(page, node), server)
@@ -183,3 +186,94 @@ def test_what_is_shown_is_sent(page: Page, server: Server, kind: Kind):  # noqa:
     assert compare() == before
     first(page)
     assert compare() == changed
+
+
+def test_strengths_of_a_subgraph(page: Page):  # noqa: F811
+    """Their sliders lie in nodes inside; a user sees them, or plain fields, on the subgraph's own."""
+    workflow = json.loads((REPOSITORY / "subgraphs" / "Compare two LoHas.json").read_text("utf-8"))
+    page.evaluate("workflow => app.loadGraphData(workflow, true, true)", workflow)
+    sliders = page.locator(".loha-track:visible")
+    own = page.evaluate(OWN_WIDGETS_ON_SUBGRAPHS)
+    expect(sliders).to_have_count(2 if own else 0)
+
+    def compare() -> list[float]:
+        prompt = page.evaluate("async () => (await app.graphToPrompt()).output")
+        values = [node["inputs"]["strength_model"] for node in prompt.values() if "strength_model" in node["inputs"]]
+        page.wait_for_timeout(300)
+        if own:
+            assert sliders.evaluate_all("all => all.map(e => Number(e.ariaValueNow))") == values
+        fields = "app.graph._nodes[0].widgets.filter(w => w.name.startsWith('strength_')).map(w => w.value)"
+        assert page.evaluate(fields) == values
+        return values
+
+    def change(index: int, share: float) -> None:
+        if own:
+            drag(page, sliders.nth(index), (share, 0.5), (3, 0))
+        else:
+            name = f"strength_{index + 1}"
+            page.evaluate(f"name => {{ app.graph._nodes[0].widgets.find(w => w.name === name).value = {share} }}", name)
+            page.evaluate(STEP)
+
+    before = compare()
+    change(0, 0.4)
+    changed = compare()
+    assert changed[0] != before[0] and changed[1] == before[1]
+    undo(page)
+    assert compare() == before
+    redo(page)
+    assert compare() == changed
+    change(1, 0.4)
+    assert compare() == [changed[0]] * 2
+
+
+def test_what_runs_have_shown_stays_and_the_next_run_follows(page: Page, adapter: str):  # noqa: F811
+    """Text, the bars of what is lost, and the layout of block bars."""
+    page.evaluate(BUILD, adapter)
+    page.evaluate("""() => {
+      const make = (type, x, y) => app.graph.add(Object.assign(LiteGraph.createNode(type), { pos: [x, y] }));
+      make("LoHaResize", 850, 120);
+      make("LoHaInfo", 420, 700);
+      const [load, , resize, info] = app.graph._nodes;
+      load.connect(0, resize, 0);
+      resize.connect(0, info, 0);
+      resize.widgets.find(w => w.name === "rank").value = 2;
+    }""")
+    texts, lost = page.locator("pre.loha-info"), page.locator(".loha-error-bar")
+    for file, layers in ((adapter, 9), ("seven.safetensors", 1)):
+        page.evaluate("file => { app.graph._nodes[0].widgets[0].value = file }", file)
+        page.evaluate("app.queuePrompt(0)")
+        expect(texts.first).to_contain_text(f"LoHa layers   {layers}", timeout=30_000)
+        expect(lost).to_have_count(layers, timeout=30_000)
+        page.wait_for_function("app.ui.lastQueueSize === 0", timeout=30_000)
+        said = texts.all_inner_texts()
+        add(page, "Note")
+        page.evaluate(STEP)
+        undo(page)
+        expect(texts).to_have_text(said, use_inner_text=True)
+        expect(lost).to_have_count(layers)
+
+
+def test_the_monitor_goes_on(page: Page):  # noqa: F811
+    losses = [0.3, 0.2]
+
+    def answer(route: Route) -> None:
+        known = int(re.search(r"since=(\d+)", route.request.url)[1])
+        run = {"id": "a", "step": len(losses), "steps": 9, "loss": 0.1, "lr": 1e-3, "seconds_left": 60, "previews": []}
+        route.fulfill(json={"runs": [run | {"state": "running", "losses": losses[known:], "previous": []}]})
+
+    page.route("**/loha/training*", answer)
+    view = page.locator(".loha-monitor:visible")
+    try:
+        add(page, "LoHaTrainer")
+        page.evaluate(STEP)
+        expect(view).to_contain_text("2 of 9")
+        for _ in range(2):
+            add(page, "Note", 800)
+            page.evaluate(STEP)
+            undo(page)
+            losses.append(0.1)
+            page.evaluate("app.api.dispatchCustomEvent('loha.training', {})")
+            expect(view).to_contain_text(f"{len(losses)} of 9")
+            expect(view.get_by_role("img", name=f"Loss of {len(losses)} steps")).to_be_visible()
+    finally:
+        page.unroute("**/loha/training*")
