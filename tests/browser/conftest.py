@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pytest
-from playwright.sync_api import Browser, Page, sync_playwright
+from playwright.sync_api import Browser, Page, expect, sync_playwright
 
 from demo.browser import chromium
 from demo.comfyui import Server
@@ -23,11 +23,25 @@ VUE = "Comfy.VueNodes.Enabled"
 READY = """!!(window.app?.graph && app.extensionManager?.setting && app.extensionManager.workflow?.activeWorkflow
   && LiteGraph.registered_node_types?.LoHaTrainer)"""
 # With an id of its own: of a graph without, front ends from 1.40 on keep the widgets' values beyond its end.
-EMPTY = """() => app.loadGraphData(
-  { id: crypto.randomUUID(), last_node_id: 0, last_link_id: 0, nodes: [], links: [], version: 0.4 },
-  true, false, app.extensionManager.workflow.activeWorkflow)"""
-# The front ends 1.49.6 and 1.58.1 show a pack's widget only on its own node; on a subgraph there is a plain field for it.
+EMPTY = """async () => {
+  const graph = { id: crypto.randomUUID(), last_node_id: 0, last_link_id: 0, nodes: [], links: [], version: 0.4 };
+  await app.loadGraphData(graph, true, false, app.extensionManager.workflow.activeWorkflow);
+  await app.extensionManager.setting.set("Comfy.RightSidePanel.IsOpen", false);
+  app.nodeOutputs = {};
+  app.canvas.ds.reset();
+  app.canvas.setDirty(true, true);
+}"""
+# The front ends 1.49.6 and 1.58.1 show a pack's widget only on its own node; on a subgraph it is a plain field.
 OWN_WIDGETS_ON_SUBGRAPHS = "window.__COMFYUI_FRONTEND_VERSION__ === '1.32.9'"
+
+
+def expect_error(page: Page, text: str) -> None:
+    """ComfyUI says why a run failed: in a dialog, from 1.49.6 on in the side panel that a button opens."""
+    details = page.get_by_role("button", name="View details")
+    expect(details.or_(page.get_by_role("dialog").filter(has_text=text)).first).to_be_visible(timeout=30_000)
+    if details.count():
+        details.first.click()
+    expect(page.get_by_text(text).filter(visible=True).first).to_be_visible()
 
 
 def enter(page: Page, server: Server, nodes_2: bool) -> None:  # noqa: F811

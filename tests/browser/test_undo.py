@@ -62,11 +62,11 @@ class Kind:
 
 
 def slide(name: str, share: float) -> Callable[[Page], None]:
-    return lambda page: drag(page, page.get_by_role("slider", name=name, exact=True), (share, 0.5), (3, 0))
+    return lambda it: drag(it, it.get_by_role("slider", name=name, exact=True), (share, 0.5), (3, 0))
 
 
 def click(role: Any, name: str) -> Callable[[Page], None]:
-    return lambda page: page.get_by_role(role, name=name).click()
+    return lambda it: it.get_by_role(role, name=name).click()
 
 
 def choose(page: Page) -> None:  # noqa: F811
@@ -100,9 +100,11 @@ def stack(inputs: dict[str, Any], _: Server) -> Any:
 
 
 SLIDERS = """[...document.querySelectorAll(".loha-strength")].map(e => [
-  e.querySelector(".loha-track").ariaValueNow, e.querySelector("input").value, e.querySelector(".loha-thumb").style.left])"""
+  e.querySelector(".loha-track").ariaValueNow, e.querySelector("input").value,
+  e.querySelector(".loha-thumb").style.left])"""
 ROWS = """[...document.querySelectorAll(".loha-stack-row")].map(e => [
-  e.querySelector("[data-part=name]").title, e.querySelector("[role=switch]").ariaChecked, e.querySelector("input").value])"""
+  e.querySelector("[data-part=name]").title, e.querySelector("[role=switch]").ariaChecked,
+  e.querySelector("input").value])"""
 BARS = """[document.querySelector(".loha-equaliser textarea").value,
   Object.fromEntries([...document.querySelectorAll(".loha-bar")].map(e => [e.ariaLabel, e.ariaValueNow]))]"""
 FRAMES = """[document.querySelector(".loha-schedule textarea").value,
@@ -148,8 +150,8 @@ KINDS = {
         "LoHaSchedule",
         {"keyframes": "0: 0.2, 0.5: 1"},
         (
-            lambda page: drag(page, page.locator(".loha-plot"), (0.75, 0.5), (0, -20)),
-            lambda page: drag(page, page.locator(".loha-keyframe").first, (0.5, 0.5), (30, -20)),
+            lambda it: drag(it, it.locator(".loha-plot"), (0.75, 0.5), (0, -20)),
+            lambda it: drag(it, it.locator(".loha-keyframe").first, (0.5, 0.5), (30, -20)),
         ),
         FRAMES,
         frames,

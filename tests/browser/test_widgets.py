@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 
 from demo.comfyui import CACHE, Server
 
-from .conftest import EMPTY, enter
+from .conftest import EMPTY, enter, expect_error
 
 SHOTS = CACHE / "screenshots"
 MARKUP = "<img src=x onerror=window.hacked=1>"
@@ -68,7 +68,6 @@ def opened(request: pytest.FixtureRequest, browser: Browser, server: Server, ada
 @pytest.fixture
 def page(opened: Page) -> Page:
     opened.evaluate(EMPTY)
-    opened.evaluate("app.canvas.ds.reset(); app.canvas.setDirty(true, true)")
     opened.mouse.move(5, 895)
     return opened
 
@@ -279,8 +278,7 @@ def test_stack_runs_in_the_server_and_bad_rows_say_so(page: Page):
     expect(page.locator(".loha-stack")).to_contain_text("not a list of rows")
     assert sent(page, node)["rows"] == "[{"  # kept until it is edited
     page.evaluate("app.queuePrompt(0)")
-    dialog = page.get_by_role("dialog").filter(has_text="rows is not JSON")
-    expect(dialog).to_be_visible(timeout=30_000)
+    expect_error(page, "rows is not JSON")
     page.keyboard.press("Escape")
 
 
