@@ -22,7 +22,9 @@ def browser() -> Iterator[Browser]:
 VUE = "Comfy.VueNodes.Enabled"
 READY = """!!(window.app?.graph && app.extensionManager?.setting && app.extensionManager.workflow?.activeWorkflow
   && LiteGraph.registered_node_types?.LoHaTrainer)"""
-# With an id of its own: of a graph without, front ends from 1.40 on keep the widgets' values beyond its end.
+TRACKER = "app.extensionManager.workflow.activeWorkflow.changeTracker"
+STEP = f"{TRACKER}.checkState()"  # what a script has changed becomes a step for undo
+# With an id of its own: of a graph without, 1.49.6 and 1.58.1 keep the widgets' values beyond its end.
 EMPTY = """async () => {
   const graph = { id: crypto.randomUUID(), last_node_id: 0, last_link_id: 0, nodes: [], links: [], version: 0.4 };
   await app.loadGraphData(graph, true, false, app.extensionManager.workflow.activeWorkflow);

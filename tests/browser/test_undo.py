@@ -18,7 +18,7 @@ from playwright.sync_api import Page, Route, expect
 from demo.comfyui import REPOSITORY, Server
 from loha_core.schedule import Schedule
 
-from .conftest import OWN_WIDGETS_ON_SUBGRAPHS
+from .conftest import OWN_WIDGETS_ON_SUBGRAPHS, STEP, TRACKER
 from .test_nodes import BUILD, adapter  # noqa: F401
 from .test_widgets import (  # noqa: F401  (fixtures among them)
     STYLES,
@@ -30,9 +30,6 @@ from .test_widgets import (  # noqa: F401  (fixtures among them)
     rows,
     sent,
 )
-
-TRACKER = "app.extensionManager.workflow.activeWorkflow.changeTracker"
-STEP = f"{TRACKER}.checkState()"  # of what a script has changed
 
 
 def step(page: Page, key: str, by: int) -> None:  # noqa: F811
