@@ -1,14 +1,27 @@
 # The two commands that do everything on a fresh machine: `make demo` and `make test`.
-# They make their own environments; PYTHON chooses the interpreter (3.11 is what the pinned torch is tested with).
+# They make their own environments; PYTHON chooses the interpreter (3.10 to 3.13).
 
 PYTHON ?= python3
-VENV := .venv
 PEERS := .venv-peers
+ifdef COMFYUI_PATH
+# An environment for each ComfyUI, by its own requirements. There is a stand-in for torchaudio, see demo/launch.py.
+REQUIREMENTS := $(COMFYUI_PATH)/requirements.txt
+VENV := .venv-$(shell sed -n 's/^__version__ = "\(.*\)"/\1/p' $(COMFYUI_PATH)/comfyui_version.py)
+NEEDS = '.[dev,demo]' -r $(VENV)/requirements.txt
+else
+VENV := .venv
+NEEDS = '.[dev,demo,comfyui]'
+endif
+# FRONT_END=1.58.1 takes that version of ComfyUI's page in place of its own.
+ifdef FRONT_END
+PAGE := .cache/front-end-$(FRONT_END)
+export FRONT_END_ROOT := $(CURDIR)/$(PAGE)/comfyui_frontend_package/static
+endif
 # Threads that wait asleep: waiting awake costs a busy machine more than it brings a quiet one.
 export OMP_WAIT_POLICY ?= PASSIVE
 
 PIP := -m pip install --quiet --disable-pip-version-check -c constraints.txt
-OR_SAY = || { echo "The environment was not made. It takes Python 3.11 with venv (PYTHON=$(PYTHON) is used) and PyPI:" \
+OR_SAY = || { echo "The environment was not made. It takes Python 3.10 to 3.13 with venv (PYTHON=$(PYTHON) is used) and PyPI:" \
 	"put right what is said above and run make again." >&2; exit 1; }
 
 .PHONY: demo demo-merge ui test lint test-core test-comfy test-release chromium clean
@@ -35,21 +48,25 @@ test-core: $(PEERS)/.ready
 	$(PEERS)/bin/pytest tests/core
 
 # A real ComfyUI server, and its page in a real browser.
-test-comfy: $(VENV)/.ready chromium
+test-comfy: $(VENV)/.ready $(PAGE) chromium
 	$(VENV)/bin/pytest tests/comfy tests/browser
 
 # The archive that the registry gets, and a newcomer's first minutes with it.
-test-release: $(VENV)/.ready chromium
+test-release: $(VENV)/.ready $(PAGE) chromium
 	$(VENV)/bin/pytest tests/release
 
 # torch first, then everything else held to that torch. torchvision's compiled operators are not
 # needed and do not load beside a CPU build, hence --no-deps; demo/launch.py says more.
-$(VENV)/.ready: pyproject.toml constraints.txt
+$(VENV)/.ready: pyproject.toml constraints.txt $(REQUIREMENTS)
 	$(PYTHON) -m venv $(VENV) $(OR_SAY)
 	$(VENV)/bin/python $(PIP) torch $(OR_SAY)
 	$(VENV)/bin/python $(PIP) --no-deps torchvision $(OR_SAY)
-	$(VENV)/bin/python $(PIP) -e '.[dev,comfyui]' $(OR_SAY)
+	$(if $(REQUIREMENTS),grep -v torchaudio $(REQUIREMENTS) > $(VENV)/requirements.txt)
+	$(VENV)/bin/python $(PIP) -e $(NEEDS) $(OR_SAY)
 	touch $@
+
+.cache/front-end-%: | $(VENV)/.ready
+	$(VENV)/bin/python $(PIP) --no-deps --target $@ comfyui-frontend-package==$*
 
 # diffusers and transformers import torchvision if it is there, so the peers get an environment without it.
 $(PEERS)/.ready: pyproject.toml constraints.txt
@@ -64,4 +81,4 @@ chromium:
 	{ echo "The browser tests need Chromium: install it (Debian: apt-get install chromium) and run make test again." >&2; exit 1; }
 
 clean:
-	rm -rf $(VENV) $(PEERS) .cache .pytest_cache .mypy_cache .ruff_cache
+	rm -rf .venv* .cache .pytest_cache .mypy_cache .ruff_cache

@@ -98,7 +98,7 @@ def importable() -> None:
         return
     import torch
 
-    launch.declare_torchvision_operators()
+    launch.let_comfyui_import()
     sys.path.insert(0, folder)  # first, because of ComfyUI's `nodes` and ours
     from comfy.cli_args import args
 
@@ -161,6 +161,8 @@ class Server:
         command = [sys.executable, "-u", str(Path(launch.__file__)), str(self.folder)]
         command += ["--base-directory", str(self.base), "--database-url", "sqlite:///:memory:"]
         command += ["--listen", "127.0.0.1", "--port", str(self.port), "--disable-api-nodes", "--disable-auto-launch"]
+        if page := os.environ.get("FRONT_END_ROOT"):
+            command += ["--front-end-root", page]
         command += [*_device_arguments(), *self.arguments]
         with self._log.open("wb") as log:
             self._process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL)

@@ -1,21 +1,26 @@
 """Run a ComfyUI's main.py: `python launch.py <ComfyUI folder> [its arguments]`.
 
-Beside a CPU build of torch, torchvision's compiled operators don't load, and `import torchvision`
-fails on the two whose shape functions it registers. ComfyUI only needs the import to work, so
-their names are declared first.
+ComfyUI imports torchvision and torchaudio at its start, and nothing here calls them. Beside a CPU build of torch
+their compiled parts don't load, so what the imports need is declared first.
 """
 
+import importlib.util
 import os
 import runpy
 import sys
+from importlib.machinery import ModuleSpec
 from pathlib import Path
+from types import ModuleType
+
+
+def let_comfyui_import() -> None:
+    """Make `import torchvision` and `import torchaudio` work. Call it before anything imports ComfyUI."""
+    declare_torchvision_operators()
+    stand_in_for_torchaudio()
 
 
 def declare_torchvision_operators() -> None:
-    """Declare `torchvision::nms` and `torchvision::qnms`, unless torchvision brings its own.
-
-    Call it before anything imports torchvision.
-    """
+    """Declare the two operators whose shape functions torchvision registers, unless it brings its own."""
     import torch
 
     if torch.version.cuda or torch.version.hip:
@@ -25,9 +30,18 @@ def declare_torchvision_operators() -> None:
             torch.library.define(f"torchvision::{name}", "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
 
 
+def stand_in_for_torchaudio() -> None:
+    """An empty torchaudio where there is none: ComfyUI 0.33 does not start without."""
+    if importlib.util.find_spec("torchaudio"):
+        return
+    for name in ("torchaudio", "torchaudio.functional", "torchaudio.transforms"):
+        sys.modules[name] = ModuleType(name)
+        sys.modules[name].__spec__ = ModuleSpec(name, None)
+
+
 def main() -> None:
     folder = Path(sys.argv[1]).resolve()
-    declare_torchvision_operators()
+    let_comfyui_import()
     # As `python main.py` would have it. Our own folder must not stay on the path.
     sys.path[0] = str(folder)
     sys.argv = [str(folder / "main.py"), *sys.argv[2:]]

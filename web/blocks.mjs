@@ -1,7 +1,7 @@
 // Block equaliser: a bar per block. What the vector means only the server knows; this draws its answer and writes text.
 import { ask } from "./adapters.mjs";
 import { el, onDrag } from "./dom.mjs";
-import { after, committed, host, valueOf } from "./host.mjs";
+import { after, committed, host, onOutput, valueOf } from "./host.mjs";
 import { clamp, snap, stepped, text, FINE, STEP } from "./number.mjs";
 import { t } from "./words.mjs";
 
@@ -217,11 +217,9 @@ export function blocksWidget(node, name, spec) {
     }
     query();
   };
-  const onExecuted = node.onExecuted;
-  node.onExecuted = function (output) {
-    onExecuted?.apply(this, arguments);
-    learned = output?.layout?.[0] ?? "auto";
+  onOutput(node, ({ layout }) => {
+    learned = layout?.[0] ?? "auto";
     query();
-  };
+  });
   return { widget: hosted.widget, minWidth: 400 };
 }

@@ -26,9 +26,10 @@ const MARGIN = 4;
  * @param {() => number} part.height the least, in pixels
  * @param {boolean} [part.grows] takes what room the node has
  * @param {(label?: string) => void} [part.rename] a subgraph shows the widget under this name of its own, or none does
+ * @param {{type: string, options: object}} [part.field] of ComfyUI's own fields, the one that can hold the value
  * @returns {Hosted<V>}
  */
-export function host(node, name, element, { value, read, show, height, grows, rename }) {
+export function host(node, name, element, { value, read, show, height, grows, rename, field = { type: "text", options: {} } }) {
   let current = value;
   const frame = document.createElement("div");
   frame.className = `loha-frame${grows ? " widget-expands" : ""}`;
@@ -41,6 +42,7 @@ export function host(node, name, element, { value, read, show, height, grows, re
   };
   isolate(frame);
   passOn(frame);
+  takeOver(node, name, frame);
 
   const widget = node.addDOMWidget(name, "loha", frame, {
     margin: MARGIN,
@@ -55,6 +57,14 @@ export function host(node, name, element, { value, read, show, height, grows, re
       show(current);
     },
   });
+
+  // Pages whose widgets have ids show nothing of ours as a subgraph's input, which is a field by type and options there.
+  const asField = new Proxy(widget, { get: (target, key) => (key in field ? field[key] : target[key]) });
+  const getWidgetFromSlot = node.getWidgetFromSlot;
+  node.getWidgetFromSlot = function () {
+    const found = getWidgetFromSlot.apply(this, arguments);
+    return found === widget && "widgetId" in widget && !node.graph?.isRootGraph ? asField : found;
+  };
 
   // ComfyUI would bring the node to the front, too; that numbers all nodes anew, and a redo after an undo is lost.
   frame.addEventListener("click", () => {
@@ -112,8 +122,44 @@ export function display(node, name, element, height) {
   element.classList.add("loha");
   frame.append(element);
   isolate(frame); // selecting text must not drag the node
+  takeOver(node, name, frame);
   const options = { serialize: false, margin: MARGIN, getMinHeight: () => height + 2 * MARGIN };
   node.addDOMWidget(name, "loha_display", frame, options).serialize = false; // neither in prompts nor in workflows
+}
+
+/** A node's key in `app.nodeOutputs`. */
+const keyOf = (/** @type {any} */ { id, graph }) => (graph.isRootGraph ? String(id) : `${graph.id}:${id}`);
+
+/**
+ * Undo, redo, and opening another workflow make nodes anew, with the ids of those that were there. Nodes 2.0 keeps what
+ * it has drawn for an id, and puts a widget's element in only as it begins; so ours takes the place of the one before.
+ */
+function takeOver(/** @type {any} */ node, /** @type {string} */ name, /** @type {HTMLElement} */ frame) {
+  after(node, "onAdded", () => {
+    frame.dataset.of = `${keyOf(node)}:${name}`;
+    if (!LiteGraph.vueNodesMode) return; // makes a place for each widget
+    for (const other of document.querySelectorAll(".loha-frame")) {
+      if (other !== frame && other.dataset.of === frame.dataset.of) other.replaceWith(frame);
+    }
+  });
+}
+
+/**
+ * What runs of a node give: after each, and the last one's for a node that undo makes anew.
+ *
+ * @param {any} node
+ * @param {(output: any) => void} then
+ */
+export function onOutput(node, then) {
+  const onExecuted = node.onExecuted;
+  node.onExecuted = function (output) {
+    onExecuted?.apply(this, arguments);
+    then(output ?? {});
+  };
+  after(node, "onAdded", () => {
+    const output = app.nodeOutputs?.[keyOf(node)];
+    if (output) then(output);
+  });
 }
 
 /** Wheel and middle button over a widget mean the canvas; Nodes 2.0 passes them on itself. */
@@ -164,5 +210,7 @@ export function setValue(/** @type {any} */ node, /** @type {string} */ name, /*
 
 /** A change is complete: a step for undo. ComfyUI notices by itself when a mouse button goes up. */
 export function committed() {
-  app.extensionManager?.workflow?.activeWorkflow?.changeTracker?.checkState?.();
+  const tracker = app.extensionManager?.workflow?.activeWorkflow?.changeTracker;
+  if (tracker?.captureCanvasState) tracker.captureCanvasState();
+  else tracker?.checkState?.(); // as it was called
 }

@@ -1,7 +1,7 @@
 // What a node says about its result, on the node.
 import { app } from "../../scripts/app.js";
 import { el } from "./dom.mjs";
-import { display } from "./host.mjs";
+import { display, onOutput } from "./host.mjs";
 import { t } from "./words.mjs";
 
 const LINE = 17, BARS = 96; // pixels
@@ -40,11 +40,9 @@ app.registerExtension({
     const [width, least] = lines > 3 ? [400, 320] : [320, 0];
     node.setSize([Math.max(node.size[0], width), node.computeSize()[1] + least]);
 
-    const onExecuted = node.onExecuted;
-    node.onExecuted = function (output) {
-      onExecuted?.apply(this, arguments);
-      if (output?.text) text.textContent = [].concat(output.text).join("\n");
-      if (output?.layers && bars) bars.then(({ show }) => show(output.layers));
-    };
+    onOutput(node, ({ text: said, layers }) => {
+      if (said) text.textContent = [].concat(said).join("\n");
+      if (layers && bars) bars.then(({ show }) => show(layers));
+    });
   },
 });

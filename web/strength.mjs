@@ -1,7 +1,7 @@
 // Strength: a slider, a field that goes beyond it, and a link between the model's and the text encoders'.
 import { el, onDrag } from "./dom.mjs";
 import { after, committed, host, setValue } from "./host.mjs";
-import { FINE, STEP, clamp, numberField, parse, snap, stepped, text } from "./number.mjs";
+import { FINE, MAX, MIN, STEP, clamp, numberField, parse, snap, stepped, text } from "./number.mjs";
 import { t } from "./words.mjs";
 
 // What the slider spans; the field takes the rest.
@@ -60,6 +60,7 @@ export function strengthWidget(node, name, spec) {
     height: () => 26,
     show,
     rename: (name = what) => (label.textContent = name),
+    field: { type: "number", options: { min: MIN, max: MAX, step: 10 * STEP, step2: STEP, precision: 2 } },
   });
   function show(value) {
     const [from, to] = [place(Math.min(0, value)), place(Math.max(0, value))];

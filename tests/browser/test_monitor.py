@@ -13,7 +13,9 @@ from playwright.sync_api import Page, Route, expect
 from demo import comfyui, train_loha
 
 from ..comfy.test_sampling import ready  # noqa: F401  (the demo's checkpoint and pictures)
+from .conftest import STEP
 from .test_nodes import shoot
+from .test_widgets import add
 
 LOOK = """() => {
   const node = app.graph._nodes.find(n => n.type === "LoHaTrainer");
@@ -59,6 +61,10 @@ def test_curve_reload_and_cancel(page: Page, ready, request):  # noqa: F811
     page.get_by_role("button", name="Log", exact=True).click()
     shoot(page, "monitor", request)
 
+    # The front end 1.58.1 keeps a workflow over a reload once something in it has been changed.
+    page.evaluate("() => { app.graph._nodes[0].pos[0] += 10 }")
+    page.evaluate(STEP)
+    page.wait_for_timeout(1000)
     page.reload()
     page.wait_for_function("!!(window.app?.graph && document.querySelector('.loha-monitor'))", timeout=60_000)
     there = run_of(ready, name)["step"]
@@ -146,7 +152,7 @@ def test_ten_thousand_points_stay_fluent(page: Page, ready):  # noqa: F811
         route.fulfill(json={"runs": [found if known else found | {"previous": losses}]})
 
     page.route("**/loha/training*", answer)
-    page.evaluate("app.graph.add(Object.assign(LiteGraph.createNode('LoHaTrainer'), { pos: [300, 120] }))")
+    add(page, "LoHaTrainer", 300, 120)
     page.wait_for_function(f"({SHOWN})() >= 10000", timeout=30_000)
     before = page.evaluate(f"({SHOWN})()")
     rate = page.evaluate("""async () => {

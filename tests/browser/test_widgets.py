@@ -14,10 +14,11 @@ from safetensors.torch import save_file
 
 from demo.comfyui import CACHE, Server
 
+from .conftest import EMPTY, enter, expect_error
+
 SHOTS = CACHE / "screenshots"
 MARKUP = "<img src=x onerror=window.hacked=1>"
 STYLES = [f"styles/film/look_{number:02d}.safetensors" for number in range(30)]
-READY = "!!(window.app?.graph && app.extensionManager?.setting && LiteGraph.registered_node_types?.LoHaStack)"
 
 LOADED = """performance.getEntriesByType('resource').filter(e => /ComfyUI-LoHa\\/.*js$/.test(e.name))
   .reduce((sum, e) => sum + e.decodedBodySize, 0)"""
@@ -34,7 +35,6 @@ ADD = """([kind, x, y, values]) => {
   return node.id;
 }"""
 PLACES = "app.graph._nodes.map(n => [...n.pos].map(Math.round))"
-VUE = "Comfy.VueNodes.Enabled"
 
 
 @pytest.fixture(scope="module")
@@ -58,13 +58,7 @@ def opened(request: pytest.FixtureRequest, browser: Browser, server: Server, ada
     context.set_default_timeout(10_000)
     page = context.new_page()
     page.add_init_script("window.failures = []; addEventListener('error', e => failures.push(e.message))")
-    page.goto(server.address)
-    page.wait_for_function(READY, timeout=60_000)
-    for setting, value in ((VUE, request.param), ("Comfy.TutorialCompleted", True), ("Comfy.Minimap.Visible", False)):
-        page.evaluate("([name, value]) => app.extensionManager.setting.set(name, value)", [setting, value])
-    page.reload()
-    page.wait_for_function(READY, timeout=60_000)
-    page.keyboard.press("Escape")  # the template browser opens by itself on an empty profile
+    enter(page, server, request.param)
     assert page.evaluate(LOADED) <= 60 * 1024
     yield page
     assert page.evaluate("failures") == []
@@ -73,7 +67,7 @@ def opened(request: pytest.FixtureRequest, browser: Browser, server: Server, ada
 
 @pytest.fixture
 def page(opened: Page) -> Page:
-    opened.evaluate("app.graph.clear(); app.nodeOutputs = {}; app.canvas.ds.reset(); app.canvas.setDirty(true, true)")
+    opened.evaluate(EMPTY)
     opened.mouse.move(5, 895)
     return opened
 
@@ -284,8 +278,7 @@ def test_stack_runs_in_the_server_and_bad_rows_say_so(page: Page):
     expect(page.locator(".loha-stack")).to_contain_text("not a list of rows")
     assert sent(page, node)["rows"] == "[{"  # kept until it is edited
     page.evaluate("app.queuePrompt(0)")
-    dialog = page.get_by_role("dialog").filter(has_text="rows is not JSON")
-    expect(dialog).to_be_visible(timeout=30_000)
+    expect_error(page, "rows is not JSON")
     page.keyboard.press("Escape")
 
 

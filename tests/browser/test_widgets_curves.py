@@ -10,12 +10,11 @@ from playwright.sync_api import Locator, Page, expect
 from loha_core.blocks import BlockStrength
 from loha_core.schedule import INTERPOLATIONS, Schedule
 
+from .conftest import READY, STEP, TRACKER, VUE
 from .test_widgets import (  # noqa: F401  (fixtures among them)
     MARKUP,
     PLACES,
-    READY,
     STYLES,
-    VUE,
     adapters,
     add,
     drag,
@@ -34,7 +33,6 @@ SET = """(id, name, value) => {
   widget.callback?.(value);
 }"""
 SIZES = "app.graph._nodes.map(n => [...n.size].map(Math.round))"
-TRACKER = "app.extensionManager.workflow.activeWorkflow.changeTracker"
 
 
 # --- block equaliser --------------------------------------------------------------------------
@@ -275,7 +273,7 @@ def test_values_survive(page: Page, opened: Page, shoot):  # noqa: F811
         expect(page.get_by_role("slider", name="model strength")).to_be_visible()
 
     # A reload of the page.
-    page.evaluate(f"{TRACKER}.checkState()")
+    page.evaluate(STEP)
     page.wait_for_timeout(600)
     page.reload()
     page.wait_for_function(READY, timeout=60_000)

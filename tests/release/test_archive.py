@@ -10,11 +10,14 @@ import sys
 import zipfile
 from pathlib import Path, PurePosixPath
 
-import tomllib
-
 from demo import comfyui
 
 from .conftest import REPOSITORY
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib  # pytest brings it
 
 MOST_BYTES = 3_000_000
 FILES = {"__init__.py", "pyproject.toml", "README.md", "CHANGELOG.md", "LICENSE"}

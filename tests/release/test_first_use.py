@@ -15,6 +15,7 @@ from playwright.sync_api import Browser, Page, expect
 
 from demo.comfyui import Server
 
+from ..browser.conftest import VUE
 from ..browser.test_nodes import shoot
 from ..comfy.test_sampling import ready  # noqa: F401  (the demo's checkpoint, and random LoHas)
 from .conftest import FOLDER
@@ -42,7 +43,7 @@ def page(browser: Browser, ready: Server) -> Iterator[Page]:  # noqa: F811
 def press_run(page: Page, server: Server, shown: str | None) -> tuple[str, np.ndarray, str]:
     """Press Run and wait: the new picture's address, the pictures, and what ComfyUI's log said meanwhile."""
     before = len(server.log())
-    page.get_by_role("button", name="Run", exact=True).click()
+    page.get_by_role("button", name="Run", exact=True).first.click()  # the second is its menu, from 1.49.6 on
     address = page.wait_for_function(SHOWN, arg=shown, timeout=300_000).json_value()
     page.wait_for_function("app.ui.lastQueueSize === 0", timeout=300_000)
     *_, entry = server.get("/history").values()
@@ -65,7 +66,9 @@ def test_first_use(page: Page, ready: Server, renderer: str, request: pytest.Fix
     templates.get_by_text("loha_loader", exact=True).click()
     page.wait_for_function("app.graph._nodes.some(n => n.type === 'LoHaLoader')", timeout=300_000)
     expect(templates).to_have_count(0)
-    if renderer == "Nodes 2.0":
+    if page.evaluate("__COMFYUI_FRONTEND_VERSION__ !== '1.32.9'"):  # later ones offer it in the settings only
+        page.evaluate(f"on => app.extensionManager.setting.set('{VUE}', on)", renderer == "Nodes 2.0")
+    elif renderer == "Nodes 2.0":
         page.get_by_role("button", name="Try it out").click()
     strength = page.get_by_role("slider", name="model strength")
     expect(strength).to_have_attribute("aria-valuenow", "1")
