@@ -14,7 +14,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from loha_core import load_adapter
+from loha_core import load_adapter, spelling
+from loha_core.extract import extract
 
 from . import bases, reduced
 
@@ -131,3 +132,18 @@ def test_a_file(bridge, weights_of_a_unet, form, tmp_path, capsys):
     assert errors["merge"] < 0.01 + 2 * float(noise / effect) + (0 if form.startswith("Q") else 0.5)
     assert torch.equal(output(patcher), plain)
     comfy.model_management.unload_all_models()
+    extraction(bridge, patcher, adapter)
+
+
+def extraction(bridge, patcher, adapter) -> None:
+    """What the node Extract LoHa finds between a quantised model and itself with a LoHa of rank 3, of matrix rank 9."""
+    Patched = sys.modules["ComfyUI-LoHa.nodes.extract"].Patched
+    for mode in ("live", "merge"):
+        adapted, _, _ = bridge.apply(patcher, None, adapter, 0.5, 1.0, mode=mode)
+        models = Patched("base", patcher, None), Patched("tuned", adapted, None)
+        found = extract(*models, rank=9, method="svd", only="attn1_to_(q|k)").adapter.layers
+        assert len(found) == 2 * 4
+        for name, factors in found.items():
+            native = next(other for other in adapter.layers if spelling.to_diffusers(other[10:]) == name[10:])
+            wanted = 0.5 * adapter.layers[native].delta()
+            assert (factors.delta() - wanted).norm() < 0.01 * wanted.norm()
