@@ -1,6 +1,6 @@
 """What a live LoHa costs on a layer whose weight is quantised.
 
-    PYTHONPATH=. python -m benchmarks.quantised [--width 3072] [--tokens 4096] [--rank 8] [--repeats 7]
+    PYTHONPATH=. python -m benchmarks.quantised [--width 3072] [--tokens 4096] [--rank 8] [--repeats 7] [--only fp8]
 
 One linear layer, width × width, held in each of the ways that tests/comfy/test_bases.py knows, as it is used in
 sampling: alone, with a live LoHa, with a live DoRA, and with ComfyUI's own LoHa as a weight function, which is how
@@ -48,6 +48,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name, value in (("width", 3072), ("tokens", 4096), ("rank", 8), ("repeats", 7)):
         parser.add_argument(f"--{name}", type=int, default=value)
+    parser.add_argument("--only", nargs="*", help="ways to hold a weight, by name; all by default")
     options = parser.parse_args()
     pack = module("ComfyUI-LoHa", ROOT / "__init__.py", submodule_search_locations=[str(ROOT)])
     asyncio.run(pack.comfy_entrypoint())
@@ -62,7 +63,7 @@ def main() -> None:
           f"{platform.processor() or platform.machine()}, torch {torch.__version__}")  # fmt: skip
     print(f"{'':<20}{'alone':>9}{'LoHa':>16}{'DoRA':>16}{'ComfyUI, weight function':>28}   products in the format")
     for name in bases.BASES:
-        if name in ("plain", "torch's own", "resident"):
+        if name in ("plain", "torch's own", "resident") or (options.only and name not in options.only):
             continue
         base = bases.BASES[name](weight, bias)
         patcher = bases.patcher_for(base)
