@@ -99,6 +99,8 @@ def read(model: nn.Module, path: Path, config: LoHaConfig | None) -> Loaded:
     layers = {n: s[0] if len(s) == 1 else lowrank.exact_sum(s, [1.0] * len(s)) for n, s in stacks.items()}
     if not layers:
         raise LoHaError(f"{path}: nothing in it fits this model.\n{bound.report.text(limit=5)}")
+    for note in adapter.notes:
+        warnings.warn(f"{path}: {note}", stacklevel=4)
     saved = _saved(adapter.extras, config)
     left = [key for key in adapter.extras if not any(_under(key, name) for name in saved)]
     if bound.report.unmatched or left:

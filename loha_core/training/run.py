@@ -254,7 +254,8 @@ class Output:
         found = {name: f for layers in self.trainer.factors().values() for name, f in layers.items()}
         if self.settings.output.format == "lycoris":
             found = {_spelled(name): f for name, f in found.items()}
-        return Adapter(found, metadata=self._metadata())
+        # Modules' own names, as in PEFT's folders: they get those of a file when one is written.
+        return Adapter(found, metadata=self._metadata(), dialect="peft")
 
     def _metadata(self) -> dict[str, str]:
         s = self.settings
