@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
-from . import lowrank, names
+from . import lowrank, names, spelling
 from .adapter import Adapter
 from .bind import Network, bind
 from .config import CONFIG_NAME, LoHaConfig
@@ -91,7 +91,9 @@ def read(model: nn.Module, path: Path, config: LoHaConfig | None) -> Loaded:
     modules = {name: _unwrapped(module) for name, module in model.named_modules() if name}
     weights = {n: w for n, m in modules.items() if isinstance(w := getattr(m, "weight", None), Tensor) and w.dim() > 1}
     shapes = {n: _shape(modules[n], w) for n, w in weights.items()}
-    bound = bind(adapter, {"model": Network({name: name for name in shapes}, shapes)})
+    # A diffusers U-Net is also found by the names of the original code, and the other way round.
+    targets = spelling.aliases(shapes) | {name: name for name in shapes}
+    bound = bind(adapter, {"model": Network(targets, shapes)})
     stacks: dict[str, list[LoHaFactors]] = {}
     for _, name, factors in bound.layers["model"]:
         stacks.setdefault(name, []).append(factors)
@@ -99,6 +101,8 @@ def read(model: nn.Module, path: Path, config: LoHaConfig | None) -> Loaded:
     layers = {n: s[0] if len(s) == 1 else lowrank.exact_sum(s, [1.0] * len(s)) for n, s in stacks.items()}
     if not layers:
         raise LoHaError(f"{path}: nothing in it fits this model.\n{bound.report.text(limit=5)}")
+    for note in adapter.notes:
+        warnings.warn(f"{path}: {note}", stacklevel=4)
     saved = _saved(adapter.extras, config)
     left = [key for key in adapter.extras if not any(_under(key, name) for name in saved)]
     if bound.report.unmatched or left:

@@ -22,8 +22,10 @@ from .extract import extract
 from .factoring import KINDS
 from .factoring import METHODS as FORMS
 from .formats import load_adapter, save_adapter
+from .formats.lycoris import as_one_file
 from .merge import METHODS, Made, Progress, merge
 from .sparse import SIGNS
+from .spelling import STYLES
 
 _DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 _ADAPTER = ".safetensors/.sft file, or PEFT folder"
@@ -120,8 +122,9 @@ def _convert(commands: Any) -> None:
     parser.add_argument("file", help=_ADAPTER)
     parser.add_argument("--to", choices=("lora", "loha"), help="the kind of its layers")
     parser.add_argument("--method", choices=FORMS, help="from LoRA: how; exact by default, svd with a bound")
-    parser.add_argument("--names", choices=("lycoris", "diffusers", "native"), help="spelling of module names")
-    parser.add_argument("--unet", choices=("keep", "diffusers", "ldm"), default="keep", help="whose block names")
+    parser.add_argument(
+        "--unet", choices=("keep", "diffusers", "ldm"), default="keep", help="kohya's names with whose U-Net blocks"
+    )
     alpha = parser.add_mutually_exclusive_group()
     alpha.add_argument("--alpha", type=float, help="the same update with this alpha")
     alpha.add_argument("--scale", type=float, help="the same update with this alpha/rank")
@@ -148,15 +151,17 @@ def _run_convert(o: argparse.Namespace) -> str:
             steps.append(lambda a: convert.from_lora(a, **bound, method=method, progress=progress))
         if o.alpha is not None or o.scale is not None:
             steps.append(lambda a: convert.change_alpha(a, alpha=o.alpha, scale=o.scale))
-        if o.names or o.unet != "keep":
-            steps.append(lambda a: convert.respell(a, o.names or "lycoris", o.unet))
+        if o.unet != "keep":
+            style = "kohya" if o.names == "keep" else o.names
+            steps.append(lambda a: convert.respell(a, style, o.unet))
         made = Made(_loaded(o.file, o), convert.ErrorReport())
         reports = []
         for step in steps:
             made = step(made.adapter)
             reports.append(made.report)
     worst = max(reports, key=lambda report: report.error, default=convert.ErrorReport())
-    return _saved(Made(made.adapter, worst), o, [o.file])
+    notes = [note for report in reports for note in report.notes]
+    return _saved(Made(made.adapter, convert.ErrorReport(worst.layers, notes)), o, [o.file])
 
 
 def _extract(commands: Any) -> None:
@@ -274,6 +279,12 @@ def _writing(parser: argparse.ArgumentParser) -> None:
 def _output(parser: argparse.ArgumentParser) -> None:
     _writing(parser)
     parser.add_argument("--format", choices=("lycoris", "peft"), default="lycoris", help="one file, or a PEFT folder")
+    parser.add_argument(
+        "--names",
+        choices=("keep", *STYLES, "lycoris"),
+        default="keep",
+        help="of modules: as the (first) file spells them, or kohya's (lycoris: the same), diffusers', ComfyUI's own",
+    )
     parser.add_argument("--dtype", choices=_DTYPES, help="of the tensors that are written")
 
 
@@ -287,12 +298,22 @@ def _saved(made: Made, o: argparse.Namespace, inputs: Sequence[str], cast: bool 
         raise LoHaError(f"{output}: exists already; choose another name, or --force to overwrite it")
     if cast and o.dtype:
         rounded = convert.to_dtype(made.adapter, _DTYPES[o.dtype])
-        made = Made(rounded.adapter, max(made.report, rounded.report, key=lambda report: report.error))
-    if o.format == "peft":
-        made = Made(convert.to_peft(made.adapter).adapter, made.report)
+        worse = max(made.report, rounded.report, key=lambda report: report.error)
+        made = Made(rounded.adapter, convert.ErrorReport(worse.layers, [*made.report.notes, *rounded.report.notes]))
+    made = Made(_spelled(made.adapter, o), made.report)
     if not o.dry_run:
         save_adapter(made.adapter, output, format=o.format)
     return "\n".join([describe(made.adapter), *made.report.lines(), _outcome(o)])
+
+
+def _spelled(adapter: Adapter, o: argparse.Namespace) -> Adapter:
+    """With the names that will be in the file."""
+    if o.format == "peft":
+        if o.names not in ("keep", "diffusers"):
+            raise LoHaError(f"--names {o.names}: PEFT's folders have the dotted names of diffusers; leave it out")
+        return convert.to_peft(adapter).adapter
+    adapter = as_one_file(adapter)
+    return adapter if o.names == "keep" else convert.respell(adapter, o.names).adapter
 
 
 def _outcome(o: argparse.Namespace) -> str:

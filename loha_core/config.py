@@ -217,7 +217,8 @@ class LoHaConfig:
         path = Path(path)
         file = path / CONFIG_NAME if path.is_dir() else path
         try:
-            values = json.loads(file.read_text("utf-8"))
+            # From bytes, json finds out the encoding: editors write byte-order marks, PowerShell UTF-16.
+            values = json.loads(file.read_bytes())
         except (OSError, ValueError) as error:
             raise LoHaError(f"{file}: not readable as JSON ({error})") from error
         if not isinstance(values, dict):

@@ -12,7 +12,7 @@ import math
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
@@ -22,6 +22,7 @@ from .blocks import BlockStrength
 from .errors import LoHaError
 from .factoring import Factoring, Method
 from .factors import LoHaFactors
+from .formats import respelled
 from .formats.grouping import split_other
 from .merge import Made, Progress, block_strength
 from .updates import (
@@ -204,26 +205,28 @@ def bake_blocks(adapter: Adapter, blocks: BlockStrength, family: str | None = No
     return _each(join(kept, others, adapter), "bake blocks", acting)
 
 
-def respell(adapter: Adapter, style: str, unet: Literal["keep", "diffusers", "ldm"] = "keep") -> Made:
+def respell(adapter: Adapter, style: str, unet: spelling.UNet = "keep") -> Made:
     """Other module names, the same tensors.
 
     Args:
-        style: "lycoris" (``lora_unet_…``), "diffusers" (``unet.…``), or "native" (``diffusion_model.…``).
-        unet: names of a Stable Diffusion U-Net's blocks: as they are, those of diffusers, or those of LDM.
+        style: "kohya" (``lora_unet_…``), "diffusers" (``unet.…``, ``transformer.…``), or "native"
+            (``diffusion_model.…``).
+        unet: for "kohya", names of a Stable Diffusion U-Net's blocks: as they are, diffusers', or LDM's.
+
+    Raises:
+        LoHaError: a module whose name in that style is not known.
     """
-    layers, rest = split(adapter)
-    modules = {key: found[0] for key in rest if (found := split_other(key))}
-    new = spelling.respell(dict.fromkeys([*layers, *modules.values()]), style, unet)
-    renamed = {new[name]: layer for name, layer in layers.items()}
-    others = {new[modules[key]] + key[len(modules[key]) :] if key in modules else key: t for key, t in rest.items()}
-    made = join(renamed, others, adapter)
-    made.dialect = style
-    return Made(made, ErrorReport([_exactly(name, layer) for name, layer in renamed.items()]))
+    try:
+        made = respelled(adapter, style, unet)
+    except LoHaError as error:
+        raise LoHaError(f"{adapter.source}: {error}") from None
+    report = ErrorReport([_exactly(name, layer) for name, layer in split(made)[0].items()], list(adapter.notes))
+    return Made(made, report)
 
 
-def to_lycoris(adapter: Adapter, unet: Literal["keep", "diffusers", "ldm"] = "keep") -> Made:
+def to_lycoris(adapter: Adapter, unet: spelling.UNet = "keep") -> Made:
     """Names as kohya's and LyCORIS' files have them; ``save_adapter`` writes them as one file."""
-    return respell(adapter, "lycoris", unet)
+    return respell(adapter, "kohya", unet)
 
 
 def to_peft(adapter: Adapter) -> Made:
@@ -238,7 +241,8 @@ def to_peft(adapter: Adapter) -> Made:
     if adapter.extras:
         key = next(iter(adapter.extras))
         raise LoHaError(f"{adapter.source}: PEFT's LoHa cannot hold {key}; convert LoRA layers with from_lora first")
-    made = respell(adapter, "diffusers", "diffusers")
+    # PEFT's own names may be of any model.
+    made = respell(adapter, "keep" if adapter.dialect == "peft" else "diffusers")
     made.adapter.dialect = "peft"
     return made
 
@@ -255,7 +259,7 @@ def _each(
     if not layers:
         raise LoHaError(f"{adapter.source}: holds no LoHa or LoRA layer to convert")
     found: dict[str, Layer] = {}
-    report = ErrorReport()
+    report = ErrorReport(notes=list(adapter.notes))
     for done, (name, layer) in enumerate(layers.items()):
         if progress is not None:
             progress(done, len(layers), name)

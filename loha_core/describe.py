@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 
-from . import names
+from . import names, spelling
 from .adapter import Adapter
 from .formats.grouping import split_other
 
@@ -16,7 +16,6 @@ _TELLTALES = {
     "single_blocks": "Flux",
     "joint_blocks": "SD3",
     "norm1_context": "SD3 or Flux",
-    "self_attn_q_proj": "a text encoder (CLIP)",
 }
 
 
@@ -29,6 +28,8 @@ def base_model(adapter: Adapter) -> str:
     for name, factors in flat.items():
         if "attn2_to_k" in name or "attn2_to_v" in name:
             return _CONTEXT.get(factors.shape[1], f"cross-attention of width {factors.shape[1]}")
+    if flat and all(spelling.identity(name)[0].startswith("te") for name in adapter.layers):
+        return "a text encoder (CLIP)" if any("self_attn_q_proj" in name for name in flat) else "unknown"
     found = (family for part, family in _TELLTALES.items() if any(part in name for name in flat))
     return next(found, "unknown")
 

@@ -110,7 +110,7 @@ def merge(
     combine = _combiner(method, len(adapters), density, majority_sign, seed)
     modules, rest, notes = _aligned(adapters, weights, _strengths(blocks, len(adapters), adapters, family))
     layers: dict[str, Layer] = {}
-    report = ErrorReport(notes=notes)
+    report = ErrorReport(notes=[*(f"{a.source}: {note}" for a in adapters for note in a.notes), *notes])
     for done, (name, terms) in enumerate(modules.items()):
         if progress is not None:
             progress(done, len(modules), name)

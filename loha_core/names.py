@@ -48,6 +48,14 @@ _COMPOUNDS = frozenset(
     wi_0 wi_1 cap_embedder noise_refiner context_refiner caption_projection cross_attn image_embedding
     """.split()
 )
+# Names without a "_" that stand beside them. A flat path made of these and of compounds alone has its dots for certain.
+_WORDS = frozenset(
+    """
+    attentions resnets downsamplers upsamplers conv conv1 conv2 op norm norm1 norm2 norm3 norm4 attn attn1 attn2 ff net
+    proj mlp fc1 fc2 qkv q k v o lin linear linear1 linear2 out add encoder layers block layer embeddings
+    SelfAttention DenseReluDense wi wo query_norm key_norm modulation
+    """.split()
+)
 _LONGEST = max(name.count("_") + 1 for name in _COMPOUNDS)
 
 
@@ -70,6 +78,12 @@ def dotted(path: str) -> str:
         parts.append("_".join(words[:length]))
         words = words[length:]
     return ".".join(parts)
+
+
+def has_known_dots(path: str) -> bool:
+    """Whether `dotted` is right for certain, rather than cut at every "_" that it does not know."""
+    parts = dotted(path).split(".")
+    return "." in path or len(parts) == 1 or all(p.isdecimal() or p in _WORDS or p in _COMPOUNDS for p in parts)
 
 
 def prefix_of(name: str) -> str | None:

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from functools import cache
 from typing import Literal
 
@@ -37,8 +37,27 @@ _RESNET = {
 # A DiT's blocks, for block strengths: diffusers -> native, where one block is one block.
 _DIT = {"single_transformer_blocks.": "single_blocks.", "transformer_blocks.": "joint_blocks."}
 
-Style = Literal["lycoris", "diffusers", "native"]
-STYLES = ("lycoris", "diffusers", "native")
+# What tells whose names a path has.
+_UNET_SIDES = {
+    "diffusers": ("down_blocks_", "up_blocks_", "mid_block_"),
+    "ldm": ("input_blocks_", "output_blocks_", "middle_block_"),
+}
+_DIT_SIDES = {
+    "diffusers": ("transformer_blocks_", "single_transformer_blocks_"),
+    "native": ("double_blocks_", "single_blocks_", "joint_blocks_"),
+}
+_SIDE_OF_PREFIX = {
+    "transformer.": "diffusers",
+    "lora_transformer_": "diffusers",
+    "lycoris_": "diffusers",
+    "diffusion_model.": "native",
+    "model.diffusion_model.": "native",
+}
+
+STYLES = ("kohya", "diffusers", "native")
+# LyCORIS' trainers write kohya's names.
+_ALIASES = {"lycoris": "kohya"}
+UNet = Literal["keep", "diffusers", "ldm"]
 
 
 @cache
@@ -133,6 +152,22 @@ def identity(name: str) -> tuple[str, str]:
     return component, to_diffusers(path) if component == "unet" else path
 
 
+def aliases(modules: Iterable[str]) -> dict[str, str]:
+    """What a U-Net's modules are called in the other world -> their own name in this one; both ways.
+
+    >>> aliases(["down_blocks.0.resnets.0.conv1"])
+    {'input_blocks_1_0_in_layers_2': 'down_blocks.0.resnets.0.conv1'}
+    """
+    modules = list(modules)
+    family, found = family_of(modules), {}
+    for name in modules:
+        path = names.flat(bare(name))
+        other = to_ldm(path, family) if _unet_side(path) == "diffusers" else to_diffusers(path)
+        if other != path:
+            found[other] = name
+    return found
+
+
 def native_key(name: str, family: str = "SD1.5") -> str:
     """The weight's key as ComfyUI names it, for block strengths; a name of no known block comes out as BASE does."""
     component, path = identity(name)
@@ -154,7 +189,7 @@ def bare(name: str) -> str:
 
 
 _LEADS: dict[str, dict[str, str]] = {
-    "lycoris": {"unet": "lora_unet_", "te1": "lora_te_", "te2": "lora_te2_", "te3": "lora_te3_"},
+    "kohya": {"unet": "lora_unet_", "te1": "lora_te_", "te2": "lora_te2_", "te3": "lora_te3_"},
     "diffusers": {"unet": "unet.", "te1": "text_encoder.", "te2": "text_encoder_2.", "te3": "text_encoder_3."},
     "native": {
         "unet": "diffusion_model.",
@@ -165,29 +200,29 @@ _LEADS: dict[str, dict[str, str]] = {
 }
 
 
-def respell(layers: Iterable[str], style: str, unet: Literal["keep", "diffusers", "ldm"] = "keep") -> dict[str, str]:
+def respell(layers: Iterable[str], style: str, unet: UNet = "keep") -> dict[str, str]:
     """Name -> name in another spelling.
 
     Args:
-        style: "lycoris" (``lora_unet_…``), "diffusers" (``unet.…``) or "native" (``diffusion_model.…``).
-        unet: whose names a U-Net's blocks get.
+        style: "kohya" (``lora_unet_…``; "lycoris" means the same), "diffusers" (``unet.…``, ``transformer.…``) or
+            "native" (``diffusion_model.…``, as ComfyUI calls its weights).
+        unet: for "kohya", whose names a U-Net's blocks get; the other two have their own.
 
     Raises:
-        LoHaError: an unknown style, or two names that would become one.
+        LoHaError: an unknown style, two names that would become one, or a module whose name in that style is not
+            known: a file that says so in its names and is not read by them is lost work.
     """
-    if style not in _LEADS or unet not in ("keep", "diffusers", "ldm"):
+    style = _ALIASES.get(style, style)
+    if style not in STYLES or unet not in ("keep", "diffusers", "ldm"):
         raise LoHaError(
-            f"no spelling {style!r} with {unet!r} names; there are {', '.join(_LEADS)}; keep, diffusers, ldm"
+            f"no spelling {style!r} with {unet!r} names; there are {', '.join(STYLES)}; keep, diffusers, ldm"
         )
+    own = {"diffusers": "diffusers", "native": "ldm"}.get(style, unet)
+    if unet not in ("keep", own):
+        raise LoHaError(f"{style} names have {own}'s blocks in a U-Net, not {unet}'s; leave that choice out")
     layers = list(layers)
-    family = family_of(layers)
-    lead = dict(_LEADS[style])
-    if style == "lycoris" and any(identity(name)[0] == "te2" for name in layers):
-        lead["te1"] = "lora_te1_"
-    is_unet = any(path_of(name).startswith(("down_blocks_", "up_blocks_", "mid_block_")) for name in layers)
-    if style == "diffusers" and not is_unet and any("transformer_blocks" in path_of(name) for name in layers):
-        lead["unet"] = "transformer."
-    found = {name: lead[identity(name)[0]] + _path(name, style, unet, family) for name in layers}
+    lead, family = _leads(layers, style), family_of(layers)
+    found = {name: lead[identity(name)[0]] + _path(name, style, own, family) for name in layers}
     spelled: dict[str, str] = {}
     for name, new in found.items():
         if spelled.setdefault(new, name) != name:
@@ -195,29 +230,120 @@ def respell(layers: Iterable[str], style: str, unet: Literal["keep", "diffusers"
     return found
 
 
+def _leads(layers: list[str], style: str) -> dict[str, str]:
+    """What stands in front of each network's names."""
+    lead = dict(_LEADS[style])
+    if style == "kohya" and any(identity(name)[0] == "te2" for name in layers):
+        lead["te1"] = "lora_te1_"
+    if style == "diffusers" and _is_transformer(layers):
+        lead["unet"] = "transformer."
+    return lead
+
+
+def _is_transformer(layers: Iterable[str]) -> bool:
+    """Whether the names are of a DiT: one that diffusers calls ``transformer``, in place of a U-Net."""
+    paths = [path for name in layers for component, path in [identity(name)] if component == "unet"]
+    unet = any(_side(path, _UNET_SIDES) for path in paths)
+    return not unet and any(_dit_side(name) == "diffusers" for name in layers)
+
+
+def _side(path: str, sides: Mapping[str, tuple[str, ...]]) -> str | None:
+    return next((side for side, starts in sides.items() if path.startswith(starts)), None)
+
+
+def _unet_side(path: str) -> str | None:
+    """Whose names a U-Net's path has; None for what is no U-Net's."""
+    for ldm, diffusers in _PLAIN.items():
+        for side, plain in (("ldm", names.flat(ldm)), ("diffusers", names.flat(diffusers))):
+            if path == plain or path.startswith(f"{plain}_"):
+                return side
+    return _side(path, _UNET_SIDES)
+
+
+def _dit_side(name: str) -> str | None:
+    """Whose names a transformer's module has, by its prefix or its blocks; None where neither tells."""
+    prefix, path = names.prefix_of(name.removeprefix(names.WRAPPER)), path_of(name)
+    by_prefix, by_blocks = _SIDE_OF_PREFIX.get(prefix or ""), _side(path, _DIT_SIDES)
+    if by_prefix == "diffusers" and by_blocks == "native":
+        return "a third's"  # diffusion-pipe's HunyuanVideo
+    # Trainers that write lora_unet_ wrap the original code's model.
+    return by_prefix or by_blocks or ("native" if prefix == "lora_unet_" and "_" in path else None)
+
+
 def _path(name: str, style: str, unet: str, family: str) -> str:
+    """A name less its prefix, as ``style`` spells it.
+
+    Raises:
+        LoHaError: it is not known.
+    """
     path = names.flat(bare(name))
-    if identity(name)[0] == "unet" and unet != "keep":
-        path = to_ldm(path, family) if unet == "ldm" else to_diffusers(path)
-    elif style != "lycoris" and "." in bare(name):
-        return bare(name)
-    return path if style == "lycoris" else names.dotted(path)
+    if identity(name)[0] == "unet" and (side := _unet_side(path)):
+        if unet not in ("keep", side):
+            path = to_ldm(path, family) if unet == "ldm" else to_diffusers(path)
+            if _unet_side(path) != unet:
+                raise LoHaError(f"{name}: {unet}'s name of this block is not known; keep the names as they are")
+            return path if style == "kohya" else _dotted(name, path)
+    elif identity(name)[0] == "unet":
+        wanted, found = "diffusers" if style == "diffusers" else "native", _dit_side(name)
+        if name.startswith("text_encoders.") or found not in (None, wanted):
+            raise LoHaError(
+                f"{name}: what {style} calls this module is not known; for this family of models names can only be "
+                "kept as they are"
+            )
+    if style == "kohya":
+        return path
+    return bare(name) if "." in bare(name) else _dotted(name, path)
+
+
+def _dotted(name: str, path: str) -> str:
+    if not names.has_known_dots(path):
+        raise LoHaError(
+            f"{name}: which of its '_' stand for '.' is not known for this family of models; keep the names as they are"
+        )
+    return names.dotted(path)
+
+
+def in_one_file(layers: Iterable[str]) -> dict[str, str]:
+    """Names of PEFT's folders, or of a model's own modules, as the readers of single files know them.
+
+    A U-Net's and the text encoders' in kohya's spelling. A transformer's stay dotted, for flat names are taken for
+    those of its original code. Names that a single file could have had already stay as they are.
+    """
+    layers = list(layers)
+    lead = _leads(layers, "kohya")
+
+    def spelled(name: str) -> str:
+        prefix, (component, path) = names.prefix_of(name), identity(name)
+        if prefix is not None and (prefix.endswith("_") or prefix == "transformer."):
+            return name
+        if component == "unet" and prefix is None and not _unet_side(path):
+            return f"transformer.{name}" if "." in name else f"lora_unet_{name}"
+        return lead[component] + names.flat(bare(name))
+
+    return {name: spelled(name) for name in layers}
 
 
 def spelled_like(first: Iterable[str], others: Iterable[str]) -> dict[str, str]:
-    """The others' names as the first's file would spell them; a module that the first has gets its very name."""
+    """The others' names as the first's file would spell them; a module that the first has gets its very name.
+
+    Raises:
+        LoHaError: how it would is not known.
+    """
     first = list(first)
     own = {identity(name): name for name in first}
     if not first:
         return {name: name for name in others}
-    style = "lycoris" if "." not in first[0] and (names.prefix_of(first[0]) or "").endswith("_") else "diffusers"
+    style = "kohya" if "." not in first[0] and (names.prefix_of(first[0]) or "").endswith("_") else "diffusers"
     if (names.prefix_of(first[0].removeprefix(names.WRAPPER)) or "").endswith("diffusion_model."):
         style = "native"
-    ldm = any(path_of(n).startswith(("input_blocks_", "middle_block_", "output_blocks_")) for n in first)
+    ldm = any(path_of(n).startswith(_UNET_SIDES["ldm"]) for n in first)
     prefixes = {identity(name)[0]: name.removesuffix(bare(name)) for name in first}
     family, found = family_of(first), {}
     for name in others:
         component = identity(name)[0]
+        if identity(name) in own:
+            found[name] = own[identity(name)]
+            continue
         path = _path(name, style, "ldm" if ldm else "diffusers", family)
-        found[name] = own.get(identity(name)) or prefixes.get(component, _LEADS[style][component]) + path
+        found[name] = prefixes.get(component, _LEADS[style][component]) + path
     return found

@@ -327,6 +327,8 @@ def _heading(dataset: Dataset, found: Sequence[Source], sizes: Sizes) -> tuple[s
     title = f"{len(found) - regular} to learn"
     title += f", {regular} for regularisation" if regular else ""
     title += f"; {seen} seen in an epoch"
+    silent = sum(not item.caption and item.conditioning is None for item in dataset.items)
+    title += f"; {silent} without a caption" if silent and not dataset.captions.trigger else ""
     counts = Counter(_size(source, sizes) for source in found).most_common()
     named = [f"{count} of {size}" for size, count in counts[:SIZES_NAMED]]
     if len(counts) > SIZES_NAMED:

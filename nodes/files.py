@@ -58,7 +58,7 @@ def resolve(name: str) -> Path:
     """The path of an adapter's name from the graph, which must lead to a place inside ComfyUI's model folders.
 
     Raises:
-        LoHaError: no such file, or it lies (perhaps through a link) outside.
+        LoHaError: no such file, a link that leads nowhere, or to a place outside.
     """
     parts = Path(name).parts
     leads_out = not parts or ".." in parts or "\0" in name or Path(name).is_absolute()
@@ -67,11 +67,17 @@ def resolve(name: str) -> Path:
         raise LoHaError(f"{name!r}: no such adapter in ComfyUI's {FOLDER} folders; refresh the list and choose again")
     real = path.resolve()
     allowed = [Path(root).resolve() for root in (folder_paths.models_dir, *folder_paths.get_folder_paths(FOLDER))]
+    if not path.exists():
+        raise LoHaError(
+            f"{name!r}: a link to a file that is not there; it was moved or deleted, or its drive is not mounted. "
+            "Restore it, or delete the link"
+        )
     for inner in (real, *(child.resolve() for child in _files(path))):
         if not any(inner.is_relative_to(root) for root in allowed):
             raise LoHaError(
-                f"{name!r}: a link to a place outside ComfyUI's model folders; "
-                "move the file there, or name its folder in extra_model_paths.yaml"
+                f"{name!r}: a link out of ComfyUI's model folders, and only what lies inside is opened. Name the "
+                f"folder that it leads to (its last part is {inner.parent.name!r}) under loras in extra_model_paths.yaml "
+                "and restart ComfyUI: then the link and the file itself can be loaded; or put the file in the link's place"
             )
     return path
 

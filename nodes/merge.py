@@ -31,9 +31,9 @@ BOUNDS = ("rank", "energy", "max_error")
 # What LoHaConvert calls the spellings -> convert.respell's arguments; PEFT has rules of its own.
 SPELLINGS: dict[str, tuple[str, str] | None] = {
     "as they are": None,
-    "LyCORIS": ("lycoris", "keep"),
-    "LyCORIS, diffusers' blocks": ("lycoris", "diffusers"),
-    "LyCORIS, LDM's blocks": ("lycoris", "ldm"),
+    "LyCORIS": ("kohya", "keep"),
+    "LyCORIS, diffusers' blocks": ("kohya", "diffusers"),
+    "LyCORIS, LDM's blocks": ("kohya", "ldm"),
     "ComfyUI": ("native", "ldm"),
     "diffusers": ("diffusers", "diffusers"),
     "PEFT": None,
@@ -161,7 +161,8 @@ class LoHaConvert(io.ComfyNode):
                     "names",
                     options=list(SPELLINGS),
                     default="as they are",
-                    tooltip="How layers are called: which programs find their way in the file.",
+                    tooltip="How layers are called: which programs find their way in the file. Where a model's names "
+                    "in that style are not known, it says so and converts nothing.",
                 ),
                 io.Float.Input(
                     "alpha", default=0.0, min=0.0, max=1e6, step=0.01,

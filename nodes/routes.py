@@ -15,9 +15,8 @@ from safetensors import SafetensorError, safe_open
 
 from loha_core import Adapter, LoHaError
 from loha_core.describe import base_model, trigger_words
-from loha_core.formats import lycoris, peft
+from loha_core.formats import from_tensors, peft
 from loha_core.formats.container import SUFFIXES
-from loha_core.formats.grouping import group
 
 from . import files, monitor
 from .strength import bars
@@ -138,6 +137,7 @@ def _info_of(name: str, path: Path, fingerprint: str) -> dict[str, Any]:
         "dtype": _counts(dtypes),
         "size": f"{size / 2**20:.1f} MB" if size >= 2**20 else f"{size / 2**10:.1f} KB",
         "title": adapter.metadata.get("modelspec.title") or adapter.metadata.get("ss_output_name") or "",
+        "note": "; ".join(adapter.notes),
     }
     words = [word[:LONGEST] for word in trigger_words(adapter)[:MOST_WORDS]]
     return {"name": name, "facts": {key: text[:LONGEST] for key, text in shown.items() if text}, "words": words}
@@ -152,12 +152,7 @@ def _read(path: Path) -> tuple[Adapter, Counter[str], int]:
     folders = peft.folders(path)
     dtypes: Counter[str] = Counter()
     if not folders:
-        tensors, metadata = _header(path, dtypes)
-        if any(key.startswith("base_model.model.") and ".hada_" in key for key in tensors):
-            return peft.from_tensors(tensors, metadata, path), dtypes, path.stat().st_size
-        adapter = group(tensors, str(path))
-        adapter.dialect, adapter.metadata = lycoris.detect(tensors), metadata
-        return adapter, dtypes, path.stat().st_size
+        return from_tensors(*_header(path, dtypes), path), dtypes, path.stat().st_size
     whole, size = Adapter({}, dialect="peft"), 0
     for prefix, folder in folders:
         weights = folder / peft.WEIGHTS
@@ -165,6 +160,7 @@ def _read(path: Path) -> tuple[Adapter, Counter[str], int]:
         whole.layers |= part.layers
         whole.extras |= part.extras
         whole.metadata |= part.metadata
+        whole.notes += part.notes
         size += weights.stat().st_size
     return whole, dtypes, size
 

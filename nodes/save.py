@@ -14,7 +14,7 @@ import folder_paths
 import torch
 from comfy_api.latest import io, ui
 
-from loha_core import Adapter, LoHaError, save_adapter
+from loha_core import Adapter, LoHaError, save_adapter, to_peft
 
 from .files import FOLDER
 from .inputs import choice, json_object
@@ -46,7 +46,8 @@ class LoHaSave(io.ComfyNode):
                     "format",
                     options=list(FORMATS),
                     default=next(iter(FORMATS)),
-                    tooltip="LyCORIS: one .safetensors file, which ComfyUI, A1111 and kohya read. PEFT: for diffusers.",
+                    tooltip="LyCORIS: one .safetensors file. Layers keep their names, so that whatever read the file "
+                    "that was loaded reads this one; Convert LoHa changes them. PEFT: a folder for diffusers.",
                 ),
                 io.Combo.Input(
                     "dtype",
@@ -98,6 +99,8 @@ class LoHaSave(io.ComfyNode):
         more = described(trigger_words, base_model, metadata)
         path = free_path(filename, ".safetensors" if kind == "lycoris" else "", overwrite)
         adapter = replace(loha, metadata=loha.metadata | more)
+        if kind == "peft":
+            adapter = to_peft(adapter).adapter  # diffusers' names, or it says that they are not known
         save_adapter(adapter, path, format=kind, dtype=choice("dtype", dtype, DTYPES))  # type: ignore[arg-type]
         name = str(path.relative_to(root()))
         return io.NodeOutput(name, ui=ui.PreviewText(f"saved as {name}"))

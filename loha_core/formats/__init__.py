@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
 import torch
+from torch import Tensor
 
-from .. import names
+from .. import spelling
 from ..adapter import Adapter
 from ..errors import LoHaError
-from . import lycoris, peft
+from ..names import WRAPPER
+from . import lycoris, peft, scales
 from .container import read_tensors
-from .grouping import group, split_other
+from .grouping import group, modules, renamed, split_other
 
-__all__ = ["DIALECTS", "load_adapter", "save_adapter"]
+__all__ = ["DIALECTS", "from_tensors", "load_adapter", "respelled", "save_adapter"]
 
 DIALECTS = (*lycoris.PREFIXES, "peft")
 _WRITERS = {"lycoris": lycoris.write, "peft": peft.write}
@@ -35,16 +38,20 @@ def load_adapter(path: str | Path, *, legacy_tucker: bool = False) -> Adapter:
     if peft.folders(path):
         adapter = peft.read(path)
     else:
-        tensors, metadata = read_tensors(path)
-        if any(key.startswith(names.WRAPPER) and ".hada_" in key for key in tensors):
-            adapter = peft.from_tensors(tensors, metadata, path)
-        else:
-            adapter = group(tensors, str(path))
-            adapter.dialect, adapter.metadata = lycoris.detect(tensors), metadata
+        adapter = from_tensors(*read_tensors(path), path)
     if not adapter.layers and not any(split_other(key) for key in adapter.extras):
         found = ", ".join(list(adapter.extras)[:3]) or "no tensors"
         raise LoHaError(f"{path}: holds no LoHa and no other adapter; found {found}. A whole checkpoint, perhaps?")
     return _with_legacy_tucker(adapter) if legacy_tucker else adapter
+
+
+def from_tensors(tensors: Mapping[str, Tensor], metadata: dict[str, str], path: Path) -> Adapter:
+    """What a single file holds, in any dialect; of PEFT's, the adapter_config.json beside ``path`` is read too."""
+    if any(key.startswith(WRAPPER) and ".hada_" in key for key in tensors):
+        return peft.from_tensors(tensors, metadata, path)
+    adapter = group(tensors, str(path), alpha_of=scales.alpha_of(metadata))
+    adapter.dialect, adapter.metadata = lycoris.detect(tensors), metadata
+    return adapter
 
 
 def _with_legacy_tucker(adapter: Adapter) -> Adapter:
@@ -58,20 +65,36 @@ def save_adapter(
     path: str | Path,
     *,
     format: Literal["lycoris", "peft"] = "lycoris",
+    names: str = "keep",
     dtype: torch.dtype | None = None,
 ) -> None:
     """Write an adapter; a reader of that format gets the same update.
 
     Args:
         path: a ``.safetensors``/``.sft`` file for "lycoris", a folder for "peft".
+        names: of modules: "keep", as the adapter has them, which is as its file had them (what comes from PEFT or from
+            a model's own modules gets the names that readers of single files know); or those of "kohya", "diffusers"
+            or "native" (ComfyUI).
         dtype: of the saved tensors; by default each keeps its own, bit for bit.
 
     Raises:
-        LoHaError: values that are not finite (also after the cast), what the format cannot hold, or a path that
-            cannot be written. An existing file is then left as it was.
+        LoHaError: values that are not finite (also after the cast), what the format cannot hold, names that are not
+            known in that spelling, or a path that cannot be written. An existing file is then left as it was.
     """
     if format not in _WRITERS:
         raise LoHaError(f"format is {format!r}; expected one of {', '.join(map(repr, _WRITERS))}")
     if dtype is not None and not dtype.is_floating_point:
         raise LoHaError(f"{path}: LoHa factors are floating point; they cannot be saved as {dtype}")
-    _WRITERS[format](adapter, Path(path), dtype)
+    if format == "peft" and names not in ("keep", "diffusers"):
+        raise LoHaError(
+            f"{path}: names is {names!r}, but PEFT's folders have the dotted names of diffusers; leave it out"
+        )
+    _WRITERS[format](respelled(adapter, names), Path(path), dtype)
+
+
+def respelled(adapter: Adapter, style: str, unet: spelling.UNet = "keep") -> Adapter:
+    """The same tensors under the module names of another style; see `spelling.respell`. "keep" changes nothing."""
+    if style == "keep":
+        return adapter
+    found = renamed(adapter, spelling.respell(modules(adapter), style, unet))
+    return replace(found, dialect="lycoris" if style in ("kohya", "lycoris") else style)

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from collections import defaultdict
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from functools import partial
 
 import torch
 from torch import Tensor
@@ -13,11 +13,15 @@ from torch import Tensor
 from ..adapter import Adapter
 from ..errors import LoHaError
 from ..factors import LoHaFactors
+from .scales import AlphaOf
 
 _FACTORS = ("w1_a", "w1_b", "w2_a", "w2_b")
 _PARTS = {f"hada_{name}": name for name in (*_FACTORS, "t1", "t2")} | {
     name: name for name in ("alpha", "dora_scale", "scalar")
 }
+
+# PEFT's parameters carry the adapter's name behind them: ``proj.hada_w1_a.default``.
+_NAMED = re.compile(rf"(.+\.hada_(?:{'|'.join((*_FACTORS, 't1', 't2'))}))\.([^.]+)")
 
 # Suffixes of adapters that are not LoHa but may share the file.
 OTHER_SUFFIXES = (
@@ -38,22 +42,40 @@ def split_other(key: str) -> tuple[str, str] | None:
     return None
 
 
+def modules(adapter: Adapter) -> list[str]:
+    """Names of all modules: of the LoHa layers, and of the other adapters' tensors."""
+    others = (found[0] for key in adapter.extras if (found := split_other(key)))
+    return list(dict.fromkeys([*adapter.layers, *others]))
+
+
+def renamed(adapter: Adapter, new: Mapping[str, str]) -> Adapter:
+    """The same tensors under other module names."""
+
+    def key_of(key: str) -> str:
+        found = split_other(key)
+        return f"{new[found[0]]}.{found[1]}" if found else key
+
+    layers = {new[name]: factors for name, factors in adapter.layers.items()}
+    return replace(adapter, layers=layers, extras={key_of(key): t for key, t in adapter.extras.items()})
+
+
 def group(
     tensors: Mapping[str, Tensor],
     source: str,
     *,
     name_of: Callable[[str], str] = lambda module: module,
-    alpha_of: Callable[[str, int], float | None] = lambda module, rank: None,
+    alpha_of: AlphaOf = lambda module, rank: None,
 ) -> Adapter:
-    """Sort tensors into LoHa layers and the rest.
+    """Sort tensors into LoHa layers and the rest. Layers of which nothing tells the alpha are noted.
 
     Args:
         name_of: module name in the file -> name of the layer.
-        alpha_of: (module, rank) -> alpha, for dialects whose files hold none.
+        alpha_of: asked where no alpha tensor says.
 
     Raises:
-        LoHaError: a factor is missing or has a wrong shape; names the key.
+        LoHaError: a factor is missing or has a wrong shape, or there are several adapters; names the key.
     """
+    tensors = _of_one_adapter(tensors, source)
     modules: dict[str, dict[str, Tensor]] = defaultdict(dict)
     for key, tensor in tensors.items():
         module, _, part = key.rpartition(".")
@@ -63,11 +85,12 @@ def group(
     layers: dict[str, LoHaFactors] = {}
     used: set[str] = set()
     notes: list[str] = []
+    guessed: list[str] = []
     for module, parts in modules.items():
         if not any(name in parts for name in (*_FACTORS, "t1", "t2")):
             continue  # an alpha or a dora_scale of some other adapter
         try:
-            factors = _factors(parts, partial(alpha_of, module))
+            factors = _factors(parts, _noting(alpha_of, module, guessed))
         except LoHaError as error:
             raise LoHaError(f"{source}: {module}: {error}") from None
         if "alpha" in parts and factors.alpha == 0 and "scalar" not in parts:
@@ -77,8 +100,44 @@ def group(
             raise LoHaError(f"{source}: two spellings of the module {name} in one file; which one counts is unknown")
         layers[name] = factors
         used.update(f"{module}.{part}" for part, field in _PARTS.items() if field in parts)
+    if guessed:
+        which = (
+            "any layer" if len(guessed) == len(layers) else f"{len(guessed)} of {len(layers)} layers ({guessed[0]}, …)"
+        )
+        notes.append(
+            f"nothing says the alpha of {which}, neither a tensor nor adapter_config.json nor the file's metadata: "
+            "scale 1 (alpha = rank) is assumed"
+        )
     extras = {key: tensor for key, tensor in tensors.items() if key not in used}
     return Adapter(layers, extras, source=source, notes=notes)
+
+
+def _of_one_adapter(tensors: Mapping[str, Tensor], source: str) -> dict[str, Tensor]:
+    """The tensors under keys without PEFT's adapter name."""
+    named = {key: found for key in tensors if (found := _NAMED.fullmatch(key))}
+    adapters = sorted({found[2] for found in named.values()})
+    if len(adapters) > 1:
+        raise LoHaError(
+            f"{source}: holds {len(adapters)} adapters, {', '.join(adapters)}; expected one. Save each into a file of "
+            f"its own: save_pretrained(…, selected_adapters=[{adapters[0]!r}])"
+        )
+    plain = {named[key][1] if key in named else key: tensor for key, tensor in tensors.items()}
+    if len(plain) < len(tensors):
+        twice = next(key for key, found in named.items() if found[1] in tensors)
+        raise LoHaError(f"{source}: {twice} is there with and without {adapters[0]}; which one counts is unknown")
+    return plain
+
+
+def _noting(alpha_of: AlphaOf, module: str, guessed: list[str]) -> Callable[[int], float | None]:
+    """The alpha of a module by its rank; None is put down in ``guessed``."""
+
+    def alpha(rank: int) -> float | None:
+        found = alpha_of(module, rank)
+        if found is None:
+            guessed.append(module)
+        return found
+
+    return alpha
 
 
 def _factors(parts: Mapping[str, Tensor], alpha_of: Callable[[int], float | None]) -> LoHaFactors:

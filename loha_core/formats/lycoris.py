@@ -9,15 +9,17 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from .. import names
+from .. import spelling
 from ..adapter import Adapter
 from ..errors import LoHaError
 from .container import SUFFIXES, cast, write_tensors
+from .grouping import modules, renamed
 
 # Dialect -> what its keys begin with; the first that fits names the dialect.
 PREFIXES: dict[str, tuple[str, ...]] = {
@@ -33,46 +35,40 @@ def detect(tensors: Mapping[str, Tensor]) -> str:
     """Which spelling a file uses. Convolution factors of four dimensions give OneTrainer away."""
     if any(key.endswith("hada_w1_a") and tensor.dim() > 2 for key, tensor in tensors.items()):
         return "onetrainer"
-    hits = (name for name, prefixes in PREFIXES.items() if any(key.startswith(prefixes) for key in tensors))
+    return _spelling_of(tensors)
+
+
+def _spelling_of(keys: Iterable[str]) -> str:
+    keys = list(keys)
+    hits = (name for name, prefixes in PREFIXES.items() if any(key.startswith(prefixes) for key in keys))
     return next(hits, "diffusers")
 
 
+def as_one_file(adapter: Adapter) -> Adapter:
+    """The adapter under the names that a single file has: a single file's own, or those that PEFT's folders become."""
+    if adapter.dialect != "peft":
+        return adapter
+    found = renamed(adapter, spelling.in_one_file(modules(adapter)))
+    # Hashes are of the tensors that the folder held.
+    metadata = {key: value for key, value in adapter.metadata.items() if not key.startswith("sshs_")}
+    return replace(found, dialect=_spelling_of(modules(found)), metadata=metadata)
+
+
 def write(adapter: Adapter, path: Path, dtype: torch.dtype | None) -> None:
-    """Save as LyCORIS/kohya: names and metadata that kohya's, A1111's and ComfyUI's readers expect."""
+    """Save as one file, laid out and with the metadata that kohya's, A1111's and ComfyUI's readers expect.
+
+    Modules keep their names: whoever found them in the file that was finds them in this one.
+    """
     if path.suffix.lower() not in SUFFIXES or os.path.isdir(path):
         raise LoHaError(f"{path}: a LyCORIS adapter is one file; give a name that ends in {' or '.join(SUFFIXES)}")
+    adapter = as_one_file(adapter)
     tensors, alphas = dict(adapter.extras), {}
-    spelled = kohya_names(adapter.layers)
-    for name, factors in adapter.layers.items():
-        module = spelled[name]
-        if f"{module}.alpha" in alphas:
-            raise LoHaError(f"{path}: {name} would be a second {module}; leave out or rename one")
+    for module, factors in adapter.layers.items():
         for field, tensor in factors.tensors().items():
             key = field if field == "dora_scale" else f"hada_{field}"
             tensors[f"{module}.{key}"] = tensor
         alphas[f"{module}.alpha"] = _alpha(factors.alpha, dtype or factors.dtype)
     write_tensors(path, cast(tensors, dtype, path) | alphas, _metadata(adapter, dtype))
-
-
-def kohya_names(layers: Iterable[str]) -> dict[str, str]:
-    """Layer name -> module name as kohya spells it. A name that already has a single-file spelling keeps it."""
-    layers = list(layers)
-    first_encoder = "lora_te1_" if any(names.split(name)[0] == "te2" for name in layers) else "lora_te_"
-    lead = {"unet": "lora_unet_", "te1": first_encoder, "te2": "lora_te2_", "te3": "lora_te3_", "": "lora_unet_"}
-
-    def spell(name: str) -> str:
-        prefix = names.prefix_of(name)
-        if prefix is not None and prefix.endswith("_"):
-            return name
-        component = names.PREFIXES[prefix] if prefix else _component_by_path(name)
-        return lead[component] + names.flat(name.removeprefix(prefix or ""))
-
-    return {name: spell(name) for name in layers}
-
-
-def _component_by_path(name: str) -> str:
-    """A bare name does not say its network; only text encoders have these paths."""
-    return "te1" if name.startswith(("text_model.", "encoder.layers.")) else ""
 
 
 def _alpha(alpha: float, dtype: torch.dtype) -> Tensor:
@@ -96,7 +92,7 @@ def _metadata(adapter: Adapter, dtype: torch.dtype | None) -> dict[str, str]:
         "ss_network_args": json.dumps(arguments),
     }
     kept = dict(adapter.metadata)
-    if dtype is not None or adapter.dialect == "peft":
+    if dtype is not None:
         # Hashes of the tensors that the file held, not of those that it will hold.
         kept = {key: value for key, value in kept.items() if not key.startswith("sshs_")}
     return wanted | kept

@@ -1,14 +1,12 @@
 """PEFT: a folder with adapter_config.json and adapter_model.safetensors, or one such folder per network.
 
-The tensors carry no alpha: it comes from the configuration, with ``rank_pattern`` and ``alpha_pattern`` (PEFT's
-``get_pattern_key``: the first pattern that is the whole name or its end at a dot).
+The tensors carry no alpha: it comes from the configuration (see `scales`).
 """
 
 from __future__ import annotations
 
 import json
 import os
-import re
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
@@ -22,11 +20,12 @@ from .. import names
 from ..adapter import Adapter
 from ..errors import LoHaError
 from ..factors import LoHaFactors
+from . import scales
 from .container import atomic, cast, check_finite, read_tensors, save_tensors
 from .grouping import group
+from .scales import CONFIG
 
-CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-_MAX_CONFIG_BYTES = 10_000_000
+WEIGHTS = "adapter_model.safetensors"
 _COMPONENTS = {"unet": "unet", "te1": "text_encoder", "te2": "text_encoder_2", "te3": "text_encoder_3"}
 
 
@@ -58,72 +57,21 @@ def read_file(path: Path, prefix: str = "") -> Adapter:
 
 
 def from_tensors(tensors: Mapping[str, Tensor], metadata: dict[str, str], path: Path, prefix: str = "") -> Adapter:
-    config_path = path.parent / CONFIG
-    config = _read_config(config_path) if os.path.isfile(config_path) else None
-
     def name_of(module: str) -> str:
         return prefix + module.removeprefix(names.WRAPPER)
 
-    def alpha_of(module: str, rank: int) -> float | None:
-        if config is None:
-            return None
-        return _by_pattern(config, "alpha_pattern", module.removeprefix(names.WRAPPER), config.get("alpha", rank))
-
     tensors = {key: _squeeze_conv1d(key, tensor) for key, tensor in tensors.items()}
+    alpha_of = scales.alpha_of(metadata, scales.config_beside(path))
     adapter = group(tensors, str(path), name_of=name_of, alpha_of=alpha_of)
     adapter.dialect, adapter.metadata = "peft", metadata
     # Several folders become one adapter, so that what is not LoHa has to say its network too.
     adapter.extras = {prefix + key: tensor for key, tensor in adapter.extras.items()}
-    if config is None and adapter.layers:
-        adapter.notes.append(f"no {CONFIG} beside the file, and PEFT files hold no alpha: scale 1 is assumed")
     return adapter
 
 
 def _squeeze_conv1d(key: str, tensor: Tensor) -> Tensor:
     """PEFT writes Conv1d's core as (r, r, k, 1)."""
     return tensor.squeeze(3) if ".hada_t" in key and tensor.dim() == 4 and tensor.shape[3] == 1 else tensor
-
-
-def _read_config(path: Path) -> dict[str, Any]:
-    try:
-        if path.stat().st_size > _MAX_CONFIG_BYTES:
-            raise LoHaError(f"{path}: {path.stat().st_size} bytes is no adapter configuration")
-        config = json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        if isinstance(error, LoHaError):
-            raise
-        raise LoHaError(f"{path}: not readable as JSON ({error})") from error
-    if not isinstance(config, dict):
-        raise LoHaError(f"{path}: expected a JSON object, found {type(config).__name__}")
-    kind = config.get("peft_type", "LOHA")
-    if kind != "LOHA":
-        raise LoHaError(f"{path}: peft_type is {kind}, not LOHA; load it with a loader for that kind of adapter")
-    return config
-
-
-def _check_terminates(pattern: str) -> None:
-    """Refuse patterns whose matching can take forever: a file must not hang the reader.
-
-    Repeated groups backtrack exponentially, and k repetitions of single characters take up to n^k steps.
-    """
-    if len(pattern) > 1000 or re.search(r"\)\s*[*+?{]", pattern) or len(re.findall(r"[*+{]", pattern)) > 4:
-        raise LoHaError(f"{CONFIG}: the pattern {pattern[:80]!r} is too long or repeats too much to be matched safely")
-
-
-def _by_pattern(config: Mapping[str, Any], field: str, module: str, default: Any) -> float:
-    patterns = config.get(field) or {}
-    if not isinstance(patterns, dict):
-        raise LoHaError(f"{CONFIG}: {field} is {type(patterns).__name__}; expected an object of pattern: number")
-    for pattern in patterns:
-        _check_terminates(pattern)
-    try:
-        value = next((v for p, v in patterns.items() if names.pattern_matches(p, module)), default)
-    except (re.error, RecursionError, OverflowError) as error:
-        raise LoHaError(f"{CONFIG}: {field} holds a pattern that is no regular expression ({error})") from error
-    try:
-        return float(value)
-    except (TypeError, ValueError, OverflowError) as error:
-        raise LoHaError(f"{CONFIG}: {field} or alpha gives {module} a value that is no number ({error})") from error
 
 
 def write(adapter: Adapter, path: Path, dtype: torch.dtype | None) -> None:
@@ -171,10 +119,23 @@ def _beyond_peft(adapter: Adapter) -> Iterator[str]:
 
 
 def _place(name: str) -> tuple[str, str]:
-    """Layer name -> (folder, module name as PEFT spells it)."""
+    """Layer name -> (folder, module name as PEFT spells it).
+
+    Raises:
+        LoHaError: a flat name whose dots are not known.
+    """
     prefix = names.prefix_of(name)
-    folder = _COMPONENTS.get(names.PREFIXES[prefix], "") if prefix else ""
-    return folder, names.dotted(name.removeprefix(prefix or ""))
+    if prefix is None:
+        return "", name  # a module's own name, which may have a "_" of its own
+    path = name.removeprefix(prefix)
+    if not names.has_known_dots(path):
+        raise LoHaError(
+            f"{name}: which of its '_' stand for '.' is not known, and PEFT's names have dots; save as one file"
+        )
+    folder = (
+        "transformer" if prefix in ("transformer.", "lora_transformer_") else _COMPONENTS.get(names.PREFIXES[prefix])
+    )
+    return folder or "", names.dotted(path)
 
 
 def _tensors(layers: Mapping[str, LoHaFactors]) -> dict[str, Tensor]:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections import defaultdict
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,6 +17,7 @@ from ..errors import LoHaError
 if TYPE_CHECKING:
     from PIL.Image import Image
 
+CAPTIONS = (".txt", ".caption")
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".avif")
 
 
@@ -60,24 +62,31 @@ class Entry:
 def read_folder(folder: Path, masks: Path | None = None) -> list[Entry]:
     """The pictures in a folder and in the folders inside it, in the order of their names.
 
-    ``cat.png`` has its caption in ``cat.txt``. Pictures in a folder named ``10_name`` are seen ten times in an epoch,
-    and ``name`` is the caption of those that have none.
+    ``cat.png`` has its caption in ``cat.txt``, ``cat.caption``, ``cat.png.txt`` or ``cat.png.caption``; capitals in
+    these suffixes don't matter. Pictures in a folder named ``10_name`` are seen ten times in an epoch, and ``name`` is
+    the caption of those that have none.
 
     Args:
         folder: where to look. Hidden files and folders are passed over.
         masks: a folder in which masks lie at the same places under the same names, with any suffix of a picture.
 
     Raises:
-        LoHaError: there is no such folder or no picture in it, a file is no picture or not UTF-8, a mask is missing
-            for some pictures only, or Pillow is not installed.
+        LoHaError: there is no such folder or no picture in it, a file is no picture or not UTF-8, a picture has two
+            captions that differ, a mask is missing for some pictures only, or Pillow is not installed.
     """
     for place in (folder, masks):
         if place is not None and not place.is_dir():
             raise LoHaError(f"{place}: there is no such folder")
-    paths = [path for path in sorted(folder.rglob("*")) if _is_picture(path, folder, masks)]
+    files = sorted(folder.rglob("*"))
+    paths = [path for path in files if _is_picture(path, folder, masks)]
     if not paths:
         raise LoHaError(f"{folder}: there is no picture in it; these are read: {', '.join(SUFFIXES)}")
-    entries = [_entry(path, folder, masks) for path in paths]
+    # By what they are captions of: a picture, or a picture less its suffix.
+    captions: dict[Path, list[Path]] = defaultdict(list)
+    for path in files:
+        if path.suffix.lower() in CAPTIONS and path.is_file():
+            captions[path.with_suffix("")].append(path)
+    entries = [_entry(path, folder, masks, captions) for path in paths]
     without = [entry.name for entry in entries if entry.mask is None]
     if masks is not None and without:
         raise LoHaError(f"{masks}: no mask for {without[0]} and {len(without) - 1} more; make a white one to learn all")
@@ -90,26 +99,46 @@ def _is_picture(path: Path, folder: Path, masks: Path | None) -> bool:
     return path.suffix.lower() in SUFFIXES and path.is_file() and not hidden and not is_mask
 
 
-def _entry(path: Path, folder: Path, masks: Path | None) -> Entry:
+def _entry(path: Path, folder: Path, masks: Path | None, captions: Mapping[Path, list[Path]]) -> Entry:
     inside = path.relative_to(folder)
     numbered = re.fullmatch(r"(\d+)_(.*)", path.parent.name) if path.parent != folder else None
     repeats = int(numbered[1]) if numbered else 1
     if repeats < 1:
         raise LoHaError(f"{path.parent}: the name asks for 0 repeats; move the folder elsewhere to leave it out")
-    caption_file = path.with_suffix(".txt")
-    try:
-        if caption_file.is_file():
-            caption = caption_file.read_text("utf-8-sig").strip()
-        else:
-            caption = numbered[2] if numbered else ""
-    except (OSError, UnicodeDecodeError) as error:
-        raise LoHaError(f"{caption_file}: cannot be read as UTF-8 text ({error}); save it anew") from None
+    caption = _caption(path, [*captions.get(path.with_suffix(""), ()), *captions.get(path, ())])
+    if caption is None:
+        caption = numbered[2] if numbered else ""
     _read(path, _head)
     mask = None
     if masks is not None:
         places = ((masks / inside).with_suffix(suffix) for suffix in SUFFIXES)
         mask = next((place for place in places if place.is_file()), None)
     return Entry(path, inside.as_posix(), caption, mask, repeats)
+
+
+def _caption(picture: Path, files: list[Path]) -> str | None:
+    """What the files beside a picture say; None where there are none."""
+    said: dict[str, Path] = {}
+    for file in files:
+        try:
+            said.setdefault(file.read_text("utf-8-sig").strip(), file)
+        except (OSError, UnicodeDecodeError) as error:
+            raise LoHaError(f"{file}: cannot be read as UTF-8 text ({error}); save it anew") from None
+    if len(said) > 1:
+        where = " and ".join(file.name for file in said.values())
+        raise LoHaError(f"{picture}: has captions that differ, in {where}; keep the one that is meant")
+    return next(iter(said), None)
+
+
+def without_caption(entries: list[Entry]) -> str | None:
+    """What to say of a folder in which most pictures have no caption, or None."""
+    silent = [entry.name for entry in entries if not entry.caption]
+    if 2 * len(silent) <= len(entries):
+        return None
+    return (
+        f"{len(silent)} of {len(entries)} pictures have no caption ({silent[0]}, …) and are trained on an empty one; "
+        f"captions lie beside them, as cat.txt or cat.caption for cat.png"
+    )
 
 
 # --- Pillow -------------------------------------------------------------------------------------

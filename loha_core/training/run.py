@@ -24,7 +24,7 @@ from ..layer import LoHaLayer
 from ..names import flat
 from .attach import fingerprint
 from .data import Dataset, Item, digest
-from .folder import Entry, read_folder
+from .folder import Entry, read_folder, without_caption
 from .objectives import Objective
 from .pictures import Sizes, at_latent_size, fit
 from .pipeline import DTYPES, EXTRA, Diffusion, Feed, load_pipeline
@@ -64,6 +64,9 @@ def train(path: Path) -> Path:
     places = range(accelerator.process_index * share, (accelerator.process_index + 1) * share)
     feed = Feed(diffusion, dataset, objective, settings.run.batch_size, settings.training.seed, places)
     output = Output(settings, accelerator.is_main_process)
+    for found in entries.values() if not settings.data.captions().trigger else ():
+        if note := without_caption(found):
+            output.say(f"note: {note}")
     trainer = Trainer(
         networks,
         feed.batch,
@@ -254,7 +257,8 @@ class Output:
         found = {name: f for layers in self.trainer.factors().values() for name, f in layers.items()}
         if self.settings.output.format == "lycoris":
             found = {_spelled(name): f for name, f in found.items()}
-        return Adapter(found, metadata=self._metadata())
+        # Modules' own names, as in PEFT's folders: they get those of a file when one is written.
+        return Adapter(found, metadata=self._metadata(), dialect="peft")
 
     def _metadata(self) -> dict[str, str]:
         s = self.settings

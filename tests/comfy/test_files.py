@@ -35,7 +35,30 @@ def test_links_within_the_model_folders_are_fine(files, tmp_path):
 def test_links_out_of_them_are_not(files, tmp_path):
     (tmp_path / "secret.safetensors").write_bytes(b"x")
     (tmp_path / "models" / "loras" / "a.safetensors").symlink_to(tmp_path / "secret.safetensors")
-    with pytest.raises(LoHaError, match="outside ComfyUI's model folders"):
+    with pytest.raises(LoHaError, match="a link out of ComfyUI's model folders"):
+        files.resolve("a.safetensors")
+
+
+def test_what_a_refused_link_needs_is_what_it_says(files, tmp_path, monkeypatch):
+    """Row 11 of issue 14: a download cache's links are listed; its folder in extra_model_paths.yaml opens them."""
+    cache, loras = tmp_path / "drive" / "blobs", tmp_path / "models" / "loras"
+    cache.mkdir(parents=True)
+    (cache / "a.safetensors").write_bytes(b"x")
+    (loras / "a.safetensors").symlink_to(cache / "a.safetensors")
+    (loras / "more").symlink_to(cache)
+    for name in ("a.safetensors", "more/a.safetensors"):
+        with pytest.raises(LoHaError, match=r"'blobs'\) under loras in extra_model_paths\.yaml and restart") as refused:
+            files.resolve(name)
+        assert str(tmp_path) not in str(refused.value)  # the page is told no places of this machine
+    kept = ([str(loras), str(cache)], {".safetensors"})
+    monkeypatch.setitem(folder_paths.folder_names_and_paths, "loras", kept)
+    assert files.resolve("a.safetensors") == loras / "a.safetensors"
+    assert files.resolve("more/a.safetensors").read_bytes() == b"x"
+
+
+def test_a_link_that_leads_nowhere_says_so(files, tmp_path):
+    (tmp_path / "models" / "loras" / "a.safetensors").symlink_to(tmp_path / "gone.safetensors")
+    with pytest.raises(LoHaError, match=r"'a\.safetensors': a link to a file that is not there.*delete the link"):
         files.resolve("a.safetensors")
 
 
@@ -45,7 +68,7 @@ def test_nor_links_inside_a_peft_folder(files, tmp_path):
     (folder / "adapter_config.json").write_text("{}")
     (tmp_path / "secret.safetensors").write_bytes(b"x")
     (folder / "adapter_model.safetensors").symlink_to(tmp_path / "secret.safetensors")
-    with pytest.raises(LoHaError, match="outside ComfyUI's model folders"):
+    with pytest.raises(LoHaError, match="a link out of ComfyUI's model folders"):
         files.resolve("peft")
 
 

@@ -99,6 +99,7 @@ MODELS = {
     "SD3": ({"lora_unet_joint_blocks_0_x_block_mlp_fc1": (6, 4)}, {}),
     "a text encoder (CLIP)": ({"lora_te_text_model_encoder_layers_0_self_attn_q_proj": (6, 4)}, {}),
     "unknown": ({"lora_unet_a": (6, 4)}, {}),
+    "unknown ": ({"diffusion_model.blocks.0.self_attn.q_proj": (6, 4)}, {}),  # Anima's DiT
     "sdxl_base_v1-0": ({KEY: (6, 768)}, {"ss_base_model_version": "sdxl_base_v1-0"}),
     "flux-1-dev/lora": ({KEY: (6, 768)}, {"modelspec.architecture": "flux-1-dev/lora", "ss_base_model_version": "x"}),
 }
@@ -108,7 +109,7 @@ MODELS = {
 def test_the_likely_base_model(model, file):
     layers, metadata = file
     adapter = Adapter({name: samples.factors(shape) for name, shape in layers.items()}, metadata=metadata)
-    assert line(describe(adapter), "base model") == model
+    assert line(describe(adapter), "base model") == model.strip()
 
 
 WORDS = {

@@ -56,7 +56,8 @@ def metadata_of(path) -> dict[str, str]:
 def test_every_dialect(tmp_path, dialect, tensors, others, suffix):
     adapter = load(tmp_path, tensors, METADATA, name=f"a{suffix}")
     assert adapter.dialect == dialect and dialect in DIALECTS
-    assert adapter.metadata == METADATA and adapter.source.endswith(f"a{suffix}") and not adapter.notes
+    assert adapter.metadata == METADATA and adapter.source.endswith(f"a{suffix}")
+    assert bool(adapter.notes) == any(f"{name}.alpha" not in tensors for name in adapter.layers)
     assert sorted(adapter.layers) == oracle.modules(tensors)
     for name, factors in adapter.layers.items():
         assert oracle.error(factors.delta(), oracle.update(tensors, name)) <= 1e-6
@@ -173,7 +174,8 @@ def test_a_kohya_file_comes_back_as_it_was(tmp_path, case):
 
 
 def test_what_kohyas_readers_look_for(tmp_path):
-    save_adapter(load(tmp_path, samples.DIALECTS["diffusers UNet"][1]), tmp_path / "b.safetensors")
+    adapter = load(tmp_path, samples.DIALECTS["diffusers UNet"][1])
+    save_adapter(adapter, tmp_path / "b.safetensors", names="kohya")
     found = metadata_of(tmp_path / "b.safetensors")
     assert (found["ss_network_module"], found["ss_network_dim"], found["ss_network_alpha"]) == (
         "lycoris.kohya",
@@ -284,9 +286,10 @@ REFUSED = {
     "an unknown format": (one(), {"format": "kohya"}, "'kohya'"),
     "two names that become one": (
         Adapter({"unet.a": samples.factors((6, 4)), "lora_unet_a": samples.factors((6, 4), seed=1)}),
-        {},
+        {"names": "kohya"},
         "lora_unet_a",
     ),
+    "an unknown spelling": (one(), {"names": "x"}, "no spelling 'x'"),
 }
 
 
@@ -306,6 +309,7 @@ PEFT_REFUSED = {
     "fp16 overflow": (one(w1_a=big), {"dtype": torch.float16}, "hada_w1_a"),
     "an integer dtype": (one(), {"dtype": torch.int32}, "torch.int32"),
     "two names that become one": (REFUSED["two names that become one"][0], {}, "unet.a"),
+    "names that PEFT does not have": (one(), {"names": "native"}, "'native'"),
     "a network that is not named beside one that is": (
         Adapter({"lycoris_a": samples.factors((6, 4)), "lora_te_b": samples.factors((6, 4))}),
         {},

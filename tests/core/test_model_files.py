@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import copy
 import json
+import warnings
 
 import pytest
 import torch
 from torch import nn
 
-from loha_core import LoHaError, load_adapter, save_adapter
+from loha_core import Adapter, LoHaError, load_adapter, respell, save_adapter
 from loha_core.config import LoHaConfig
 from loha_core.model import LoHaModel
+
+from . import samples
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -192,3 +195,45 @@ def test_a_folders_unknown_fields_survive(tmp_path):
     file.write_text(json.dumps(json.loads(file.read_text()) | {"from_the_future": 1}))
     LoHaModel.from_pretrained(base, tmp_path).save_pretrained(tmp_path / "again")
     assert json.loads((tmp_path / "again" / "adapter_config.json").read_text())["from_the_future"] == 1
+
+
+def _whole_unet(family: str) -> torch.nn.Module:
+    """All blocks of the real one, narrow."""
+    diffusers = pytest.importorskip("diffusers")
+    sizes = {"norm_num_groups": 2, "attention_head_dim": 2, "layers_per_block": 2, "cross_attention_dim": 6}
+    if family == "SD1.5":
+        return diffusers.UNet2DConditionModel(**sizes, block_out_channels=(4, 4, 4, 4))
+    return diffusers.UNet2DConditionModel(
+        **sizes, block_out_channels=(4, 4, 4), use_linear_projection=True, transformer_layers_per_block=(1, 1, 2),
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"), addition_embed_type="text_time",
+        addition_time_embed_dim=4, projection_class_embeddings_input_dim=32,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("style", ["kohya", "native"])
+@pytest.mark.parametrize("family", ["SD1.5", "SDXL"])
+def test_a_file_in_the_original_codes_names_loads_into_a_diffusers_unet(tmp_path, family, style):
+    """Row 8 of issue 14: "nothing in it fits this model"."""
+    unet = _whole_unet(family)
+    kinds = (torch.nn.Linear, torch.nn.Conv2d)
+    weights = {name: tuple(m.weight.shape) for name, m in unet.named_modules() if isinstance(m, kinds)}
+    layers = {name: samples.factors(shape, 1, seed=seed) for seed, (name, shape) in enumerate(weights.items())}
+    there = respell(Adapter({f"unet.{name}": f for name, f in layers.items()}), style, "ldm").adapter
+    assert any("output_blocks" in name for name in there.layers) and not any("up_blocks" in n for n in there.layers)
+    save_adapter(there, tmp_path / "ldm.safetensors")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        found = LoHaModel.from_pretrained(unet, tmp_path / "ldm.safetensors").to_adapter().layers
+    assert found.keys() == weights.keys()
+    for name, factors in found.items():
+        torch.testing.assert_close(factors.delta().flatten(), layers[name].delta().flatten())
+
+
+def test_and_a_file_in_diffusers_names_into_the_original_codes_unet(tmp_path):
+    net = torch.nn.Module()
+    net.middle_block = torch.nn.ModuleList([torch.nn.Module(), torch.nn.ModuleDict({"proj_in": torch.nn.Linear(6, 4)})])
+    factors = samples.factors((4, 6))
+    save_adapter(Adapter({"unet.mid_block.attentions.0.proj_in": factors}), tmp_path / "a.safetensors")
+    (found,) = LoHaModel.from_pretrained(net, tmp_path / "a.safetensors").to_adapter().layers.items()
+    assert found[0] == "middle_block.1.proj_in" and torch.equal(found[1].delta(), factors.delta())

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from loha_core import LoHaError
-from loha_core.training.folder import read_folder
+from loha_core.training.folder import read_folder, without_caption
 
 from .processes import PATIENCE
 
@@ -43,6 +43,39 @@ def test_pictures_captions_and_repeats(tmp_path):
         ("b.png", "", 1, None),
         ("more/z.tif", "", 1, None),
     ]
+
+
+@pytest.mark.parametrize(
+    "name", ["a.txt", "a.caption", "a.TXT", "a.Caption", "a.png.txt", "a.png.caption", "a.png.TXT"]
+)
+def test_every_place_of_a_caption(tmp_path, name):
+    """Row 11 of issue 14: these were trained on an empty caption, silently."""
+    save(tmp_path / "a.png")
+    save(tmp_path / "b [1.5] x.png")
+    (tmp_path / name).write_text("a cat")
+    (tmp_path / name.replace("a", "b [1.5] x", 1)).write_text("a dog")
+    (tmp_path / "ab.txt").write_text("not mine")
+    assert [entry.caption for entry in read_folder(tmp_path)] == ["a cat", "a dog"]
+
+
+def test_captions_that_differ_are_not_chosen_from(tmp_path):
+    save(tmp_path / "a.png")
+    for name in ("a.txt", "a.png.txt"):
+        (tmp_path / name).write_text("a cat")
+    assert read_folder(tmp_path)[0].caption == "a cat"
+    (tmp_path / "a.caption").write_text("cat, sitting")
+    with pytest.raises(LoHaError, match=r"a\.png: has captions that differ, in a\.caption and a\.txt; keep"):
+        read_folder(tmp_path)
+
+
+def test_a_folder_without_captions_is_spoken_of(tmp_path):
+    for name in "abc":
+        save(tmp_path / f"{name}.png")
+    assert "3 of 3 pictures have no caption (a.png, …)" in (without_caption(read_folder(tmp_path)) or "")
+    (tmp_path / "a.txt").write_text("cat")
+    assert "2 of 3 pictures" in (without_caption(read_folder(tmp_path)) or "")
+    (tmp_path / "b.caption").write_text("cat")
+    assert without_caption(read_folder(tmp_path)) is None
 
 
 def test_the_folder_s_own_name_is_no_count(tmp_path):
