@@ -28,7 +28,8 @@ STEP = f"{TRACKER}.checkState()"  # what a script has changed becomes a step for
 EMPTY = """async () => {
   const graph = { id: crypto.randomUUID(), last_node_id: 0, last_link_id: 0, nodes: [], links: [], version: 0.4 };
   await app.loadGraphData(graph, true, false, app.extensionManager.workflow.activeWorkflow);
-  await app.extensionManager.setting.set("Comfy.RightSidePanel.IsOpen", false);
+  const { setting } = app.extensionManager;
+  if (setting.get("Comfy.RightSidePanel.IsOpen")) await setting.set("Comfy.RightSidePanel.IsOpen", false);
   app.nodeOutputs = {};
   app.canvas.ds.reset();
   app.canvas.setDirty(true, true);
@@ -59,8 +60,7 @@ def enter(page: Page, server: Server, nodes_2: bool) -> None:  # noqa: F811
 @pytest.fixture(params=[False, True], ids=["LiteGraph", "Nodes 2.0"])
 def page(request: pytest.FixtureRequest, browser: Browser, server: Server) -> Iterator[Page]:  # noqa: F811
     """ComfyUI's page with an empty graph, in either renderer."""
-    context = browser.new_context(viewport={"width": 1400, "height": 900})
-    opened = context.new_page()
-    enter(opened, server, request.param)
-    yield opened
-    context.close()
+    with browser.new_context(viewport={"width": 1400, "height": 900}) as context:
+        opened = context.new_page()
+        enter(opened, server, request.param)
+        yield opened

@@ -54,15 +54,14 @@ def adapters(server: Server) -> list[str]:
 @pytest.fixture(scope="module", params=[False, True], ids=["LiteGraph", "Nodes 2.0"])
 def opened(request: pytest.FixtureRequest, browser: Browser, server: Server, adapters: list[str]) -> Iterator[Page]:
     """One page for all tests of a renderer."""
-    context = browser.new_context(viewport={"width": 1400, "height": 900}, permissions=["clipboard-read"])
-    context.set_default_timeout(10_000)
-    page = context.new_page()
-    page.add_init_script("window.failures = []; addEventListener('error', e => failures.push(e.message))")
-    enter(page, server, request.param)
-    assert page.evaluate(LOADED) <= 60 * 1024
-    yield page
-    assert page.evaluate("failures") == []
-    context.close()
+    with browser.new_context(viewport={"width": 1400, "height": 900}, permissions=["clipboard-read"]) as context:
+        context.set_default_timeout(10_000)
+        page = context.new_page()
+        page.add_init_script("window.failures = []; addEventListener('error', e => failures.push(e.message))")
+        enter(page, server, request.param)
+        assert page.evaluate(LOADED) <= 60 * 1024
+        yield page
+        assert page.evaluate("failures") == []
 
 
 @pytest.fixture

@@ -292,17 +292,25 @@ def test_a_link_overrides_the_widget(page: Page, shoot):  # noqa: F811
     }"""
     page.evaluate(connect, [source, node])
     frame = page.locator(".loha-frame").filter(has=page.locator(".loha-stack"))
-    expect(frame).to_have_attribute("data-overridden", "")
+    hidden = page.evaluate("__COMFYUI_FRONTEND_VERSION__ === '1.58.1'")  # it shows no widget whose input has a link
+
+    def overridden() -> None:
+        if hidden:
+            return expect(frame).to_have_count(0)
+        expect(frame).to_have_attribute("data-overridden", "")
+        assert frame.evaluate("e => e.inert") is True
+
+    overridden()
     assert sent(page, node)["rows"] == [str(source), 0]
-    assert frame.evaluate("e => e.inert") is True
     shoot("overridden")
     saved = page.evaluate("JSON.stringify(app.graph.serialize())")
     page.evaluate("async saved => { app.graph.clear(); await app.loadGraphData(JSON.parse(saved)) }", saved)
-    expect(frame).to_have_attribute("data-overridden", "")
+    overridden()
     page.evaluate(
         "id => { const n = app.graph.getNodeById(id); n.disconnectInput(n.inputs.findIndex(i => i.name === 'rows')) }",
         node,
     )
+    expect(frame).to_have_count(1)
     expect(frame).not_to_have_attribute("data-overridden", "")
     assert [row["name"] for row in rows_of(page, node)] == ["seven.safetensors"]
 
@@ -312,7 +320,7 @@ def test_sizes(page: Page, shoot, width: int, height: int):  # noqa: F811
     everything(page)
     size = """([w, h]) => {
       app.graph._nodes.forEach((n, i) => { n.pos = [60 + i * (w + 30), 160]; n.setSize([w, h]) });
-      app.canvas.ds.scale = w > 400 ? 0.5 : 1;
+      app.canvas.ds.scale = w > 400 ? 0.6 : 1; // farther away LiteGraph leaves the widgets out
       app.canvas.ds.offset = [60, 40];
     }"""
     page.evaluate(size, [width, height])
