@@ -13,8 +13,13 @@ from demo.comfyui import Server
 from ..comfy.conftest import server  # noqa: F401  (one server for both folders)
 
 
+# What a busy machine may take; a quiet one never waits for it.
+PATIENCE = 60_000
+
+
 @pytest.fixture(scope="session")
 def browser() -> Iterator[Browser]:
+    expect.set_options(timeout=PATIENCE)
     with sync_playwright() as playwright:
         yield chromium(playwright)
 
@@ -41,7 +46,7 @@ OWN_WIDGETS_ON_SUBGRAPHS = "window.__COMFYUI_FRONTEND_VERSION__ === '1.32.9'"
 def expect_error(page: Page, text: str) -> None:
     """ComfyUI says why a run failed: in a dialog, from 1.49.6 on in the side panel that a button opens."""
     details = page.get_by_role("button", name="View details")
-    expect(details.or_(page.get_by_role("dialog").filter(has_text=text)).first).to_be_visible(timeout=30_000)
+    expect(details.or_(page.get_by_role("dialog").filter(has_text=text)).first).to_be_visible(timeout=120_000)
     if details.count():
         details.first.click()
     expect(page.get_by_text(text).filter(visible=True).first).to_be_visible()
@@ -52,7 +57,7 @@ def enter(page: Page, server: Server, nodes_2: bool) -> None:  # noqa: F811
     settings = {VUE: nodes_2, "Comfy.TutorialCompleted": True, "Comfy.Minimap.Visible": False}
     server.post("/settings", settings)
     page.goto(server.address)
-    page.wait_for_function(READY, timeout=60_000)
+    page.wait_for_function(READY, timeout=120_000)
     page.keyboard.press("Escape")  # the template browser opens by itself on an empty profile
     page.evaluate(EMPTY)
 
@@ -61,6 +66,7 @@ def enter(page: Page, server: Server, nodes_2: bool) -> None:  # noqa: F811
 def page(request: pytest.FixtureRequest, browser: Browser, server: Server) -> Iterator[Page]:  # noqa: F811
     """ComfyUI's page with an empty graph, in either renderer."""
     with browser.new_context(viewport={"width": 1400, "height": 900}) as context:
+        context.set_default_timeout(2 * PATIENCE)
         opened = context.new_page()
         enter(opened, server, request.param)
         yield opened

@@ -57,6 +57,6 @@ def test_help_shows_its_picture(page: Page):
         page.evaluate(SELECT, path.stem)
         page.get_by_test_id("info-button").click()
         expect(content.get_by_role("heading", name=title, exact=True)).to_be_visible()
-        page.wait_for_function(f"(({SHOWN})()).every(([width]) => width > 0)", timeout=10_000)
+        page.wait_for_function(f"(({SHOWN})()).every(([width]) => width > 0)", timeout=120_000)
         [(_, alt, width, room), *_] = page.evaluate(SHOWN)
         assert alt and width <= room, path.stem

@@ -70,7 +70,7 @@ def test_the_page_is_chinese(chinese: Page, request):
 def test_our_widgets_are_chinese(chinese: Page, request):
     """They read the words as the page begins."""
     chinese.reload()
-    chinese.wait_for_function("!!(window.app?.graph && LiteGraph.registered_node_types?.LoHaTrainer)", timeout=60_000)
+    chinese.wait_for_function("!!(window.app?.graph && LiteGraph.registered_node_types?.LoHaTrainer)", timeout=120_000)
     chinese.evaluate("app.graph.clear()")
     chinese.keyboard.press("Escape")
     chinese.evaluate(NODES, ["LoHaLoader", "LoHaStack", "LoHaTrainer"])

@@ -95,14 +95,14 @@ def test_merge_shows_what_is_lost(page: Page, ready, request):  # noqa: F811
     expect(merged).to_have_count(1)
     page.evaluate("app.queuePrompt(0)")
     text = page.locator("pre.loha-info").filter(has_text="relative error")
-    expect(text).to_contain_text("layers", timeout=60_000)
+    expect(text).to_contain_text("layers", timeout=120_000)
     first = text.inner_text()
-    picture = page.wait_for_function(PICTURE, timeout=30_000).json_value()
+    picture = page.wait_for_function(PICTURE, timeout=120_000).json_value()
     saved = page.locator("pre.loha-info").filter(has_text="loha_demo_merged.safetensors")
-    expect(saved).to_have_count(1, timeout=30_000)
+    expect(saved).to_have_count(1, timeout=120_000)
     shoot(page, "merge", request)
 
-    page.wait_for_function("app.ui.lastQueueSize === 0", timeout=60_000)
+    page.wait_for_function("app.ui.lastQueueSize === 0", timeout=120_000)
     *_, entry = ready.get("/history").values()
     [layers] = [output["layers"] for output in entry["outputs"].values() if "layers" in output]
     look_at_bars(page, layers)
@@ -110,11 +110,11 @@ def test_merge_shows_what_is_lost(page: Page, ready, request):  # noqa: F811
     slide(page, 0.1)
     assert page.evaluate(WEIGHT) > 2, shoot(page, "merge-slid", request)
     page.evaluate("app.queuePrompt(0)")
-    expect(text).not_to_have_text(first, timeout=60_000)
-    page.wait_for_function(PICTURE, arg=picture, timeout=30_000)
+    expect(text).not_to_have_text(first, timeout=120_000)
+    page.wait_for_function(PICTURE, arg=picture, timeout=120_000)
     shoot(page, "merge-slid", request)
 
-    page.wait_for_function("app.ui.lastQueueSize === 0", timeout=60_000)
+    page.wait_for_function("app.ui.lastQueueSize === 0", timeout=120_000)
     *_, entry = ready.get("/history").values()
     assert entry["status"]["status_str"] == "success"
     [shown] = [

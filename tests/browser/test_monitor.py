@@ -56,8 +56,8 @@ def test_curve_reload_and_cancel(page: Page, ready, request):  # noqa: F811
     # Until it runs, the node shows its last run: here that of the renderer before.
     expect(page.locator(".loha-monitor")).to_contain_text(re.compile("Run the workflow|cancelled"))
     page.evaluate("app.queuePrompt(0)")
-    expect(page.locator(".loha-monitor")).to_contain_text("left", timeout=90_000)
-    page.wait_for_function(f"({SHOWN})() > 5", timeout=90_000)
+    expect(page.locator(".loha-monitor")).to_contain_text("left", timeout=120_000)
+    page.wait_for_function(f"({SHOWN})() > 5", timeout=120_000)
     page.get_by_role("button", name="Log", exact=True).click()
     shoot(page, "monitor", request)
 
@@ -66,9 +66,9 @@ def test_curve_reload_and_cancel(page: Page, ready, request):  # noqa: F811
     page.evaluate(STEP)
     page.wait_for_timeout(1000)
     page.reload()
-    page.wait_for_function("!!(window.app?.graph && document.querySelector('.loha-monitor'))", timeout=60_000)
+    page.wait_for_function("!!(window.app?.graph && document.querySelector('.loha-monitor'))", timeout=120_000)
     there = run_of(ready, name)["step"]
-    page.wait_for_function(f"({SHOWN})() >= {there}", timeout=30_000)
+    page.wait_for_function(f"({SHOWN})() >= {there}", timeout=120_000)
     page.evaluate(LOOK)
     shoot(page, "monitor-reloaded", request)
 
@@ -132,7 +132,7 @@ def test_previews_the_run_before_a_fixed_axis_and_another_tab(page: Page, ready,
     # The same workflow in another tab shows the same; a copy with an id of its own has not run yet.
     other = page.context.new_page()
     other.goto(ready.address)
-    other.wait_for_function("!!(window.app?.graph && LiteGraph.registered_node_types?.LoHaTrainer)", timeout=60_000)
+    other.wait_for_function("!!(window.app?.graph && LiteGraph.registered_node_types?.LoHaTrainer)", timeout=120_000)
     other.evaluate("workflow => app.loadGraphData(workflow)", workflow)
     other.evaluate(LOOK)
     expect(other.get_by_role("img", name="Loss of 12 steps, 12 of the run before")).to_have_count(1)
@@ -153,7 +153,7 @@ def test_ten_thousand_points_stay_fluent(page: Page, ready):  # noqa: F811
 
     page.route("**/loha/training*", answer)
     add(page, "LoHaTrainer", 300, 120)
-    page.wait_for_function(f"({SHOWN})() >= 10000", timeout=30_000)
+    page.wait_for_function(f"({SHOWN})() >= 10000", timeout=120_000)
     before = page.evaluate(f"({SHOWN})()")
     rate = page.evaluate("""async () => {
       const start = performance.now();

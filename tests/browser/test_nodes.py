@@ -53,7 +53,7 @@ def test_info_on_the_node(page: Page, adapter: str, request: pytest.FixtureReque
     text = page.locator("pre.loha-info")
     expect(text).to_contain_text("Run the workflow")
     page.evaluate("app.queuePrompt(0)")
-    expect(text).to_contain_text("LoHa layers   9", timeout=30_000)
+    expect(text).to_contain_text("LoHa layers   9", timeout=120_000)
     # Metadata is text, never markup.
     expect(text).to_contain_text("<img src=x onerror=window.hacked=1>")
     assert page.evaluate("window.hacked") is None
@@ -61,7 +61,7 @@ def test_info_on_the_node(page: Page, adapter: str, request: pytest.FixtureReque
     page.wait_for_function(
         "!!(app.graph._nodes.some(n => n.comfyClass === 'LoHaInfo' && n.imgs?.length) ||"
         " document.querySelector('[data-node-id] img'))",
-        timeout=30_000,
+        timeout=120_000,
     )
     shoot(page, "info", request)
 

@@ -243,9 +243,9 @@ def test_what_runs_have_shown_stays_and_the_next_run_follows(page: Page, adapter
     for file, layers in ((adapter, 9), ("seven.safetensors", 1)):
         page.evaluate("file => { app.graph._nodes[0].widgets[0].value = file }", file)
         page.evaluate("app.queuePrompt(0)")
-        expect(texts.first).to_contain_text(f"LoHa layers   {layers}", timeout=30_000)
-        expect(lost).to_have_count(layers, timeout=30_000)
-        page.wait_for_function("app.ui.lastQueueSize === 0", timeout=30_000)
+        expect(texts.first).to_contain_text(f"LoHa layers   {layers}", timeout=120_000)
+        expect(lost).to_have_count(layers, timeout=120_000)
+        page.wait_for_function("app.ui.lastQueueSize === 0", timeout=120_000)
         said = texts.all_inner_texts()
         add(page, "Note")
         page.evaluate(STEP)

@@ -270,7 +270,7 @@ def test_stack_runs_in_the_server_and_bad_rows_say_so(page: Page):
     strength = rows_of(page, node)[0]["strength_model"]
     page.evaluate("app.queuePrompt(0)")
     done = "id => app.nodeOutputs[id]?.text?.[0] ?? ''"
-    page.wait_for_function(f"id => ({done})(id).includes('seven')", arg=show, timeout=30_000)
+    page.wait_for_function(f"id => ({done})(id).includes('seven')", arg=show, timeout=120_000)
     assert json.loads(page.evaluate(done, show)) == [["seven.safetensors", strength, strength]]
 
     page.evaluate("id => app.graph.getNodeById(id).widgets[0].value = '[{'", node)

@@ -81,7 +81,7 @@ def test_blocks(page: Page, shoot):  # noqa: F811
     assert page.evaluate(PLACES) == before
 
     page.evaluate("app.queuePrompt(0)")
-    page.wait_for_function("id => app.nodeOutputs[id]?.layout?.[0] === 'SD1.5'", arg=node, timeout=30_000)
+    page.wait_for_function("id => app.nodeOutputs[id]?.layout?.[0] === 'SD1.5'", arg=node, timeout=120_000)
 
 
 def test_blocks_of_a_model_that_is_not_known_yet(page: Page):  # noqa: F811
@@ -276,7 +276,7 @@ def test_values_survive(page: Page, opened: Page, shoot):  # noqa: F811
     page.evaluate(STEP)
     page.wait_for_timeout(600)
     page.reload()
-    page.wait_for_function(READY, timeout=60_000)
+    page.wait_for_function(READY, timeout=120_000)
     page.wait_for_function("app.graph._nodes.length === 4")
     assert output(page) == changed
     expect(page.locator(".loha-bar")).to_have_count(22)
