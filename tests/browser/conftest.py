@@ -12,7 +12,6 @@ from demo.comfyui import Server
 
 from ..comfy.conftest import server  # noqa: F401  (one server for both folders)
 
-
 # What a busy machine may take; a quiet one never waits for it.
 PATIENCE = 60_000
 
