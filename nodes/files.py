@@ -75,10 +75,9 @@ def resolve(name: str) -> Path:
     for inner in (real, *(child.resolve() for child in _files(path))):
         if not any(inner.is_relative_to(root) for root in allowed):
             raise LoHaError(
-                f"{name!r}: a link out of ComfyUI's model folders, and only what lies inside is opened. Name the "
-                f"folder that it leads to (its last part is {inner.parent.name!r}) under loras in "
-                "extra_model_paths.yaml and restart ComfyUI: then the link and the file itself can be loaded; "
-                "or put the file in the link's place"
+                f"{name!r}: a link out of ComfyUI's model folders, and only what lies in them is opened. Name the "
+                f"folder it leads to ({inner.parent.name!r}) under loras in extra_model_paths.yaml and restart: "
+                "then the link and the file itself can be loaded; or put the file in the link's place"
             )
     return path
 
