@@ -13,13 +13,14 @@ from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
 
-import comfy.model_management
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.overrides import TorchFunctionMode
 
 from loha_core.forwards import acting_as
+
+from .host.weights import in_training
 
 # End in an underscore and change no values.
 _HARMLESS = {"requires_grad_", "detach_", "set_", "share_memory_"}
@@ -65,22 +66,11 @@ def allowed(blocks: Iterable[nn.Module], *, again: bool) -> Iterator[None]:
         again: they run again in the backward, with what they were given.
     """
     with ExitStack() as stack:
-        stack.enter_context(_in_training())
+        stack.enter_context(in_training())
         for block in blocks:
             stack.enter_context(acting_as(block, partial(_run, again)))
         with saved_tensors_hooks(_pack, _unpack):
             yield
-
-
-@contextmanager
-def _in_training() -> Iterator[None]:
-    """While this is set, newer ComfyUI (0.33) leaves kernels aside that have no backward."""
-    before = getattr(comfy.model_management, "in_training", False)
-    comfy.model_management.in_training = True
-    try:
-        yield
-    finally:
-        comfy.model_management.in_training = before
 
 
 def _run(again: bool, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

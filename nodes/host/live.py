@@ -10,6 +10,7 @@ import logging
 import weakref
 from collections import defaultdict
 from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cache, cached_property
 from math import prod
@@ -17,7 +18,6 @@ from typing import Any
 
 import comfy.ops
 import comfy.utils
-import torch
 from comfy.patcher_extension import CallbacksMP, PatcherInjection, WrappersMP
 from torch import nn
 
@@ -124,15 +124,17 @@ def _forget_graphs(model: nn.Module) -> None:
 
 
 def _call_layers() -> None:
-    """ComfyUI 0.33's `linear_input_act` reads an int8 layer's weight and does not call it: that would pass links by."""
+    """ComfyUI's `linear_input_act` (0.33) reads a layer's weight for one kernel with what surrounds it.
+
+    Where links act in the layer's place it has to call the layer, as it does itself in training.
+    """
     fused = getattr(comfy.ops, "linear_input_act", None)
     if fused is None or hasattr(fused, "beside_loha"):
         return
 
-    def linear_input_act(linear: nn.Module, x: torch.Tensor, input_act: str) -> Any:
-        if forwards.has_links(linear):
-            return linear(comfy.ops.INPUT_ACT_EAGER[input_act](x))
-        return fused(linear, x, input_act)
+    def linear_input_act(linear: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        with weights.in_training() if forwards.has_links(linear) else nullcontext():
+            return fused(linear, *args, **kwargs)
 
     linear_input_act.beside_loha = True  # type: ignore[attr-defined]
     comfy.ops.linear_input_act = linear_input_act

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
+import comfy.model_management
 import comfy.ops
 import torch
 from torch import Tensor, nn
@@ -241,3 +242,14 @@ def adapted(module: nn.Module, functions: Mapping[str, Function]) -> Iterator[No
     finally:
         for take_off in taking_off:
             take_off()
+
+
+@contextmanager
+def in_training() -> Iterator[None]:
+    """While this is set, newer ComfyUI (0.33) calls layers rather than kernels that have no backward."""
+    before = getattr(comfy.model_management, "in_training", False)
+    comfy.model_management.in_training = True
+    try:
+        yield
+    finally:
+        comfy.model_management.in_training = before

@@ -15,7 +15,7 @@ from loha_core import forwards
 from loha_core.training.attach import attached
 
 from . import bases, training
-from .test_bases import IN, KEY, case, delta, made, relative, wanted
+from .test_bases import IN, KEY, OUT, case, delta, made, relative, wanted
 from .test_bases import host as host
 from .training import page as page
 
@@ -126,31 +126,47 @@ def test_functions_on_norms_reach_whoever_casts_them(host):
     torch.testing.assert_close(y, torch.nn.functional.layer_norm(X, (IN,), weight, layer.bias))
 
 
-@pytest.mark.parametrize("has_one", [True, False], ids=["as in 0.33", "as in 0.3.75"])
-def test_a_kernel_that_reads_an_int8_weight_without_calling_its_layer(host, monkeypatch, has_one):
-    """ComfyUI 0.33: ``comfy.ops.linear_input_act`` folds an activation into an INT8 layer's quantiser."""
+def gelu(x: torch.Tensor) -> torch.Tensor:
+    return torch.nn.functional.gelu(x, approximate="tanh")
+
+
+def linear_input_act_of_033(linear, x, input_act):
+    """ComfyUI 0.33: folds an activation into an INT8 layer's quantiser, unless something is trained."""
+    if getattr(comfy.model_management, "in_training", False):
+        return linear(gelu(x))
+    return torch.nn.functional.linear(gelu(x), linear.weight.dequantize(), linear.bias)
+
+
+def linear_input_act_of_036(linear, x, input_act, act_weight=None, act_eps=0.0, residual=None, residual_scale=None):
+    """0.36: the sum after it, too."""
+    out = linear_input_act_of_033(linear, x, input_act)
+    return out if residual is None else torch.addcmul(residual, out, residual_scale)
+
+
+FUSED = [(linear_input_act_of_033, False), (linear_input_act_of_036, False), (linear_input_act_of_036, True)]
+if real := getattr(comfy.ops, "linear_input_act", None):
+    FUSED.append((real, False))
+
+
+@pytest.mark.parametrize(("fused", "residual"), FUSED)
+def test_a_kernel_that_reads_a_weight_without_calling_its_layer(host, monkeypatch, fused, residual):
     base, _, _ = made("int8")
-    act = lambda x: torch.nn.functional.gelu(x, approximate="tanh")  # noqa: E731
+    monkeypatch.setattr(comfy.ops, "linear_input_act", fused, raising=False)
+    more = {"residual": torch.ones(OUT), "residual_scale": torch.full((OUT,), 2.0)} if residual else {}
 
-    def linear_input_act(linear, x, input_act):
-        return torch.nn.functional.linear(act(x), linear.weight.dequantize(), linear.bias)
+    def call():
+        with torch.no_grad():
+            return comfy.ops.linear_input_act(base.layer, X, "gelu_tanh", **more)
 
-    if has_one and not hasattr(comfy.ops, "linear_input_act"):
-        monkeypatch.setattr(comfy.ops, "linear_input_act", linear_input_act, raising=False)
-        monkeypatch.setattr(comfy.ops, "INPUT_ACT_EAGER", {"gelu_tanh": act}, raising=False)
-    elif not has_one:
-        monkeypatch.delattr(comfy.ops, "linear_input_act", raising=False)
-    patcher, chosen = bases.patcher_for(base), wanted(host, case("LoHa"))
-    call = lambda: comfy.ops.linear_input_act(base.layer, X, "gelu_tanh")  # noqa: E731
-    before = call() if has_one else None
-    alive = host.live.apply(patcher, chosen, 1.0)
+    before = call()
+    alive = host.live.apply(bases.patcher_for(base), wanted(host, case("LoHa")), 1.0)
     alive.patch_model()
-    if has_one:
-        [(_, f)] = case("LoHa").patches
-        assert relative((call() - before).double(), act(X).double() @ delta(f).T) < 0.1  # the product's rounding
+    [(_, f)] = case("LoHa").patches
+    effect = (2.0 if residual else 1.0) * gelu(X).double() @ delta(f).T
+    assert relative((call() - before).double(), effect) < 0.1  # the product's rounding
+    assert not getattr(comfy.model_management, "in_training", False)
     alive.unpatch_model()
-    if has_one:
-        assert torch.equal(call(), before)
+    assert torch.equal(call(), before)
 
 
 def test_graphs_of_other_adapters_are_forgotten(host, base):
