@@ -1,5 +1,5 @@
 # The two commands that do everything on a fresh machine: `make demo` and `make test`.
-# They make their own environments; PYTHON chooses the interpreter (3.10 to 3.13).
+# They make their own environments; PYTHON chooses the interpreter (3.11 is what the pinned torch is tested with).
 
 PYTHON ?= python3
 PEERS := .venv-peers
@@ -21,7 +21,7 @@ endif
 export OMP_WAIT_POLICY ?= PASSIVE
 
 PIP := -m pip install --quiet --disable-pip-version-check -c constraints.txt
-OR_SAY = || { echo "The environment was not made. It takes Python 3.10 to 3.13 with venv (PYTHON=$(PYTHON) is used) and PyPI:" \
+OR_SAY = || { echo "The environment was not made. It takes Python 3.11 with venv (PYTHON=$(PYTHON) is used) and PyPI:" \
 	"put right what is said above and run make again." >&2; exit 1; }
 
 .PHONY: demo demo-merge ui test lint test-core test-comfy test-release chromium clean
