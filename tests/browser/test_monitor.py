@@ -141,6 +141,17 @@ def test_previews_the_run_before_a_fixed_axis_and_another_tab(page: Page, ready,
     other.close()
 
 
+RATE = """async events => {
+  const start = performance.now();
+  let frames = 0;
+  for (; performance.now() - start < 1000; frames++) {
+    if (events) app.api.dispatchCustomEvent("loha.training", {});
+    await new Promise(requestAnimationFrame);
+  }
+  return frames / (performance.now() - start);
+}"""
+
+
 def test_ten_thousand_points_stay_fluent(page: Page, ready):  # noqa: F811
     """The server's answer is made up, to have so many at once; at each frame there is one more."""
     run = {"id": "a", "step": 0, "steps": 10_100, "loss": 0.1, "lr": 1e-3, "seconds_left": 60, "previews": []}
@@ -155,14 +166,10 @@ def test_ten_thousand_points_stay_fluent(page: Page, ready):  # noqa: F811
     add(page, "LoHaTrainer", 300, 120)
     page.wait_for_function(f"({SHOWN})() >= 10000", timeout=120_000)
     before = page.evaluate(f"({SHOWN})()")
-    rate = page.evaluate("""async () => {
-      const start = performance.now();
-      let frames = 0;
-      for (; performance.now() - start < 2000; frames++) {
-        app.api.dispatchCustomEvent("loha.training", {});
-        await new Promise(requestAnimationFrame);
-      }
-      return (frames / (performance.now() - start)) * 1000;
-    }""")
+    # Beside what the page manages with nothing to draw, on a machine that may be busy.
+    shares = []
+    for _ in range(3):
+        idle, drawing = (page.evaluate(RATE, events) for events in (False, True))
+        shares.append(drawing / idle)
     assert page.evaluate(f"({SHOWN})()") > before + 10  # it was redrawn meanwhile
-    assert rate > 30, f"{rate:.0f} frames a second"
+    assert max(shares) > 0.5, f"{max(shares):.0%} of the frames that the page manages without"
