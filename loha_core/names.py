@@ -48,7 +48,7 @@ _COMPOUNDS = frozenset(
     wi_0 wi_1 cap_embedder noise_refiner context_refiner caption_projection cross_attn image_embedding
     """.split()
 )
-# Names without a "_" that stand beside them. A flat path made of these and of compounds alone has its dots for certain.
+# Names without a "_" that stand beside them. A flat path of these, compounds and numbers has its dots for certain.
 _WORDS = frozenset(
     """
     attentions resnets downsamplers upsamplers conv conv1 conv2 op norm norm1 norm2 norm3 norm4 attn attn1 attn2 ff net
@@ -80,10 +80,21 @@ def dotted(path: str) -> str:
     return ".".join(parts)
 
 
-def has_known_dots(path: str) -> bool:
-    """Whether `dotted` is right for certain, rather than cut at every "_" that it does not know."""
+def has_known_parts(path: str) -> bool:
+    """Whether all names within a path are known ones: those of another family may be cut rightly and mean nothing."""
     parts = dotted(path).split(".")
     return "." in path or len(parts) == 1 or all(p.isdecimal() or p in _WORDS or p in _COMPOUNDS for p in parts)
+
+
+def has_known_dots(path: str) -> bool:
+    """Whether `dotted` is right for certain, rather than cut at a "_" that may belong to a name.
+
+    Beside a number it is a dot, and between two names that are known.
+    """
+    parts = dotted(path).split(".")
+    sure = [part.isdecimal() for part in parts]
+    known = [part in _WORDS or part in _COMPOUNDS for part in parts]
+    return "." in path or all(sure[n] or sure[n + 1] or (known[n] and known[n + 1]) for n in range(len(parts) - 1))
 
 
 def prefix_of(name: str) -> str | None:

@@ -296,7 +296,7 @@ def _path(name: str, style: str, unet: str, family: str) -> str:
 
 
 def _dotted(name: str, path: str) -> str:
-    if not names.has_known_dots(path):
+    if not names.has_known_parts(path):
         raise LoHaError(
             f"{name}: which of its '_' stand for '.' is not known for this family of models; keep the names as they are"
         )
