@@ -110,7 +110,7 @@ def bad_files(folder: Path) -> dict[str, str]:
         "wrong_shape.safetensors": f"{unet}: w1_a (8, 2) and w1_b (3, 8) share no rank",
         "missing.safetensors": f"{unet}: hada_w2_a missing",
         "nan.safetensors": f"{unet}.hada_w1_a: 16 of 16 values are NaN",
-        "link.safetensors": "a link to a place outside",
+        "link.safetensors": "a link out of ComfyUI's model folders",
     }
 
 
