@@ -14,7 +14,7 @@ import folder_paths
 import torch
 from comfy_api.latest import io, ui
 
-from loha_core import Adapter, LoHaError, save_adapter, to_peft
+from loha_core import Adapter, LoHaError, save_adapter
 
 from .files import FOLDER
 from .inputs import choice, json_object
@@ -99,8 +99,6 @@ class LoHaSave(io.ComfyNode):
         more = described(trigger_words, base_model, metadata)
         path = free_path(filename, ".safetensors" if kind == "lycoris" else "", overwrite)
         adapter = replace(loha, metadata=loha.metadata | more)
-        if kind == "peft":
-            adapter = to_peft(adapter).adapter  # diffusers' names, or it says that they are not known
         save_adapter(adapter, path, format=kind, dtype=choice("dtype", dtype, DTYPES))  # type: ignore[arg-type]
         name = str(path.relative_to(root()))
         return io.NodeOutput(name, ui=ui.PreviewText(f"saved as {name}"))
