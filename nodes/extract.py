@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import comfy.lora
-import comfy.utils
 from comfy_api.latest import io
 from torch import Tensor
 
@@ -35,7 +34,7 @@ class Patched:
             self.names |= {name: lead + key for key, name in names.items() if lead + key in self.found}
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        return {key: weights.shape(*_place(*place)) for key, place in self.found.items()}
+        return {key: weights.shape(*weights.place(patcher.model, own)) for key, (patcher, own) in self.found.items()}
 
     def modules(self) -> dict[str, str]:
         """Layers by the names that files call them."""
@@ -50,15 +49,9 @@ def patched_weight(patcher: Any, key: str) -> Tensor:
     """A weight as it would run, in float32 on the CPU, whether or not the model is loaded now."""
     backup = patcher.hook_backup.get(key) or patcher.backup.get(key)
     stored = None if backup is None else backup[0]
-    weight = weights.dense(*_place(patcher, key), device="cpu", stored=stored, patched=False)
+    weight = weights.dense(*weights.place(patcher.model, key), device="cpu", stored=stored, patched=False)
     patches = [*patcher.patches.get(key, ()), *live.patches_of(patcher, key)]
     return comfy.lora.calculate_weight(patches, weight, key) if patches else weight
-
-
-def _place(patcher: Any, key: str) -> tuple[Any, str]:
-    """(module, parameter)."""
-    path, _, parameter = key.rpartition(".")
-    return comfy.utils.get_attr(patcher.model, path) if path else patcher.model, parameter
 
 
 class LoHaExtract(io.ComfyNode):

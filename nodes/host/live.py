@@ -188,8 +188,7 @@ def why_unsupported(patcher: Any, patches: Iterable[Patch]) -> str | None:
     """Why some update cannot be live, or None."""
     for patch in patches:
         key = weight_key(patch.target)
-        path, _, parameter = key.rpartition(".")
-        module = comfy.utils.get_attr(patcher.model, path)
+        module, parameter = weights.place(patcher.model, key)
         if why := why_not_live(module, parameter, [Update(Entry(patch, 1.0, None, SamplingProgress()))]):
             return f"{key}: {why}"
     return None
@@ -199,8 +198,7 @@ def overhead(patcher: Any, patches: Iterable[Patch], tokens: int = 1024) -> floa
     """What live costs beside the layers' own work, estimated for ``tokens`` of input: 0.1 is a tenth more."""
     extra = own = 0.0
     for patch in patches:
-        path, _, parameter = weight_key(patch.target).rpartition(".")
-        module = comfy.utils.get_attr(patcher.model, path)
+        module, parameter = weights.place(patcher.model, weight_key(patch.target))
         update = Update(Entry(patch, 1.0, None, SamplingProgress()))
         shape = weights.shape(module, parameter)
         work = 2.0 * tokens * prod(shape)

@@ -12,7 +12,6 @@ from typing import Any
 
 import comfy.lora
 import comfy.lora_convert
-import comfy.utils
 import torch
 from comfy.weight_adapter import WeightAdapterBase
 from torch import Tensor
@@ -220,9 +219,7 @@ def why_not_merged(patcher: Any, targets: Iterable[Target]) -> str | None:
     """Why some weight cannot be written, or None."""
     model = getattr(patcher, "patcher", patcher).model
     for key in map(weight_key, targets):
-        path, _, parameter = key.rpartition(".")
-        module = comfy.utils.get_attr(model, path) if path else model
-        if why := weights.why_not_merged(module, parameter):
+        if why := weights.why_not_merged(*weights.place(model, key)):
             return f"{key}: {why}"
     return None
 

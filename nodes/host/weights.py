@@ -15,6 +15,7 @@ from typing import Any
 
 import comfy.model_management
 import comfy.ops
+import comfy.utils
 import torch
 from torch import Tensor, nn
 
@@ -76,6 +77,12 @@ def shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
             if tensor is not None:
                 found[f"{path}.{name}" if path else name] = shape(module, name)
     return found
+
+
+def place(model: nn.Module, key: str) -> tuple[nn.Module, str]:
+    """(module, parameter) of a weight's key."""
+    path, _, parameter = key.rpartition(".")
+    return comfy.utils.get_attr(model, path) if path else model, parameter
 
 
 def kernel(module: nn.Module) -> int:
@@ -167,13 +174,18 @@ def _reader(module: nn.Module, tensor: Tensor | None) -> Reader | None:
         return None
     if _is_quantised(tensor):
         return _dequantised
-    if hasattr(tensor, "tensor_type") and hasattr(module, "get_weight"):  # city96's GGUF
+    if _is_gguf(module, tensor):
         return lambda stored, device, patched: _from_gguf(module, stored, device, patched)
     if getattr(tensor, "quant_state", None) is not None and "bitsandbytes" in sys.modules:
         return _from_bitsandbytes
     if _is_plain(tensor):
         return lambda stored, device, _: stored.detach().to(device, torch.float32, copy=True)
     return None
+
+
+def _is_gguf(module: nn.Module, tensor: Tensor | None) -> bool:
+    """city96's: packed bytes, and a layer that unpacks them."""
+    return hasattr(tensor, "tensor_type") and hasattr(module, "get_weight")
 
 
 def _is_quantised(tensor: Tensor | None) -> bool:
@@ -209,7 +221,7 @@ def why_not_merged(module: nn.Module, parameter: str) -> str | None:
     """Why ComfyUI cannot write an update into a stored weight, or None."""
     tensor = getattr(module, parameter, None)
     writes = _is_plain(tensor) or (_is_quantised(tensor) and hasattr(module, f"set_{parameter}"))
-    if writes or (hasattr(tensor, "tensor_type") and hasattr(module, "get_weight")):  # GGUF merges as it unpacks
+    if writes or _is_gguf(module, tensor):  # merged as it is unpacked
         return None
     if why := why_not_dense(module, parameter):
         return why
