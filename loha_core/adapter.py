@@ -3,11 +3,22 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 
 from torch import Tensor
 
 from .factors import LoHaFactors
+
+# Suffixes of adapters that are not LoHa but may share the file.
+OTHER_SUFFIXES = (
+    ".lora_up.weight .lora_down.weight .lora_mid.weight .lora_A.weight .lora_B.weight .lora_A .lora_B "
+    ".lora.up.weight .lora.down.weight .lora_linear_layer.up.weight .lora_linear_layer.down.weight "
+    ".lora_A.default.weight .lora_B.default.weight .lora_up .lora_down "
+    ".lokr_w1 .lokr_w2 .lokr_w1_a .lokr_w1_b .lokr_w2_a .lokr_w2_b .lokr_t2 "
+    ".a1.weight .a2.weight .b1.weight .b2.weight "
+    ".oft_blocks .oft_diag .rescale .w_norm .b_norm .diff .diff_b .set_weight .reshape_weight .alpha .dora_scale"
+).split()
 
 
 @dataclass(eq=False)
@@ -42,3 +53,28 @@ class Adapter:
 
     def parameter_count(self) -> int:
         return sum(f.parameter_count() for f in self.layers.values())
+
+
+def split_other(key: str) -> tuple[str, str] | None:
+    """``module.suffix`` -> (module, suffix without its dot) for adapters that are not LoHa, else None."""
+    for suffix in sorted(OTHER_SUFFIXES, key=len, reverse=True):
+        if key.endswith(suffix):
+            return key.removesuffix(suffix), suffix[1:]
+    return None
+
+
+def modules(adapter: Adapter) -> list[str]:
+    """Names of all modules: of the LoHa layers, and of the other adapters' tensors."""
+    others = (found[0] for key in adapter.extras if (found := split_other(key)))
+    return list(dict.fromkeys([*adapter.layers, *others]))
+
+
+def renamed(adapter: Adapter, new: Mapping[str, str]) -> Adapter:
+    """The same tensors under other module names."""
+
+    def key_of(key: str) -> str:
+        found = split_other(key)
+        return f"{new[found[0]]}.{found[1]}" if found else key
+
+    layers = {new[name]: factors for name, factors in adapter.layers.items()}
+    return replace(adapter, layers=layers, extras={key_of(key): t for key, t in adapter.extras.items()})

@@ -16,16 +16,18 @@ from pathlib import Path
 from torch import Tensor
 
 from . import lowrank, provenance
-from .adapter import Adapter
+from .adapter import Adapter, split_other
 from .apply import add_delta_
 from .bind import Network, Report, Target, bind, weight_key
 from .blocks import BlockStrength
 from .errors import LoHaError
 from .factors import LoHaFactors
 from .formats.container import SUFFIXES, check_finite
-from .formats.grouping import split_other
 from .merge import Progress, block_strength
-from .updates import DIFFERENCES, LoRAFactors, split
+from .mixed import LoRAFactors, split
+from .naming.recognise import diffusion_paths
+from .respell import like
+from .updates import DIFFERENCES
 from .weights import Change, Weights, network, part_of
 
 
@@ -45,8 +47,8 @@ def apply_to_checkpoint(
     A quantised weight (see `quantised`) is changed as what it means, in float32, and stored in its own format again,
     with new scales and rounded once; a note of the report says how many were.
 
-    One tensor is in memory at a time. Names of SD1.5, SDXL, SD3 and Flux checkpoints, of diffusers' files and of bare
-    model files are understood. LoRA layers and ``.diff`` tensors of mixed files are applied, too.
+    One tensor is in memory at a time. Names of every family in `naming`, of diffusers' files and of bare model
+    files are understood. LoRA layers and ``.diff`` tensors of mixed files are applied, too.
 
     Args:
         checkpoint: a .safetensors file. It is only read.
@@ -71,6 +73,8 @@ def apply_to_checkpoint(
     _check(weights, adapters, each, out, overwrite)
     by_adapter = [blocks] * len(adapters) if blocks is None or isinstance(blocks, BlockStrength) else list(blocks)
     known = network(weights.shapes())
+    modules = [key.removesuffix(".weight") for key in diffusion_paths(known.shapes)]
+    adapters = [like(adapter, modules, joining=False) for adapter in adapters]
     changes: dict[str, list[Change]] = defaultdict(list)
     reports = []
     for adapter, strength, block in zip(adapters, each, by_adapter, strict=True):

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import re
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from math import prod
 from typing import Any
 
 import torch
 
-from . import algebra, names
+from . import algebra
 from .adapter import Adapter
 from .errors import LoHaError
 from .factors import LoHaFactors
+from .naming import names
+from .naming.families import Span
+from .naming.recognise import diffusion_paths, families_of
+from .parts import swap_halves, swapped
 
 # A weight's key, or (key, (axis, start, length)[, function]) for a slice of a fused weight, as ComfyUI writes it.
 Target = Any
@@ -29,10 +34,17 @@ class Network:
 
     def __init__(self, targets: Mapping[str, Target], shapes: Mapping[str, tuple[int, ...]]) -> None:
         self.shapes = dict(shapes)
-        # ComfyUI's tables also name weights that a particular model lacks.
-        targets = {name: target for name, target in targets.items() if weight_key(target) in self.shapes}
+        own = dict(_by_tables(self.shapes))
+        # ComfyUI's tables also name weights that a particular model lacks, and have some of their slices wrong.
+        targets = {
+            name: target
+            for name, target in targets.items()
+            if weight_key(target) in self.shapes and names.split(name)[1] not in own
+        }
         self._exact = _unambiguous((names.flat(name), target) for name, target in targets.items())
         self._paths = _unambiguous((names.split(name), target) for name, target in targets.items())
+        self._paths |= {("unet", path): target for path, target in own.items()}
+        self._text = _unambiguous(_of_text_encoders(self.shapes))
         self._components = sorted({component for component, _ in self._paths}, key=lambda c: (c != "unet", c))
 
     def find(self, name: str) -> Target | None:
@@ -42,7 +54,8 @@ class Network:
             return exact
         component, path = names.split(name)
         candidates = [component, ""] if component else self._components
-        return next((t for c in candidates if (t := self._paths.get((c, path))) is not None), None)
+        found = next((t for c in candidates if (t := self._paths.get((c, path))) is not None), None)
+        return self._text.get(path.removeprefix("model_")) if found is None and component.startswith("te") else found
 
     def shape(self, target: Target) -> tuple[int, ...]:
         """The shape of a target: of the weight, or of the slice of it."""
@@ -53,6 +66,36 @@ class Network:
             axis, _, length = target[1]
             shape[axis] = length
         return tuple(shape)
+
+
+def _by_tables(shapes: Mapping[str, tuple[int, ...]]) -> Iterator[tuple[str, Target]]:
+    """(path, weight or slice of it) for every name that the tables of a DiT's family have for its weights."""
+    weights = diffusion_paths(shapes)
+    for family in families_of(path for key, path in weights.items() if len(shapes[key]) > 1):
+        for key, path in weights.items():
+            if (weight := family.weight(path)) is not None:
+                for name, span in (*weight.parts, *family.others(path)):
+                    yield names.split(name)[1], _target(key, span, shapes[key])
+
+
+# ComfyUI's keys of T5's, Llama's or Qwen's weights. CLIP's are left out: several of its kind have the same paths.
+_TEXT_ENCODER = re.compile(r"(?!clip_)\w+\.transformer\.(?:model\.)?(.+)\.weight")
+
+
+def _of_text_encoders(shapes: Iterable[str]) -> Iterator[tuple[str, Target]]:
+    """(path, weight): trainers count a model's encoders differently, but what is within them has one name."""
+    for key in shapes:
+        if found := _TEXT_ENCODER.fullmatch(key):
+            yield names.flat(found[1]), key
+
+
+def _target(key: str, span: Span | None, shape: tuple[int, ...]) -> Target:
+    if span is None or len(shape) < 2:
+        return key
+    if span.swapped:
+        return (key, None, swap_halves) if shape[0] == 2 * shape[1] else key
+    rows = span.rows(*shape[:2])
+    return key if rows == (0, shape[0]) else (key, (0, *rows))
 
 
 def weight_key(target: Target) -> str:
@@ -119,6 +162,10 @@ def bind(adapter: Adapter, networks: Mapping[str, Network], absent: Iterable[str
             target = network.find(name)
             if target is None:
                 continue
+            if not isinstance(target, str) and len(target) > 2 and target[2] is swap_halves:
+                reordered, target = swapped(factors), target[0]
+                assert isinstance(reordered, LoHaFactors)
+                factors = reordered
             if problem := misfit(factors, network.shape(target)):
                 misfits.append(f"{name}: {problem}")
                 break

@@ -1,8 +1,6 @@
 """How strongly an adapter acts on each weight: multipliers by block of the model and by the name of the layer.
 
-A block is named by its part and number: a U-Net has ``IN00``…, ``M00``… and ``OUT00``…, SD3 ``J00``…, Flux ``D00``…
-and ``S00``…; other models call theirs by the name of the module list, such as ``blocks07``. Everything outside the
-blocks, text encoders included, is ``BASE``.
+`layouts` says what blocks there are.
 """
 
 from __future__ import annotations
@@ -13,20 +11,11 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from .errors import LoHaError
+from .layouts import ALL, BASE, FAMILIES, FIRST_GUESSES, LAYOUTS, PARTS, THIRDS, Layout, block_of_key, spelling_of
 
-# A model's module lists as ComfyUI names them -> the short name that users of block weights know.
-_PARTS = {
-    "input_blocks": "IN",
-    "middle_block": "M",
-    "output_blocks": "OUT",
-    "joint_blocks": "J",
-    "double_blocks": "D",
-    "single_blocks": "S",
-}
+__all__ = ["FAMILIES", "LAYOUTS", "PRESETS", "BlockStrength", "Layout", "Rule", "Setting", "block_of_key"]
+
 _ALIASES = {"MID": "M", "JOINT": "J", "DOUBLE": "D", "SINGLE": "S"}
-_BASE, _ALL = "BASE", "ALL"
-_LIST = r"(?:transformer\.)?(middle_block|\w*blocks|\w*layers)\.(?:block)?(\d+)\."
-_KEY = re.compile(r"(?:model\.)?diffusion_model\." + _LIST)
 _SELECTOR = re.compile(r"([a-z_]+?)(?:(\d+)(?:-(?:([a-z_]+?))?(\d+))?)?", re.IGNORECASE)
 _NO_END = 10**6
 
@@ -44,94 +33,8 @@ PRESETS = {
     "OUTALL": "ALL=0, BASE=1, OUT=1",
     "DOUBLE": "ALL=0, BASE=1, DOUBLE=1",
     "SINGLE": "ALL=0, BASE=1, SINGLE=1",
+    **{third: f"ALL=0, BASE=1, {third}=1" for third in THIRDS},
 }
-
-
-def block_of_key(key: str) -> tuple[str, int] | None:
-    """The part and number of the block that a weight lies in; None for BASE.
-
-    >>> block_of_key("diffusion_model.input_blocks.4.1.transformer_blocks.0.attn2.to_k.weight")
-    ('IN', 4)
-    >>> block_of_key("diffusion_model.time_embed.0.weight") is None
-    True
-    """
-    found = _KEY.match(key)
-    return (_PARTS.get(found[1], found[1]), int(found[2])) if found else None
-
-
-@dataclass(frozen=True)
-class Layout:
-    """The blocks of a model: how many there are in each part, in the order in which the model runs them."""
-
-    family: str
-    parts: tuple[tuple[str, int], ...]
-
-    @classmethod
-    def of_keys(cls, keys: Iterable[str]) -> Layout:
-        """From the keys of a model's weights, as ComfyUI names them.
-
-        Raises:
-            LoHaError: no key lies in a block.
-        """
-        counts: dict[str, int] = {}
-        for key in keys:
-            if block := block_of_key(key):
-                counts[block[0]] = max(counts.get(block[0], 0), block[1] + 1)
-        if not counts:
-            raise LoHaError("the connected model has no numbered blocks; leave the vector and the preset at ALL")
-        return cls.of_parts(counts.items())
-
-    @classmethod
-    def of_parts(cls, counts: Iterable[tuple[str, int]]) -> Layout:
-        """A family's, if these are its parts and how many blocks each has."""
-        parts = tuple(counts)
-        return next((layout for layout in LAYOUTS.values() if layout.parts == parts), cls("this model", parts))
-
-    def labels(self) -> list[str]:
-        return [f"{part}{number:02d}" for part, count in self.parts for number in range(count)]
-
-    def vectors(self) -> list[tuple[str, ...]]:
-        """What each value of a vector stands for, for every length that is in use."""
-        known = [tuple(_expand(text)) for text in _VECTORS.get(self.family, ())]
-        full = (_BASE, *self.labels())
-        return [*known, *([] if full in known else [full])]
-
-    def __str__(self) -> str:
-        return ", ".join(f"{part}00…{part}{count - 1:02d}" if count > 1 else f"{part}00" for part, count in self.parts)
-
-
-LAYOUTS = {
-    layout.family: layout
-    for layout in (
-        Layout("SD1.5", (("IN", 12), ("M", 3), ("OUT", 12))),
-        Layout("SDXL", (("IN", 9), ("M", 3), ("OUT", 9))),
-        Layout("SD3", (("J", 24),)),
-        Layout("SD3.5 large", (("J", 38),)),
-        Layout("Flux", (("D", 19), ("S", 38))),
-    )
-}
-FAMILIES = tuple(LAYOUTS)
-
-# The vectors in circulation, besides the one that simply lists all: LoRAs without convolutions (17, 12), LyCORIS as
-# sd-webui-lora-block-weight counts (26, 20) and as Inspire counts (27, 21), and Flux with and without BASE.
-_VECTORS = {
-    "SD1.5": (
-        "BASE IN01 IN02 IN04 IN05 IN07 IN08 M00 OUT03-11",
-        "BASE IN00-11 M00 OUT00-11",
-        "BASE IN01-11 M00-02 OUT00-11",
-    ),
-    "SDXL": ("BASE IN04 IN05 IN07 IN08 M00 OUT00-05", "BASE IN00-08 M00 OUT00-08", "BASE IN01-08 M00-02 OUT00-08"),
-    "Flux": ("D00-18", "D00-18 S00-37", "BASE D00-18", "BASE D00-16", "BASE D00-18 S00-34"),
-}
-
-
-def _expand(text: str) -> Iterable[str]:
-    """'BASE IN00-02' -> BASE, IN00, IN01, IN02."""
-    for word in text.split():
-        first, _, last = word.partition("-")
-        part = first.rstrip("0123456789")
-        numbers = range(int(first[len(part) :]), int(last) + 1) if last else None
-        yield from [first] if numbers is None else [f"{part}{number:02d}" for number in numbers]
 
 
 @dataclass(frozen=True)
@@ -144,8 +47,8 @@ class Setting:
     value: float
 
     def covers(self, block: tuple[str, int] | None) -> bool:
-        if self.part == _ALL or block is None:
-            return self.part in (_ALL, _BASE)
+        if self.part == ALL or block is None:
+            return self.part in (ALL, BASE)
         return self.part == block[0] and self.start <= block[1] <= self.stop
 
 
@@ -182,7 +85,7 @@ class BlockStrength:
             key: the weight's key in the model, as ComfyUI names it.
             name: the layer's name in the adapter's file.
         """
-        return self.of_block(block_of_key(key)) * self.of_layer(key, name)
+        return self.of_block(block_of_key(key, self.layout)) * self.of_layer(key, name)
 
     def of_block(self, block: tuple[str, int] | None) -> float:
         return next((s.value for s in reversed(self.settings) if s.covers(block)), 1.0)
@@ -194,16 +97,16 @@ class BlockStrength:
     def table(self) -> dict[str, float]:
         """Block -> multiplier, BASE first; whole parts where the layout is not known."""
         if self.layout is None:
-            parts = dict.fromkeys((*_PARTS.values(), *(s.part for s in self.settings if s.part not in (_ALL, _BASE))))
-            ranges = {_range_label(s): s.value for s in self.settings if s.part not in (_ALL, _BASE)}
+            parts = dict.fromkeys((*PARTS.values(), *(s.part for s in self.settings if s.part not in (ALL, BASE))))
+            ranges = {_range_label(s): s.value for s in self.settings if s.part not in (ALL, BASE)}
             rest = {part: self.of_block((part, _NO_END)) for part in parts}
-            return {_BASE: self.of_block(None), **rest, **ranges}
+            return {BASE: self.of_block(None), **rest, **ranges}
         blocks = {f"{p}{n:02d}": self.of_block((p, n)) for p, count in self.layout.parts for n in range(count)}
-        return {_BASE: self.of_block(None), **blocks}
+        return {BASE: self.of_block(None), **blocks}
 
     @classmethod
     def parse(
-        cls, model: str | Layout | Iterable[str] | None, vector: str = "", rules: str = "", *, preset: str = _ALL
+        cls, model: str | Layout | Iterable[str] | None, vector: str = "", rules: str = "", *, preset: str = ALL
     ) -> BlockStrength:
         """From what a user writes.
 
@@ -229,9 +132,9 @@ class BlockStrength:
         if text and "=" not in text:
             values = [_number(entry, f"value {n} of the vector") for n, entry in enumerate(text.split(","), 1)]
             layout, labels = _meaning(layout, len(values))
-            return cls(tuple(_spread(labels, values)), parsed, layout)
-        settings = [_named(entry, layout, f"preset {preset}: ") for entry in PRESETS[preset].split(",")]
-        settings += [_named(entry, layout, "") for entry in re.split(r"[,\n]", text) if entry.strip()]
+            return cls(tuple(_spread(labels, values, layout)), parsed, layout)
+        settings = [s for entry in PRESETS[preset].split(",") for s in _named(entry, layout, f"preset {preset}: ")]
+        settings += [s for entry in re.split(r"[,\n]", text) if entry.strip() for s in _named(entry, layout, "")]
         return cls(tuple(settings), parsed, layout)
 
 
@@ -291,25 +194,37 @@ def _check_terminates(pattern: str, where: str) -> None:
 
 def _meaning(layout: Layout | None, length: int) -> tuple[Layout, tuple[str, ...]]:
     """The layout and the labels that a vector of this many numbers speaks of."""
-    candidates = [layout] if layout else list(LAYOUTS.values())
-    found = [(c, labels) for c in candidates for labels in c.vectors() if len(labels) == length]
+    candidates = [layout] if layout else [LAYOUTS[name] for name in FIRST_GUESSES]
+    found = _of_length(candidates, length) or _of_length([] if layout else LAYOUTS.values(), length)
     if len(found) == 1:
         return found[0]
     if found:
         families = " or ".join(candidate.family for candidate, _ in found)
         raise LoHaError(f"a vector of {length} numbers may mean {families}: choose the family, or connect the model")
     known = "; ".join(f"{c.family}: {', '.join(str(n) for n in sorted(map(len, c.vectors())))}" for c in candidates)
+    more = "" if layout else "; other families have lengths of their own"
     what = "number" if length == 1 else "numbers"
     raise LoHaError(
-        f"the vector has {length} {what}; known lengths are {known}. "
+        f"the vector has {length} {what}; known lengths are {known}{more}. "
         f"Or name the blocks: {'OUT=0.5' if layout is None else layout.labels()[0] + '=0.5'}, BASE=1"
     )
 
 
-def _spread(labels: Iterable[str], values: list[float]) -> Iterable[Setting]:
+def _of_length(layouts: Iterable[Layout], length: int) -> list[tuple[Layout, tuple[str, ...]]]:
+    """Those with vectors of this length, and what these list; one of several whose blocks are the same."""
+    found = ((layout, labels) for layout in layouts for labels in layout.vectors() if len(labels) == length)
+    alike: dict[tuple[object, ...], tuple[Layout, tuple[str, ...]]] = {}
+    for layout, labels in found:
+        alike.setdefault((tuple(layout.lists), layout.parts, labels), (layout, labels))
+    return list(alike.values())
+
+
+def _spread(labels: tuple[str, ...], values: list[float], layout: Layout) -> Iterable[Setting]:
     """A vector's numbers as settings, each for its block and the unlisted ones that follow it in its part."""
-    yield Setting(_ALL, 0, 0, values[-1])
-    yield Setting(_BASE, 0, 0, 1.0)
+    base = values[0] if labels[0] == BASE else 1.0
+    yield Setting(ALL, 0, 0, values[-1])
+    yield Setting(BASE, 0, 0, 1.0)
+    yield from (Setting(part, 0, _NO_END, base) for part in sorted(layout.side_parts()))
     seen: set[str] = set()
     for label, value in zip(labels, values, strict=True):
         part = label.rstrip("0123456789")
@@ -318,17 +233,21 @@ def _spread(labels: Iterable[str], values: list[float]) -> Iterable[Setting]:
         yield Setting(part, start, _NO_END, value)
 
 
-def _named(entry: str, layout: Layout | None, where: str) -> Setting:
-    """'IN=0.5', 'IN04=1' or 'OUT03-OUT05=0' as a setting."""
+def _named(entry: str, layout: Layout | None, where: str) -> list[Setting]:
+    """'IN=0.5', 'IN04=1', 'OUT03-OUT05=0' or 'LATE=0.5' as settings."""
     selector, equals, value = (text.strip() for text in entry.partition("="))
     found = _SELECTOR.fullmatch(selector)
     if not equals or not found:
         raise LoHaError(f"{where}expected 'block=number' such as IN04=0.5 or OUT03-OUT05=0, found {entry.strip()!r}")
     multiplier = _number(value, f"{where}{selector}")
     part = _part(found[1], layout)
-    if part in (_ALL, _BASE) and found[2] is None:
-        return Setting(part, 0, 0, multiplier)
-    counts = dict(layout.parts) if layout else dict.fromkeys(_PARTS.values(), _NO_END)
+    if part in (ALL, BASE) and found[2] is None:
+        return [Setting(part, 0, 0, multiplier)]
+    if part in THIRDS and found[2] is None:
+        if layout is None:
+            raise LoHaError(f"{where}which blocks {part} means, the model tells: choose the family, or connect it")
+        return [Setting(*stretch, multiplier) for stretch in layout.thirds()[part]]
+    counts = dict(layout.parts) if layout else dict.fromkeys(PARTS.values(), _NO_END)
     start = int(found[2] or 0)
     stop = int(found[4]) if found[4] else start if found[2] else _NO_END
     last = max(start, stop) if found[2] else start
@@ -337,13 +256,13 @@ def _named(entry: str, layout: Layout | None, where: str) -> Setting:
         raise LoHaError(f"{where}no block {selector}; {has}")
     if stop < start or (found[3] and _part(found[3], layout) != part):
         raise LoHaError(f"{where}{selector}: a range goes up within one part, such as IN04-IN08")
-    return Setting(part, start, stop, multiplier)
+    return [Setting(part, start, stop, multiplier)]
 
 
 def _part(text: str, layout: Layout | None) -> str:
     """A part as users may spell it -> as it is called here."""
-    own = dict(layout.parts) if layout else {}
-    return text if text in own else _ALIASES.get(text.upper(), text.upper())
+    own = spelling_of(text, layout) if layout else None
+    return own or _ALIASES.get(text.upper(), text.upper())
 
 
 def _range_label(setting: Setting) -> str:

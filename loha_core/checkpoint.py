@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
-from . import lowrank, names, spelling
+from . import lowrank
 from .adapter import Adapter
 from .bind import Network, bind
 from .config import CONFIG_NAME, LoHaConfig
@@ -18,6 +18,8 @@ from .errors import LoHaError
 from .factors import LoHaFactors
 from .formats import load_adapter
 from .formats.container import check_finite, write_tensors
+from .naming import names, spelling
+from .respell import like
 
 if TYPE_CHECKING:
     from .model import LoHaModel
@@ -93,7 +95,7 @@ def read(model: nn.Module, path: Path, config: LoHaConfig | None) -> Loaded:
     shapes = {n: _shape(modules[n], w) for n, w in weights.items()}
     # A diffusers U-Net is also found by the names of the original code, and the other way round.
     targets = spelling.aliases(shapes) | {name: name for name in shapes}
-    bound = bind(adapter, {"model": Network(targets, shapes)})
+    bound = bind(like(adapter, shapes), {"model": Network(targets, shapes)})
     stacks: dict[str, list[LoHaFactors]] = {}
     for _, name, factors in bound.layers["model"]:
         stacks.setdefault(name, []).append(factors)

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from . import convert
-from .adapter import Adapter
+from .adapter import Adapter, modules
 from .bake import apply_to_checkpoint
 from .blocks import FAMILIES, BlockStrength
 from .describe import describe, printable
@@ -24,8 +24,9 @@ from .factoring import METHODS as FORMS
 from .formats import load_adapter, save_adapter
 from .formats.lycoris import as_one_file
 from .merge import METHODS, Made, Progress, merge
+from .naming.readers import unread
+from .naming.spelling import STYLES
 from .sparse import SIGNS
-from .spelling import STYLES
 
 _DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 _ADAPTER = ".safetensors/.sft file, or PEFT folder"
@@ -301,6 +302,8 @@ def _saved(made: Made, o: argparse.Namespace, inputs: Sequence[str], cast: bool 
         worse = max(made.report, rounded.report, key=lambda report: report.error)
         made = Made(rounded.adapter, convert.ErrorReport(worse.layers, [*made.report.notes, *rounded.report.notes]))
     made = Made(_spelled(made.adapter, o), made.report)
+    if o.format == "lycoris" and (warning := unread(modules(made.adapter))):
+        print(printable(f"loha: {warning}; --names kohya has names that both know"), file=sys.stderr)
     if not o.dry_run:
         save_adapter(made.adapter, output, format=o.format)
     return "\n".join([describe(made.adapter), *made.report.lines(), _outcome(o)])

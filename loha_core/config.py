@@ -15,7 +15,7 @@ from typing import Any
 from .errors import LoHaError
 from .factors import LoHaFactors
 from .formats.container import atomic
-from .names import pattern_matches
+from .naming.names import pattern_matches
 
 CONFIG_NAME = "adapter_config.json"
 INITS = ("peft", "lycoris")

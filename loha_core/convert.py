@@ -16,28 +16,17 @@ from typing import Any
 
 import torch
 
-from . import lowrank, names, provenance, spelling
-from .adapter import Adapter
+from . import lowrank, provenance
+from .adapter import Adapter, split_other
 from .blocks import BlockStrength
 from .errors import LoHaError
 from .factoring import Factoring, Method
 from .factors import LoHaFactors
-from .formats import respelled
-from .formats.grouping import split_other
 from .merge import Made, Progress, block_strength
-from .updates import (
-    DIFFERENCES,
-    ErrorReport,
-    Layer,
-    LayerError,
-    LoRAFactors,
-    cast,
-    join,
-    product,
-    scaled,
-    size_of,
-    split,
-)
+from .mixed import Layer, LoRAFactors, join, split
+from .naming import names, spelling
+from .respell import respelled
+from .updates import DIFFERENCES, ErrorReport, LayerError, cast, product, scaled, size_of
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -206,7 +195,7 @@ def bake_blocks(adapter: Adapter, blocks: BlockStrength, family: str | None = No
 
 
 def respell(adapter: Adapter, style: str, unet: spelling.UNet = "keep") -> Made:
-    """Other module names, the same tensors.
+    """Other module names, the same update: a DiT's fused layers are cut or joined where the names mean other weights.
 
     Args:
         style: "kohya" (``lora_unet_…``), "diffusers" (``unet.…``, ``transformer.…``), or "native"
@@ -214,13 +203,10 @@ def respell(adapter: Adapter, style: str, unet: spelling.UNet = "keep") -> Made:
         unet: for "kohya", names of a Stable Diffusion U-Net's blocks: as they are, diffusers', or LDM's.
 
     Raises:
-        LoHaError: a module whose name in that style is not known.
+        LoHaError: a module whose name in that style is not known, or a layer that can't be cut or joined.
     """
-    try:
-        made = respelled(adapter, style, unet)
-    except LoHaError as error:
-        raise LoHaError(f"{adapter.source}: {error}") from None
-    report = ErrorReport([_exactly(name, layer) for name, layer in split(made)[0].items()], list(adapter.notes))
+    made = respelled(adapter, style, unet)
+    report = ErrorReport([_exactly(name, layer) for name, layer in split(made)[0].items()], list(made.notes))
     return Made(made, report)
 
 

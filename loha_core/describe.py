@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
+from collections.abc import Iterable, Mapping
 
-from . import names, spelling
-from .adapter import Adapter
-from .formats.grouping import split_other
+from .adapter import Adapter, split_other
+from .factors import LoHaFactors
+from .naming import names, recognise, spelling
+from .naming.families import Family, Size
 
 # The width of cross-attention's context tells the family of Stable Diffusion.
 _CONTEXT = {768: "SD 1.x", 1024: "SD 2.x", 2048: "SDXL", 1280: "SDXL refiner"}
-_TELLTALES = {
-    "single_transformer_blocks": "Flux",
-    "single_blocks": "Flux",
-    "joint_blocks": "SD3",
-    "norm1_context": "SD3 or Flux",
+_UNET = re.compile(r"(?:down_blocks|up_blocks|mid_block|input_blocks|output_blocks|middle_block)_")
+# What the layers of text encoders are called, less their prefix.
+_TEXT = {
+    "CLIP": re.compile(r"(?:text_model_)?encoder_layers_\d+_|(?:text_model_)?embeddings_|resblocks_\d+_"),
+    "T5": re.compile(r"encoder_block_\d+_layer_\d+_"),
+    "Qwen or Llama type": re.compile(
+        r"(?:model_)?(?:language_model_)?layers_\d+_(?:self_attn_[qkvo]_proj|mlp_(?:gate|up|down)_proj)"
+    ),
 }
 
 
@@ -24,14 +30,58 @@ def base_model(adapter: Adapter) -> str:
     for key in ("modelspec.architecture", "ss_base_model_version"):
         if adapter.metadata.get(key):
             return adapter.metadata[key]
-    flat = {names.flat(name): factors for name, factors in adapter.layers.items()}
-    for name, factors in flat.items():
-        if "attn2_to_k" in name or "attn2_to_v" in name:
+    paths = {spelling.identity(name)[1]: f for name, f in adapter.layers.items() if not _of_text(name)}
+    if found := _transformer(paths):
+        return found
+    attention = [(p, f) for p, f in paths.items() if "attn2_to_k" in p or "attn2_to_v" in p]
+    for path, factors in attention:
+        if _UNET.match(path):
             return _CONTEXT.get(factors.shape[1], f"cross-attention of width {factors.shape[1]}")
-    if flat and all(spelling.identity(name)[0].startswith("te") for name in adapter.layers):
-        return "a text encoder (CLIP)" if any("self_attn_q_proj" in name for name in flat) else "unknown"
-    found = (family for part, family in _TELLTALES.items() if any(part in name for name in flat))
-    return next(found, "unknown")
+    return _text_encoders(adapter.layers) or "unknown"
+
+
+def _of_text(name: str) -> bool:
+    return name.startswith("text_encoders.") or spelling.identity(name)[0].startswith("te")
+
+
+def _transformer(paths: Mapping[str, LoHaFactors]) -> str | None:
+    """The families of transformers that know these names, and their sizes where numbers and widths of blocks tell."""
+    families = recognise.families_of(paths)
+    common = Counter(factors.shape[1] for factors in paths.values()).most_common(1)
+    # A model that is not in the tables may have a width of its own.
+    width = next((w for w, _ in common for f in families for size in f.sizes if size.width == w), None)
+    candidates = []
+    for family in families:
+        counts = recognise.counts_of(family, paths)
+        size = recognise.size_of(family, counts, width)
+        candidates.append((family, size, _doubts(family, counts, width)))
+    least = min((doubts for _, _, doubts in candidates), default=None)
+    found = dict.fromkeys(size.name if size else family.name for family, size, d in candidates if d == least)
+    return " or ".join(found) or None
+
+
+def _doubts(family: Family, counts: tuple[int, ...], width: int | None) -> int:
+    """How badly the family's models fit: 0 one has just these blocks, 1 more of them, 2 fewer or another width."""
+    sizes = [size for size in family.sizes if width is None or size.width in (None, width)]
+    if any(size.blocks == counts for size in sizes):
+        return 0
+    return 1 if any(_reaches(size, counts) for size in sizes) else 2
+
+
+def _reaches(size: Size, counts: tuple[int, ...]) -> bool:
+    return all(has >= least for has, least in zip(size.blocks, counts, strict=True))
+
+
+def _text_encoders(layers: Iterable[str]) -> str | None:
+    """What the text encoders are, if these are all that the names are of."""
+    kinds: dict[str, None] = {}
+    for name in layers:
+        path = re.sub(r"^text_encoders_\w+?_transformer_", "", names.split(name)[1]).removeprefix("text_model_")
+        kind = next((kind for kind, pattern in _TEXT.items() if pattern.match(path)), None)
+        if kind is None:
+            return None
+        kinds[kind] = None
+    return f"a text encoder ({', '.join(kinds)})" if kinds else None
 
 
 def trigger_words(adapter: Adapter, limit: int = 20) -> list[str]:

@@ -17,8 +17,9 @@ from .bind import Target, weight_key
 from .errors import LoHaError
 from .factoring import Factoring, Kind, Method
 from .merge import Made, Progress
+from .mixed import Layer, join
 from .quantised import Survey, kind_of, survey
-from .updates import ErrorReport, Layer, LayerError, join, product
+from .updates import ErrorReport, LayerError, product
 from .weights import Weights, modules, part_of
 
 _OVERSAMPLED = 16  # columns beyond the rank in the randomised range finder

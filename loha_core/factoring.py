@@ -10,7 +10,8 @@ from torch import Tensor
 
 from . import fit, lowrank
 from .errors import LoHaError
-from .updates import Layer, LayerError, as_layer, cast, product, size_of
+from .mixed import Layer
+from .updates import LayerError, as_layer, cast, product, size_of
 
 Method = Literal["exact", "svd", "fit"]
 Kind = Literal["loha", "lora"]

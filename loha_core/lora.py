@@ -10,11 +10,12 @@ from typing import Any
 
 from torch import Tensor
 
-from . import lowrank, names
+from . import lowrank
 from .config import CONFIG_NAME
 from .errors import LoHaError
 from .formats.container import atomic, write_tensors
 from .layers import LoHaLayer
+from .naming import names
 
 
 @dataclass

@@ -16,28 +16,18 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import lowrank, provenance, sparse, spelling
-from .adapter import Adapter
+from . import lowrank, provenance, sparse
+from .adapter import Adapter, modules, split_other
 from .blocks import BlockStrength
 from .errors import LoHaError
 from .factoring import METHODS as _FORMS
 from .factoring import Factoring, Kind
 from .factors import LoHaFactors
-from .formats.grouping import split_other
-from .updates import (
-    DIFFERENCES,
-    ErrorReport,
-    Layer,
-    LayerError,
-    LoRAFactors,
-    cast,
-    flat_shape,
-    join,
-    product,
-    scaled,
-    size_of,
-    split,
-)
+from .mixed import Layer, LoRAFactors, join, split
+from .naming import names, spelling
+from .naming.recognise import family_of
+from .respell import like, same
+from .updates import DIFFERENCES, ErrorReport, LayerError, cast, flat_shape, product, scaled, size_of
 
 METHODS = (*_FORMS, *sparse.METHODS, "slerp")
 
@@ -104,20 +94,22 @@ def merge(
             LoKr that has no sum, or a result that is not finite.
     """
     weights = _weights(adapters, weights)
+    # Fused layers and layers of their parts meet as the first adapter has them.
+    adapters = [adapters[0], *(like(adapter, modules(adapters[0])) for adapter in adapters[1:])]
     if method not in METHODS:
         raise LoHaError(f"no method {method!r}; there are {', '.join(METHODS)}")
     form = Factoring(method if method in _FORMS else factor, rank, energy, max_error, kind, dtype, seed)  # type: ignore[arg-type]
     combine = _combiner(method, len(adapters), density, majority_sign, seed)
-    modules, rest, notes = _aligned(adapters, weights, _strengths(blocks, len(adapters), adapters, family))
+    layers_of, rest, notes = _aligned(adapters, weights, _strengths(blocks, len(adapters), adapters, family))
     layers: dict[str, Layer] = {}
     report = ErrorReport(notes=[*(f"{a.source}: {note}" for a in adapters for note in a.notes), *notes])
-    for done, (name, terms) in enumerate(modules.items()):
+    for done, (name, terms) in enumerate(layers_of.items()):
         if progress is not None:
-            progress(done, len(modules), name)
+            progress(done, len(layers_of), name)
         layers[name], entry = _merged(name, terms, combine, form, method in _FORMS)
         report.layers.append(entry)
     if progress is not None:
-        progress(len(modules), len(modules), "")
+        progress(len(layers_of), len(layers_of), "")
     details = {"method": method, "weights": weights, "rank": rank, "energy": energy, "max_error": max_error}
     if method not in _FORMS:
         details |= {"factor": factor, "density": density if method in sparse.METHODS else None}
@@ -166,13 +158,15 @@ def block_strength(blocks: BlockStrength | None, adapter: Adapter, family: str |
     if blocks is None:
         return lambda name: 1.0
     known = family or (blocks.layout.family if blocks.layout else spelling.family_of(adapter.layers))
-    return lambda name: blocks(spelling.native_key(name, known), name)
+    unet = known if known in spelling.UNETS else spelling.family_of(adapter.layers)
+    table = family_of((names.split(name)[1] for name in modules(adapter) if spelling.is_dit(name)), known)
+    return lambda name: blocks(spelling.native_key(name, unet, table), name)
 
 
 def _aligned(
     adapters: Sequence[Adapter], weights: Sequence[float], strengths: Sequence[Strength]
 ) -> tuple[dict[str, list[Term]], dict[str, Tensor], list[str]]:
-    """Layers of one module together, whatever their spelling, under the first adapter's name for it."""
+    """Layers of one weight together, whatever their spelling, under the first adapter's name for it."""
     parts = [split(adapter) for adapter in adapters]
     _check_common(adapters, [set(map(spelling.identity, layers)) for layers, _ in parts])
     found: dict[tuple[str, str], list[Term]] = {}
@@ -180,24 +174,19 @@ def _aligned(
         for name, layer in layers.items():
             terms = found.setdefault(spelling.identity(name), [])
             # Two spellings of one weight in one file, as some trainers write, count once if they are the same.
-            if not any(t.adapter is adapter and _same(t.layer, layer) and t.name != name for t in terms):
+            if not any(t.adapter is adapter and same(t.layer, layer) and t.name != name for t in terms):
                 terms.append(Term(adapter, name, layer, weight * strength(name)))
     first = list(parts[0][0])
     others = [t.name for terms in found.values() for t in terms[:1] if t.adapter is not adapters[0]]
     spelled = {name: name for name in first} | spelling.spelled_like(first, others)
-    modules = {}
+    layers_of = {}
     for terms in found.values():
         acting = [term for term in terms if term.weight != 0]
         if acting:
             _check_shapes(acting)
-            modules[spelled[terms[0].name]] = acting
+            layers_of[spelled[terms[0].name]] = acting
     rest, notes = _others(adapters, [rest for _, rest in parts], weights, strengths)
-    return modules, rest, notes
-
-
-def _same(x: Layer, y: Layer) -> bool:
-    mine, other = x.tensors(), y.tensors()
-    return x.alpha == y.alpha and mine.keys() == other.keys() and all(torch.equal(mine[k], other[k]) for k in mine)
+    return layers_of, rest, notes
 
 
 def _check_common(adapters: Sequence[Adapter], modules: Sequence[set[tuple[str, str]]]) -> None:

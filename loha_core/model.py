@@ -21,7 +21,7 @@ from .errors import LoHaError
 from .factors import LoHaFactors
 from .layers import LoHaConv1d, LoHaConv2d, LoHaConv3d, LoHaLayer, LoHaLinear
 from .lora import Lora
-from .names import pattern_matches
+from .naming.names import pattern_matches
 from .saved_modules import SavedModule
 
 Add = Callable[[LoHaLayer], None]

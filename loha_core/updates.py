@@ -3,97 +3,21 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from . import algebra, lowrank, names
-from .adapter import Adapter
+from . import algebra, lowrank
 from .errors import LoHaError
 from .factors import LoHaFactors
 from .formats import container
-from .formats.grouping import split_other
+from .mixed import Layer, LoRAFactors
 
-# Suffixes of a LoRA's two factors, as trainers spell them; the first is the one that is written.
-_UP_DOWN = (
-    ("lora_up.weight", "lora_down.weight"),
-    ("lora_B.weight", "lora_A.weight"),
-    ("lora.up.weight", "lora.down.weight"),
-    ("lora_linear_layer.up.weight", "lora_linear_layer.down.weight"),
-    ("lora_B.default.weight", "lora_A.default.weight"),
-    ("lora_B", "lora_A"),
-    ("lora_up", "lora_down"),
-)
-_SHARED = ("alpha", "dora_scale", "lora_mid.weight")
 # Differences of whole tensors: they add up as they are.
 DIFFERENCES = ("diff", "diff_b", "w_norm", "b_norm")
-
-
-@dataclass(frozen=True, eq=False)
-class LoRAFactors:
-    """ΔW = alpha/r · up·down; with a core (Tucker) up·mid·down. As `LoHaFactors` for a LoRA layer of a mixed file.
-
-    Attributes:
-        up: (o, r) or (o, r, 1, …).
-        down: (r, i, *k).
-        mid: (r, r, *k), with down (r, i, 1, …).
-    """
-
-    up: Tensor
-    down: Tensor
-    alpha: float
-    mid: Tensor | None = None
-    dora_scale: Tensor | None = None
-
-    def __post_init__(self) -> None:
-        up, down = tuple(self.up.shape), tuple(self.down.shape)
-        if len(up) < 2 or len(down) < 2 or up[1] != down[0] or 0 in up + down:
-            raise LoHaError(f"lora_up {up} and lora_down {down} share no rank; expected (o, r) and (r, i)")
-        if self.mid is not None and tuple(self.mid.shape[:2]) != (self.rank, self.rank):
-            raise LoHaError(f"lora_mid is {tuple(self.mid.shape)}; expected ({self.rank}, {self.rank}, *kernel)")
-
-    @classmethod
-    def of(cls, tensors: Mapping[str, Tensor], alpha: float) -> LoRAFactors:
-        """From tensors by suffix, the inverse of `tensors`."""
-        up, down = tensors["lora_up.weight"], tensors["lora_down.weight"]
-        return cls(up, down, alpha, tensors.get("lora_mid.weight"), tensors.get("dora_scale"))
-
-    @property
-    def rank(self) -> int:
-        return self.down.shape[0]
-
-    @property
-    def scale(self) -> float:
-        return self.alpha / self.rank
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """(o, i, *k) as far as the file tells the kernel."""
-        kernel = self.down.shape[2:] if self.mid is None else self.mid.shape[2:]
-        return (self.up.shape[0], self.down.shape[1], *kernel)
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.up.dtype
-
-    def tensors(self) -> dict[str, Tensor]:
-        """By suffix, as kohya's files have them; alpha apart."""
-        named = {"lora_up.weight": self.up, "lora_down.weight": self.down, "lora_mid.weight": self.mid}
-        return {key: t for key, t in (named | {"dora_scale": self.dora_scale}).items() if t is not None}
-
-    def product(self) -> tuple[Tensor, Tensor]:
-        """ΔW·scale = U·V: U (o, r), V (r, i·∏k), in float32 or float64."""
-        dtype = algebra.compute_dtype(self.up, self.down)
-        u, v = self.up.flatten(1).to(dtype), self.down.flatten(1).to(dtype)
-        if self.mid is not None:
-            v = torch.einsum("pq...,qi->pi...", self.mid.to(dtype), v).flatten(1)
-        return u * self.scale, v
-
-
-Layer = LoHaFactors | LoRAFactors
 
 
 def product(layer: Layer) -> tuple[Tensor, Tensor]:
@@ -102,71 +26,24 @@ def product(layer: Layer) -> tuple[Tensor, Tensor]:
         return lowrank.collapse(*layer.product())
     if layer.is_tucker:
         return lowrank.collapse(*lowrank.product(layer))
-    # A sum written as a LoHa has a second half of ones in one column, and zeros: rank r, not r².
-    (a1, b1), (a2, b2) = (_acting(a, b) for a, b in ((layer.w1_a, layer.w1_b), (layer.w2_a, layer.w2_b)))
-    if len(b1) * len(b2) >= min(layer.shape):
+    # Not all r² columns say something: the second half of a sum is ones in one column, and of several parts of a
+    # fused weight each has columns of its own.
+    a1, a2, b1, b2 = layer.w1_a, layer.w2_a, layer.w1_b, layer.w2_b
+    acting = ((a1 != 0).float().T @ (a2 != 0).float()) * ((b1 != 0).float() @ (b2 != 0).float().T)
+    first, second = acting.nonzero().unbind(1)
+    if len(first) >= min(layer.shape):
         return lowrank.as_product(layer.delta())
+    if not len(first):  # a product has a column, be it of zeros
+        first = second = torch.zeros(1, dtype=torch.long, device=a1.device)
     dtype = algebra.compute_dtype(*layer.tensors().values())
     a1, b1, a2, b2 = (part.to(dtype) for part in (a1, b1, a2, b2))
-    return algebra.columnwise(a1.T, a2.T).T * layer.scale, algebra.columnwise(b1, b2)
-
-
-def _acting(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-    """A half without the columns of a whose rows in b are all zero; at least one is left."""
-    acting = (b != 0).any(1)
-    acting[0] = True
-    return (a, b) if bool(acting.all()) else (a[:, acting], b[acting])
+    return a1[:, first] * a2[:, second] * layer.scale, b1[first] * b2[second]
 
 
 def flat_shape(layer: Layer) -> tuple[int, int]:
     """(o, i·∏k)."""
     out, *inner = layer.shape
     return out, torch.Size(inner).numel()
-
-
-def split(adapter: Adapter) -> tuple[dict[str, Layer], dict[str, Tensor]]:
-    """Every low-rank layer by module name, and the tensors that are none: LoKr, norms, embeddings.
-
-    Raises:
-        LoHaError: half of a LoRA is missing, or its shapes don't fit together; names file and key.
-    """
-    layers: dict[str, Layer] = dict(adapter.layers)
-    modules: dict[str, dict[str, Tensor]] = {}
-    for key, tensor in adapter.extras.items():
-        if found := split_other(key):
-            modules.setdefault(found[0], {})[found[1]] = tensor
-    used: set[str] = set()
-    for module, parts in modules.items():
-        pair = next((pair for pair in _UP_DOWN if set(pair) & parts.keys()), None)
-        if pair is None:
-            continue
-        if missing := [name for name in pair if name not in parts]:
-            raise LoHaError(
-                f"{adapter.source}: {module}.{missing[0]} is missing; the file is incomplete, save it again"
-            )
-        name = module.removeprefix(names.WRAPPER)
-        if name in layers:
-            raise LoHaError(f"{adapter.source}: {name} is both a LoHa and a LoRA layer; rename one of them")
-        up, down = (parts[suffix] for suffix in pair)
-        try:
-            alpha = float(parts["alpha"]) if "alpha" in parts else float(down.shape[0])
-            layers[name] = LoRAFactors(up, down, alpha, parts.get("lora_mid.weight"), parts.get("dora_scale"))
-        except (LoHaError, RuntimeError) as error:
-            raise LoHaError(f"{adapter.source}: {module}: {error}") from None
-        used |= {f"{module}.{suffix}" for suffix in (*pair, *_SHARED)}
-    return layers, {key: tensor for key, tensor in adapter.extras.items() if key not in used}
-
-
-def join(layers: Mapping[str, Layer], rest: Mapping[str, Tensor], like: Adapter) -> Adapter:
-    """The inverse of `split`: LoRA layers become extras in kohya's spelling, with their alpha."""
-    extras = dict(rest)
-    for name, layer in layers.items():
-        if isinstance(layer, LoRAFactors):
-            extras |= {f"{name}.{suffix}": tensor for suffix, tensor in layer.tensors().items()}
-            alpha = torch.tensor(layer.alpha, dtype=torch.float64)
-            extras[f"{name}.alpha"] = alpha.float() if float(alpha.float()) == layer.alpha else alpha
-    kept = {name: layer for name, layer in layers.items() if isinstance(layer, LoHaFactors)}
-    return replace(like, layers=kept, extras=extras, metadata=dict(like.metadata), notes=[])
 
 
 def scaled(layer: Layer, weight: float) -> Layer:

@@ -18,10 +18,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from . import names, spelling
 from .bind import Network, Target
 from .errors import LoHaError
 from .formats.container import atomic, check_is_safetensors
+from .naming import names, spelling
 from .quantised import FLOATS, survey
 
 # Those that quantised weights and their scales have, too; powers of two (F8_E8M0) as bytes.
@@ -202,52 +202,6 @@ _OPENCLIP = {
     "mlp.c_proj": ("mlp_fc2",),
     "attn.in_proj_weight": ("self_attn_q_proj", "self_attn_k_proj", "self_attn_v_proj"),
 }
-# Blocks of a DiT: (native list, diffusers' list, native module -> its parts in diffusers' names).
-_DITS: tuple[tuple[str, str, dict[str, tuple[str, ...]]], ...] = (
-    (
-        "double_blocks",
-        "transformer_blocks",
-        {
-            "img_attn.qkv": ("attn_to_q", "attn_to_k", "attn_to_v"),
-            "txt_attn.qkv": ("attn_add_q_proj", "attn_add_k_proj", "attn_add_v_proj"),
-            "img_attn.proj": ("attn_to_out_0",),
-            "txt_attn.proj": ("attn_to_add_out",),
-            "img_mod.lin": ("norm1_linear",),
-            "txt_mod.lin": ("norm1_context_linear",),
-            "img_mlp.0": ("ff_net_0_proj",),
-            "img_mlp.2": ("ff_net_2",),
-            "txt_mlp.0": ("ff_context_net_0_proj",),
-            "txt_mlp.2": ("ff_context_net_2",),
-        },
-    ),
-    (
-        "single_blocks",
-        "single_transformer_blocks",
-        {
-            "linear1": ("attn_to_q", "attn_to_k", "attn_to_v", "proj_mlp"),
-            "linear2": ("proj_out",),
-            "modulation.lin": ("norm_linear",),
-        },
-    ),
-    (
-        "joint_blocks",
-        "transformer_blocks",
-        {
-            "x_block.attn.qkv": ("attn_to_q", "attn_to_k", "attn_to_v"),
-            "x_block.attn2.qkv": ("attn2_to_q", "attn2_to_k", "attn2_to_v"),
-            "context_block.attn.qkv": ("attn_add_q_proj", "attn_add_k_proj", "attn_add_v_proj"),
-            "x_block.attn.proj": ("attn_to_out_0",),
-            "x_block.attn2.proj": ("attn2_to_out_0",),
-            "context_block.attn.proj": ("attn_to_add_out",),
-            "x_block.mlp.fc1": ("ff_net_0_proj",),
-            "x_block.mlp.fc2": ("ff_net_2",),
-            "context_block.mlp.fc1": ("ff_context_net_0_proj",),
-            "context_block.mlp.fc2": ("ff_context_net_2",),
-            "x_block.adaLN_modulation.1": ("norm1_linear",),
-            "context_block.adaLN_modulation.1": ("norm1_context_linear",),
-        },
-    ),
-)
 
 
 def modules(shapes: Mapping[str, tuple[int, ...]], least_axes: int = 2) -> dict[str, Target]:
@@ -280,23 +234,11 @@ def network(shapes: Mapping[str, tuple[int, ...]], least_axes: int = 2) -> Netwo
         found[name] = target
         if target == key:
             found[key.removesuffix(".weight")] = target
-            found |= dict(_in_diffusers(name, key, shapes[key]))
+            path = name.removeprefix("lora_unet_")
+            if path != name:
+                # The families differ in one name, which both lead here.
+                found |= {f"lora_unet_{spelling.to_ldm(path, family)}": key for family in ("SDXL", "SD1.5")}
     return Network(found, shapes)
-
-
-def _in_diffusers(name: str, key: str, shape: tuple[int, ...]) -> Iterator[tuple[str, Target]]:
-    """Names that diffusers has for a DiT's weight, or its slices; and LDM's name for a U-Net's weight."""
-    path = name.removeprefix("lora_unet_")
-    if path != name:
-        # The families differ in one name, which both lead here.
-        yield from ((f"lora_unet_{spelling.to_ldm(path, family)}", key) for family in ("SDXL", "SD1.5"))
-    for native, diffusers, table in _DITS:
-        block = re.search(rf"(?:^|\.){native}\.(\d+)\.(.+)\.weight$", key)
-        if block and block[2] in table:
-            yield from (
-                (f"lora_unet_{diffusers}_{block[1]}_{part}", target)
-                for part, target in _slices(key, shape, table[block[2]])
-            )
 
 
 def _slices(key: str, shape: tuple[int, ...], parts: tuple[str, ...]) -> Iterator[tuple[str, Target]]:

@@ -9,7 +9,8 @@ from collections import defaultdict
 import torch
 from comfy_api.latest import io, ui
 
-from loha_core import Adapter, describe, names
+from loha_core import Adapter, describe
+from loha_core.naming import names
 
 from .charts import BACKGROUND, INK, Canvas, ramp
 from .loader import LOHA

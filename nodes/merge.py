@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from comfy_api.latest import io, ui
 
-from loha_core import Adapter, ErrorReport, Made, convert, names
+from loha_core import Adapter, ErrorReport, Made, convert
 from loha_core.merge import METHODS, merge
+from loha_core.naming import names
 
 from . import charts
 from .info import block_order

@@ -26,7 +26,7 @@ from loha_core import (
     forwards,
 )
 from loha_core.layers import LoHaConv3d
-from loha_core.names import flat
+from loha_core.naming.names import flat
 from loha_core.training.trainer import ADAPTER
 
 from .host import weights

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 import re
 from dataclasses import replace
@@ -15,6 +16,9 @@ import torch
 from comfy_api.latest import io, ui
 
 from loha_core import Adapter, LoHaError, save_adapter
+from loha_core.adapter import modules
+from loha_core.formats.lycoris import as_one_file
+from loha_core.naming.readers import unread
 
 from .files import FOLDER
 from .inputs import choice, json_object
@@ -99,9 +103,12 @@ class LoHaSave(io.ComfyNode):
         more = described(trigger_words, base_model, metadata)
         path = free_path(filename, ".safetensors" if kind == "lycoris" else "", overwrite)
         adapter = replace(loha, metadata=loha.metadata | more)
+        said = unread(modules(as_one_file(adapter))) if kind == "lycoris" else None
+        if said:
+            logging.warning("Save LoHa: %s; Convert LoHa with names 'kohya' gives it names that both know", said)
         save_adapter(adapter, path, format=kind, dtype=choice("dtype", dtype, DTYPES))  # type: ignore[arg-type]
         name = str(path.relative_to(root()))
-        return io.NodeOutput(name, ui=ui.PreviewText(f"saved as {name}"))
+        return io.NodeOutput(name, ui=ui.PreviewText("\n".join([f"saved as {name}", *([said] if said else [])])))
 
 
 def root() -> Path:

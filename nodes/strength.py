@@ -8,6 +8,7 @@ from typing import Any
 from comfy_api.latest import io, ui
 
 from loha_core.blocks import FAMILIES, LAYOUTS, PRESETS, BlockStrength, Layout
+from loha_core.naming.tables import FAMILIES as TABLES
 from loha_core.schedule import INTERPOLATIONS, Schedule
 
 from . import charts
@@ -16,10 +17,12 @@ from .loader import LOHA_BLOCKS, LOHA_SCHEDULE
 AUTO = "auto"
 # How many rules the picture lists before it counts the rest.
 RULES_SHOWN = 8
-# What `spell` writes of a model that is not in FAMILIES: parts as families call theirs, or a model's own lists.
+# What `spell` writes of a model that is not in FAMILIES: its family if it has one, and parts as families call theirs or
+# a model's own lists.
 _PARTS = {part for layout in LAYOUTS.values() for part, _ in layout.parts}
+_PARTS |= {part for table in TABLES.values() for part, _ in table.blocks}
 _COUNT = rf"(?:{'|'.join(sorted(_PARTS))}|\w{{0,40}}(?:blocks|layers)):[1-9]\d{{0,2}}"
-_SPELLED = re.compile(rf"{_COUNT}(?:,{_COUNT}){{0,15}}")
+_SPELLED = re.compile(rf"(?:({'|'.join(map(re.escape, TABLES))})/)?({_COUNT}(?:,{_COUNT}){{0,15}})")
 
 
 class LoHaBlockStrength(io.ComfyNode):
@@ -38,16 +41,18 @@ class LoHaBlockStrength(io.ComfyNode):
                     options=list(PRESETS),
                     default="ALL",
                     tooltip="What to start from. ALL: everything at 1. NONE: everything at 0. INALL, MIDALL, OUTALL: "
-                    "only a U-Net's input, middle or output blocks. DOUBLE, SINGLE: only Flux's double or single "
-                    "blocks. All but NONE keep BASE at 1.",
+                    "only a U-Net's input, middle or output blocks. DOUBLE, SINGLE: only the double or single blocks "
+                    "of Flux and models built like it. EARLY, MIDDLE, LATE: only the first, middle or last third of "
+                    "any model's blocks. All but NONE keep BASE at 1.",
                 ),
                 io.String.Input(
                     "vector",
                     default="",
                     placeholder="1,0,0,1,…  or  OUT=0.5, IN04-IN08=0",
                     tooltip="Numbers for all blocks in order, as block-weight tools write them (SD1.5: 17, 26, 27; "
-                    "SDXL: 12, 20, 21; SD3: 25; Flux: 18, 19, 20, 55, 57, 58); they replace the preset. Or names, "
-                    "which change it: OUT=0.5, IN04-IN08=0, BASE=1. Empty: the preset alone.",
+                    "SDXL: 12, 20, 21; Flux: 18, 19, 20, 55, 57, 58; others: one per block, with or without one for "
+                    "BASE in front); they replace the preset. Or names, which change it: OUT=0.5, IN04-IN08=0, "
+                    "LATE=0.5, BASE=1. Empty: the preset alone.",
                 ),
                 io.String.Input(
                     "rules",
@@ -67,8 +72,8 @@ class LoHaBlockStrength(io.ComfyNode):
                 io.Model.Input(
                     "model",
                     optional=True,
-                    tooltip="The diffusion model, to find its blocks; it is not changed. Needed for models of other "
-                    "families, whose blocks go by their own names.",
+                    tooltip="The diffusion model, to find its blocks; it is not changed. Needed for models of families "
+                    "that are not in the list, whose blocks go by their own names.",
                 ),
             ],
             outputs=[
@@ -89,9 +94,11 @@ class LoHaBlockStrength(io.ComfyNode):
 
 
 def spell(layout: Layout) -> str:
-    """A family by its name; of other models the parts, as in 'blocks:30,layers:4'."""
-    known = layout.family in FAMILIES
-    return layout.family if known else ",".join(f"{part}:{count}" for part, count in layout.parts)
+    """One of FAMILIES by its name; of other models the parts, as in 'blocks:30,layers:4' or 'Flux/D:4,S:8'."""
+    if LAYOUTS.get(layout.family) == layout:
+        return layout.family
+    parts = ",".join(f"{part}:{count}" for part, count in layout.parts)
+    return f"{layout.family}/{parts}" if layout.family in TABLES else parts
 
 
 def bars(family: str, preset: str, vector: str) -> dict[str, Any]:
@@ -108,9 +115,9 @@ def bars(family: str, preset: str, vector: str) -> dict[str, Any]:
         LoHaError: says what cannot be understood.
     """
     known: str | Layout | None = None if family == AUTO else family
-    if _SPELLED.fullmatch(family):
-        counts = (entry.partition(":") for entry in family.split(","))
-        known = Layout.of_parts((part, int(count)) for part, _, count in counts)
+    if spelled := _SPELLED.fullmatch(family):
+        counts = (entry.partition(":") for entry in spelled[2].split(","))
+        known = Layout.of_parts(((part, int(count)) for part, _, count in counts), spelled[1] or "")
     blocks = BlockStrength.parse(known, vector, preset=preset)
     found: dict[str, Any] = {
         "family": blocks.layout and blocks.layout.family,

@@ -10,15 +10,15 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from .. import spelling
-from ..adapter import Adapter
+from ..adapter import Adapter, split_other
 from ..errors import LoHaError
-from ..names import WRAPPER
+from ..naming.names import WRAPPER
+from ..respell import respelled
 from . import lycoris, peft, scales
 from .container import read_tensors
-from .grouping import group, modules, renamed, split_other
+from .grouping import group
 
-__all__ = ["DIALECTS", "from_tensors", "load_adapter", "respelled", "save_adapter"]
+__all__ = ["DIALECTS", "from_tensors", "load_adapter", "save_adapter"]
 
 DIALECTS = (*lycoris.PREFIXES, "peft")
 _WRITERS = {"lycoris": lycoris.write, "peft": peft.write}
@@ -90,11 +90,3 @@ def save_adapter(
             f"{path}: names is {names!r}, but PEFT's folders have the dotted names of diffusers; leave it out"
         )
     _WRITERS[format](respelled(adapter, names), Path(path), dtype)
-
-
-def respelled(adapter: Adapter, style: str, unet: spelling.UNet = "keep") -> Adapter:
-    """The same tensors under the module names of another style; see `spelling.respell`. "keep" changes nothing."""
-    if style == "keep":
-        return adapter
-    found = renamed(adapter, spelling.respell(modules(adapter), style, unet))
-    return replace(found, dialect="lycoris" if style in ("kohya", "lycoris") else style)

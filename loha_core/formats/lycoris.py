@@ -15,11 +15,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .. import spelling
-from ..adapter import Adapter
+from ..adapter import Adapter, modules, renamed
 from ..errors import LoHaError
+from ..naming import spelling
 from .container import SUFFIXES, cast, write_tensors
-from .grouping import modules, renamed
 
 # Dialect -> what its keys begin with; the first that fits names the dialect.
 PREFIXES: dict[str, tuple[str, ...]] = {

@@ -16,10 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import names
 from ..adapter import Adapter
 from ..errors import LoHaError
 from ..factors import LoHaFactors
+from ..naming import names
 from . import scales
 from .container import atomic, cast, check_finite, read_tensors, save_tensors
 from .grouping import group
@@ -128,14 +128,14 @@ def _place(name: str) -> tuple[str, str]:
     if prefix is None:
         return "", name  # a module's own name, which may have a "_" of its own
     path = name.removeprefix(prefix)
-    if not names.has_known_dots(path):
+    if prefix.endswith("_") and not names.has_known_dots(path):
         raise LoHaError(
             f"{name}: which of its '_' stand for '.' is not known, and PEFT's names have dots; save as one file"
         )
     folder = (
         "transformer" if prefix in ("transformer.", "lora_transformer_") else _COMPONENTS.get(names.PREFIXES[prefix])
     )
-    return folder or "", names.dotted(path)
+    return folder or "", names.dotted(path) if prefix.endswith("_") else path
 
 
 def _tensors(layers: Mapping[str, LoHaFactors]) -> dict[str, Tensor]:

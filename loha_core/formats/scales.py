@@ -11,8 +11,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from .. import names
 from ..errors import LoHaError
+from ..naming import names
 
 CONFIG = "adapter_config.json"
 DIFFUSERS = "lora_adapter_metadata"

@@ -21,7 +21,7 @@ from ..adapter import Adapter
 from ..errors import LoHaError
 from ..formats import save_adapter
 from ..layer import LoHaLayer
-from ..names import flat
+from ..naming.names import flat
 from .attach import fingerprint
 from .data import Dataset, Item, digest
 from .folder import Entry, read_folder, without_caption

@@ -17,8 +17,8 @@ from comfy.weight_adapter import WeightAdapterBase
 from torch import Tensor
 
 from loha_core import Adapter, LoHaError, LoHaFactors, Network, Report, add_delta_, algebra, bind
+from loha_core.adapter import split_other
 from loha_core.bind import Target, reason, weight_key
-from loha_core.formats.grouping import split_other
 
 from . import weights
 

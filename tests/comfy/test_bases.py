@@ -182,7 +182,8 @@ def check(host: Host, monkeypatch: pytest.MonkeyPatch, base_name: str, name: str
     # What DoRA multiplies is rounded anew; a merged sum is rounded as the base was.
     allowed = TOLERANCE * effect.norm() + (1.6 * rounding if "DoRA" in name or name == "stack" else 0)
     if way == "merge":
-        allowed = allowed + rounding + 1.5 * lost * exact.norm()
+        # ComfyUI 0.33 rounds stochastically: the error of nvfp4 is 1.8 times that of the nearest value.
+        allowed = allowed + rounding + (2.0 if base_name == "nvfp4" else 1.5) * lost * exact.norm()
     apply = host.patches.merge if way == "merge" else host.live.apply
     alive = apply(patcher, wanted(host, chosen), 0.7)
     resident = bases.as_resident(monkeypatch) if base_name == "resident" else nullcontext()

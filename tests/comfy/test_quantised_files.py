@@ -14,8 +14,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from loha_core import load_adapter, spelling
+from loha_core import load_adapter
 from loha_core.extract import extract
+from loha_core.naming import spelling
 
 from . import bases, reduced
 

@@ -130,6 +130,9 @@ def test_blocks_are_those_of_the_library(server):
         "blocks01",
         "layers00",
     ]
+    small = ask(server, "blocks", family="Flux/D:1,S:2,extra_blocks:1", preset="LATE")[1]
+    assert small["family"] == "Flux"
+    assert small["values"] == {"BASE": 1, "D00": 0, "S00": 0, "S01": 0, "extra_blocks00": 1}
 
 
 @pytest.mark.parametrize(
@@ -141,6 +144,9 @@ def test_blocks_are_those_of_the_library(server):
         ({"vector": "IN99=1", "family": "SD1.5"}, "no block IN99"),
         ({"family": "blocks:999999999"}, "no model family"),
         ({"family": "nothing:3"}, "no model family"),
+        ({"family": "Nothing/D:3"}, "no model family"),
+        ({"family": "Flux/"}, "no model family"),
+        ({"family": "Flux/Flux/D:3"}, "no model family"),
         ({"family": "blocks:x"}, "no model family"),
     ],
 )

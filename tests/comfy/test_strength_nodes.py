@@ -120,11 +120,23 @@ def test_a_model_s_own_keys_give_its_blocks(family):
     assert all(block_of_key(key) is None for key in models.clip.cond_stage_model.state_dict())
 
 
-@pytest.mark.parametrize("parts", [{"input_blocks": 2, "middle_block": 1, "output_blocks": 2}, {"layers": 30}], ids=str)
+OWN = [
+    {"input_blocks": 2, "middle_block": 1, "output_blocks": 2},
+    {"layers": 30},
+    {"double_blocks": 2, "single_blocks": 3},
+]
+
+
+@pytest.mark.parametrize("parts", OWN, ids=str)
 def test_the_widget_draws_the_bars_of_any_model(pack, parts):
     """It asks with what the last run said of the model's blocks."""
     strength = sys.modules[f"{pack.__name__}.nodes.strength"]
-    keys = [f"diffusion_model.{part}.{n}.weight" for part, count in parts.items() for n in range(count)]
+    within = {"double_blocks": "img_mod.lin.", "single_blocks": "modulation.lin."}  # Flux's, reduced
+    keys = [
+        f"diffusion_model.{part}.{n}.{within.get(part, '')}weight"
+        for part, count in parts.items()
+        for n in range(count)
+    ]
     blocks = BlockStrength.parse(keys, preset="NONE")
     answer = strength.bars(strength.spell(blocks.layout), "NONE", "")
     assert answer["values"] == blocks.table() and answer["family"] == blocks.layout.family

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from loha_core import LoHaError, load_adapter
-from loha_core.names import flat
+from loha_core.naming.names import flat
 
 from . import training as t
 from .test_patching import loaded

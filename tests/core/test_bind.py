@@ -8,8 +8,11 @@ import pytest
 import torch
 
 from loha_core import Adapter, Binding, LoHaError, LoHaFactors, Network, bind
+from loha_core.naming.names import flat, split
+from loha_core.naming.tables import FAMILIES
+from loha_core.parts import swap_halves
 
-from . import samples
+from . import families, samples
 
 # A UNet and two text encoders as ComfyUI's key maps name them: several spellings for one weight.
 PATHS = {
@@ -250,3 +253,68 @@ def test_a_long_report_is_cut_where_asked():
     assert "not applied: 9" in report.text(limit=2) and "… and 7 more" in report.text(limit=2)
     assert sum("lora_unet_none_" in line for line in report.text(limit=2).splitlines()) == 2
     assert sum("lora_unet_none_" in line for line in report.text().splitlines()) == 9
+
+
+# --- families of the tables ------------------------------------------------------------------------------------------
+
+SPELLED = {
+    "kohya's of diffusers' model": lambda name: f"lora_unet_{flat(name)}",
+    "SimpleTuner": lambda name: f"lycoris_{flat(name)}",
+    "OneTrainer": lambda name: f"lora_transformer_{flat(name)}",
+    "diffusers": lambda name: f"transformer.{name}",
+    "PEFT": lambda name: f"base_model.model.{name}",
+    "an old script's": lambda name: f"unet.base_model.model.{name}",
+    "native prefix": lambda name: f"diffusion_model.{name}",
+    "bare": lambda name: name,
+}
+
+
+@pytest.mark.parametrize("prefix", ["diffusion_model.", "model.diffusion_model.", ""])
+@pytest.mark.parametrize("family", FAMILIES.values(), ids=list(FAMILIES))
+def test_every_name_of_a_family_leads_to_its_weight_and_its_rows(family, prefix):
+    weights = families.weights(family)
+    shapes = {f"{prefix}{name}.weight": shape for name, shape in weights.items()}
+    network = Network({f"diffusion_model.{name}": f"{prefix}{name}.weight" for name in weights}, shapes)
+    for name, shape in weights.items():
+        key = f"{prefix}{name}.weight"
+        whole = family.weight(split(flat(name))[1])
+        for part, span in (*whole.parts, *family.others(split(flat(name))[1])):
+            if family.weight(split(flat(part))[1]) not in (None, whole):
+                continue  # one side's name for this is the other's for something else: the original's counts
+            wanted = (
+                key if span is None else (key, None, swap_halves) if span.swapped else (key, (0, *span.rows(*shape)))
+            )
+            for spelled in SPELLED.values():
+                assert network.find(spelled(part)) == wanted, spelled(part)
+
+
+def test_swapped_halves_are_put_right():
+    shapes = {f"diffusion_model.{name}.weight": shape for name, shape in families.weights(FAMILIES["Flux"]).items()}
+    factors = families.factors((16, 8), 2, 1.0, 0)
+    bound = bind(Adapter({"transformer.norm_out.linear": factors}), {"MODEL": Network({}, shapes)})
+    [(_, target, found)] = bound.layers["MODEL"]
+    assert target == "diffusion_model.final_layer.adaLN_modulation.1.weight"
+    assert torch.equal(found.delta(), factors.delta().roll(8, 0))
+
+
+@pytest.mark.parametrize(
+    ("key", "names"),
+    [
+        (
+            "qwen3_4b.transformer.model.layers.3.self_attn.q_proj.weight",
+            ["lora_te_layers_3_self_attn_q_proj", "lora_te1_model_layers_3_self_attn_q_proj",
+             "text_encoder.model.layers.3.self_attn.q_proj", "text_encoder.layers.3.self_attn.q_proj"],
+        ),
+        (
+            "t5xxl.transformer.encoder.block.2.layer.0.SelfAttention.q.weight",
+            ["lora_te2_encoder_block_2_layer_0_SelfAttention_q", "lora_te3_encoder_block_2_layer_0_SelfAttention_q",
+             "text_encoder_2.encoder.block.2.layer.0.SelfAttention.q"],
+        ),
+    ],
+)  # fmt: skip
+def test_text_encoders_of_any_number(key, names):
+    clip = "clip_l.transformer.text_model.encoder.layers.0.mlp.fc1.weight"
+    network = Network({"lora_te1_text_model_encoder_layers_0_mlp_fc1": clip}, {key: (4, 4), clip: (4, 4)})
+    assert {network.find(name) for name in names} == {key}
+    assert network.find("lora_te1_text_model_encoder_layers_0_mlp_fc1") == clip
+    assert network.find("lora_te2_text_model_encoder_layers_0_mlp_fc1") is None  # another CLIP's

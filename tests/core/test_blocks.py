@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import doctest
 import time
+from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from loha_core import LoHaError, blocks
+from loha_core import LoHaError, blocks, layouts
 from loha_core.blocks import FAMILIES, LAYOUTS, PRESETS, BlockStrength, Layout, block_of_key
+from loha_core.layouts import block_of
+from loha_core.naming.families import Family, Size
+from loha_core.naming.tables import FAMILIES as TABLES
 
 UNET = "diffusion_model."
 KEYS = {
@@ -36,17 +40,37 @@ KEYS = {
 }
 
 
-def key(label: str) -> str:
+LISTS = {"IN": "input_blocks", "M": "middle_block", "OUT": "output_blocks", "J": "joint_blocks"}
+LISTS |= {"D": "double_blocks", "S": "single_blocks"}
+SIZES = [(family, size) for family in TABLES.values() for size in family.sizes]
+every_size = pytest.mark.parametrize(("family", "size"), SIZES, ids=[f"{f.name}, {s.name}" for f, s in SIZES])
+
+
+def key(label: str, layout: Layout | None = None) -> str:
     """A weight of the block that a label such as IN04 or BASE names."""
     part = label.rstrip("0123456789")
-    lists = {"IN": "input_blocks", "M": "middle_block", "OUT": "output_blocks", "J": "joint_blocks"}
-    lists |= {"D": "double_blocks", "S": "single_blocks"}
+    lists = LISTS | ({part: module for module, part in layout.lists.items()} if layout else {})
     number = label[len(part) :]
     return f"{UNET}{lists.get(part, part)}.{int(number)}.x.weight" if number else f"{UNET}time_embed.0.weight"
 
 
+def keys_of(family: Family, counts: tuple[int, ...]) -> list[str]:
+    """The keys of a model of the family with so many blocks, and of norms, which no table has."""
+    found = []
+    for row in family.rows:
+        lists = zip(family.blocks, counts, strict=True)
+        count = next((n for (_, module), n in lists if row.native.startswith(f"{module}.")), 1)
+        found += [row.native.replace(".N.", f".{n}.", 1).replace(".N.", ".0.") for n in range(count)]
+    norms = [f"{name.rpartition('.')[0]}.norm{n}" for name in found for n in range(2)]
+    return [f"{UNET}{name}.weight" for name in dict.fromkeys(found + norms)]
+
+
+def parts_of(family: Family, counts: tuple[int, ...]) -> tuple[tuple[str, int], ...]:
+    return tuple((label, count) for (label, _), count in zip(family.blocks, counts, strict=True) if count)
+
+
 def test_examples():
-    assert doctest.testmod(blocks).failed == 0
+    assert doctest.testmod(blocks).failed == doctest.testmod(layouts).failed == 0
 
 
 @pytest.mark.parametrize("weight", KEYS)
@@ -54,10 +78,74 @@ def test_the_block_of_a_weight(weight):
     assert block_of_key(weight) == KEYS[weight]
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", ["SD1.5", "SDXL", "SD3", "SD3.5 large", "Flux"])
 def test_a_model_is_recognised_by_its_blocks(family):
     layout = LAYOUTS[family]
     assert Layout.of_keys([key(label) for label in layout.labels()] + [key("BASE")]) == layout
+
+
+@every_size
+def test_a_model_is_recognised_by_its_weights(family, size):
+    layout = Layout.of_keys(keys_of(family, size.blocks))
+    alike = [s.name for s in family.sizes if s.blocks == size.blocks]
+    name = alike[0] if len(alike) == 1 or alike[0] == "SD3" else family.name
+    assert layout == Layout(name, parts_of(family, size.blocks))
+    # With other counts, as reduced models and pruned ones have, it is still of the family.
+    fewer = tuple(min(count, n + 1) for n, count in enumerate(size.blocks))
+    assert Layout.of_keys(keys_of(family, fewer)) == Layout(family.name, parts_of(family, fewer))
+
+
+@every_size
+def test_each_weight_of_a_model_is_in_the_block_that_the_table_says(family, size):
+    layout = Layout(family.name, parts_of(family, size.blocks))
+    strength = BlockStrength((), (), layout)
+    for label, module in ((label, module) for label, module in family.blocks if label in dict(layout.parts)):
+        assert block_of(f"{module}.1.x", family) == block_of_key(f"{UNET}{module}.1.x.weight", layout) == (label, 1)
+    assert block_of("head.x", family) is None and strength(f"{UNET}head.x.weight") == 1
+
+
+@every_size
+def test_parts_go_by_their_label_and_by_their_list_in_any_case(family, size):
+    layout = Layout(family.name, parts_of(family, size.blocks))
+    for part, count in layout.parts:
+        module = dict(family.blocks)[part].replace(".", "_")
+        for word in (part, part.lower(), module, module.upper()):
+            for text, last in ((f"{word}=0.5", count - 1), (f"ALL=1, {word}00=0.5", 0)):
+                strength = BlockStrength.parse(layout, text)
+                found = [n for n in range(count) if strength(key(f"{part}{n:02d}", layout)) == 0.5]
+                assert found == list(range(last + 1)), text
+            with pytest.raises(LoHaError, match=f"no block {word}{count:02d}; {family.name} has"):
+                BlockStrength.parse(layout, f"{word}{count:02d}=1")
+
+
+def test_lists_that_no_table_speaks_of_follow_the_family_s_own():
+    keys = keys_of(TABLES["Flux"], (19, 38)) + [f"{UNET}extra_blocks.{n}.proj.weight" for n in range(3)]
+    layout = Layout.of_keys(keys)
+    assert layout == Layout("Flux", (("D", 19), ("S", 38), ("extra_blocks", 3)))
+    assert BlockStrength.parse(keys, "extra_blocks01=0.5")(f"{UNET}extra_blocks.1.proj.weight") == 0.5
+
+
+@pytest.fixture
+def refined(monkeypatch: pytest.MonkeyPatch) -> Family:
+    """A family with a list that does not call itself blocks or layers, in two sizes."""
+    table = """
+    refiner.N.attn.to_q   refiner.N.attn.qkv  0:i
+    blocks.N.attn.to_q    layers.N.attn.qkv   0:i
+    """
+    sizes = (Size("Refined small", (2, 6)), Size("Refined large", (2, 10)))
+    family = Family("Refined", table, blocks=(("R", "refiner"), ("L", "layers")), sizes=sizes)
+    monkeypatch.setitem(TABLES, "Refined", family)
+    return family
+
+
+def test_vectors_that_know_only_of_the_main_list(refined):
+    layout = Layout("Refined", (("R", 2), ("L", 6)))
+    assert sorted(map(len, layout.vectors())) == [6, 7, 8, 9]
+    strength = BlockStrength.parse(layout, "0.1,2,3,4,5,6,7")
+    found = [strength(key(label, layout)) for label in ("BASE", "R00", "R01", "L00", "L05")]
+    assert found == [0.1, 0.1, 0.1, 2, 7]  # to them a refiner is BASE
+    strength = BlockStrength.parse(layout, "1,2,3,4,5,6,7,8")
+    assert [strength(key(label, layout)) for label in ("BASE", "R00", "R01", "L00", "L05")] == [1, 1, 2, 3, 8]
 
 
 def test_other_models_have_blocks_of_their_own():
@@ -98,8 +186,29 @@ def test_every_length_that_an_error_names_is_taken(family, data):
     labels = data.draw(st.sampled_from(LAYOUTS[family].vectors()))
     values = data.draw(st.lists(st.floats(-5, 5), min_size=len(labels), max_size=len(labels)))
     strength = BlockStrength.parse(family, ", ".join(map(repr, values)))
-    assert [strength(key(label)) for label in labels] == values
+    assert [strength(key(label, LAYOUTS[family])) for label in labels] == values
     assert set(strength.table()) == {"BASE", *LAYOUTS[family].labels()}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_all_blocks_with_and_without_base(family):
+    layout = LAYOUTS[family]
+    lengths = [len(labels) for labels in layout.vectors()]
+    assert len(set(lengths)) == len(lengths)
+    values = [n / 100 for n in range(len(layout.labels()) + 1)]
+    table = BlockStrength.parse(family, ",".join(map(str, values))).table()
+    assert list(table) == ["BASE", *layout.labels()] and list(table.values()) == values
+    if "input_blocks" not in layout.lists:  # there as many numbers have long meant something else
+        table = BlockStrength.parse(family, ",".join(map(str, values[1:]))).table()
+        assert list(table.values()) == [1, *values[1:]]
+
+
+def test_the_help_names_every_family_with_its_blocks_and_vectors():
+    text = (Path(__file__).resolve().parents[2] / "web" / "docs" / "LoHaBlockStrength.md").read_text("utf-8")
+    rows = [line.strip("| ").split(" | ") for line in text.splitlines() if line.startswith("| ")]
+    told = {(family, *row[1:]) for row in rows if len(row) == 3 for family in row[0].split(", ")}
+    lengths = {family: ", ".join(map(str, sorted(map(len, LAYOUTS[family].vectors())))) for family in FAMILIES}
+    assert {(family, str(LAYOUTS[family]), lengths[family]) for family in FAMILIES} <= told
 
 
 def test_what_a_vector_leaves_out_goes_with_its_neighbour():
@@ -129,7 +238,11 @@ def test_a_vector_tells_the_family_where_its_length_is_one_of_a_kind():
     [
         ("SD1.5", "1,2,3", r"the vector has 3 numbers; known lengths are SD1.5: 17, 26, 27, 28\. Or name the blocks"),
         ("Flux", "1", r"has 1 number; known lengths are Flux: 18, 19, 20, 55, 57, 58"),
-        (None, "1,1", r"SD1.5: 17, 26, 27, 28; SDXL: 12, 20, 21, 22; SD3: 25; SD3.5 large: 39; Flux: 18"),
+        (
+            None,
+            "1,1",
+            r"SD1.5: 17, 26, 27, 28; SDXL: 12, 20, 21, 22; SD3: 24, 25; SD3.5 large: 38, 39; Flux: 18.*other",
+        ),
         ("SDXL", "1,1,1,x,1,1,1,1,1,1,1,1", "value 4 of the vector: expected a number such as 0.5, found 'x'"),
         ("SDXL", "1,1,R,1", "value 3 of the vector.*letters A, B, R and U .* replaced by numbers"),
         ("SDXL", "1 1,1", "separate values by commas"),
@@ -173,8 +286,23 @@ def test_presets(family, preset):
     on = {label for label, value in table.items() if value == 1}
     if preset in parts:
         assert on == {"BASE", *(label for label in table if label.rstrip("0123456789") == parts[preset])}
-    else:
+    elif preset in ("ALL", "NONE"):
         assert on == ({*table} if preset == "ALL" else set())
+    else:
+        labels = LAYOUTS[family].labels()
+        n = ["EARLY", "MIDDLE", "LATE"].index(preset)
+        assert on == {"BASE", *labels[round(n * len(labels) / 3) : round((n + 1) * len(labels) / 3)]}
+
+
+def test_thirds_of_a_model_of_no_family_and_as_names():
+    keys = [f"{UNET}{part}.{n}.x.weight" for part, count in (("a_blocks", 2), ("b_blocks", 4)) for n in range(count)]
+    values = list(BlockStrength.parse(keys, "LATE=0.25, early=0.5").table().values())
+    assert values == [1, 0.5, 0.5, 1, 1, 0.25, 0.25]
+    assert list(BlockStrength.parse(keys[:1], preset="LATE").table().values()) == [1, 0]
+    with pytest.raises(LoHaError, match="preset LATE: which blocks LATE means, the model tells: choose the family"):
+        BlockStrength.parse(None, preset="LATE")
+    with pytest.raises(LoHaError, match="no block LATE01"):
+        BlockStrength.parse("Flux", "LATE01=1")
 
 
 def test_presets_mean_what_the_known_vectors_do():

@@ -93,13 +93,12 @@ MODELS = {
     "SDXL refiner": ({KEY: (6, 1280)}, {}),
     "cross-attention of width 99": ({KEY: (6, 99)}, {}),
     "Flux": (
-        {"diffusion_model.double_blocks.0.img_mlp.0": (6, 4), "diffusion_model.single_blocks.0.linear1": (6, 4)},
+        {"diffusion_model.double_blocks.18.img_mod.lin": (6, 4), "diffusion_model.single_blocks.37.linear1": (6, 4)},
         {},
     ),
     "SD3": ({"lora_unet_joint_blocks_0_x_block_mlp_fc1": (6, 4)}, {}),
     "a text encoder (CLIP)": ({"lora_te_text_model_encoder_layers_0_self_attn_q_proj": (6, 4)}, {}),
     "unknown": ({"lora_unet_a": (6, 4)}, {}),
-    "unknown ": ({"diffusion_model.blocks.0.self_attn.q_proj": (6, 4)}, {}),  # Anima's DiT
     "sdxl_base_v1-0": ({KEY: (6, 768)}, {"ss_base_model_version": "sdxl_base_v1-0"}),
     "flux-1-dev/lora": ({KEY: (6, 768)}, {"modelspec.architecture": "flux-1-dev/lora", "ss_base_model_version": "x"}),
 }

@@ -19,14 +19,15 @@ from loha_core import (
     resize,
     respell,
     save_adapter,
-    spelling,
     to_dtype,
     to_lora,
     to_lycoris,
     to_peft,
 )
 from loha_core.blocks import BlockStrength
-from loha_core.updates import product, split
+from loha_core.mixed import split
+from loha_core.naming import spelling
+from loha_core.updates import product
 
 from . import oracle, samples
 

@@ -8,7 +8,8 @@ import torch
 from safetensors.torch import save_file
 
 from loha_core import Adapter, LoHaError, apply_to_checkpoint, extract, load_adapter, save_adapter
-from loha_core.updates import product, split
+from loha_core.mixed import split
+from loha_core.updates import product
 from loha_core.weights import Weights, modules
 
 from . import oracle, samples

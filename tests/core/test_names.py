@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from torch import nn
 
-from loha_core import names
+from loha_core.naming import names
 
 diffusers = pytest.importorskip("diffusers", reason="its models are the reference: pip install .[peers]")
 transformers = pytest.importorskip("transformers", reason="its models are the reference: pip install .[peers]")

@@ -14,8 +14,9 @@ from safetensors.torch import load_file, save_file
 
 from loha_core import Adapter, LoHaError, apply_to_checkpoint, extract, load_adapter, save_adapter
 from loha_core.cli import main
+from loha_core.mixed import split
 from loha_core.quantised import Storage
-from loha_core.updates import product, split
+from loha_core.updates import product
 from loha_core.weights import Weights
 
 from . import oracle, packing, samples

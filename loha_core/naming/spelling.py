@@ -5,15 +5,17 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from functools import cache
 from typing import Literal
 
+from ..errors import LoHaError
 from . import names
-from .errors import LoHaError
+from .families import Family
 
 # Levels of the U-Net, and those that have attention. SD2 is as SD1.5.
-_UNETS = {"SD1.5": (4, (0, 1, 2)), "SDXL": (3, (1, 2))}
+UNETS = {"SD1.5": (4, (0, 1, 2)), "SDXL": (3, (1, 2))}
 _PLAIN = {
     "input_blocks.0.0": "conv_in",
     "out.0": "conv_norm_out",
@@ -34,9 +36,6 @@ _RESNET = {
     "out_layers.3": "conv2",
     "skip_connection": "conv_shortcut",
 }
-# A DiT's blocks, for block strengths: diffusers -> native, where one block is one block.
-_DIT = {"single_transformer_blocks.": "single_blocks.", "transformer_blocks.": "joint_blocks."}
-
 # What tells whose names a path has.
 _UNET_SIDES = {
     "diffusers": ("down_blocks_", "up_blocks_", "mid_block_"),
@@ -58,6 +57,8 @@ STYLES = ("kohya", "diffusers", "native")
 # LyCORIS' trainers write kohya's names.
 _ALIASES = {"lycoris": "kohya"}
 UNet = Literal["keep", "diffusers", "ldm"]
+# Styles that have one name for a U-Net's blocks.
+_UNET_OF: dict[str, UNet] = {"diffusers": "diffusers", "native": "ldm"}
 
 
 @cache
@@ -70,9 +71,9 @@ def unet_blocks(family: str) -> dict[str, str]:
     Raises:
         LoHaError: no such family.
     """
-    if family not in _UNETS:
-        raise LoHaError(f"no U-Net family {family!r}; there are {', '.join(_UNETS)}")
-    levels, attention = _UNETS[family]
+    if family not in UNETS:
+        raise LoHaError(f"no U-Net family {family!r}; there are {', '.join(UNETS)}")
+    levels, attention = UNETS[family]
     found = dict(_PLAIN)
     for level in range(levels):
         for i in range(2):
@@ -96,7 +97,7 @@ def unet_blocks(family: str) -> dict[str, str]:
 def _flat_blocks(family: str | None, to_ldm: bool) -> list[tuple[str, str]]:
     """The same with flat names, the longest first; of all families at once if None."""
     merged: dict[str, str] = {}
-    for name in _UNETS if family is None else [family]:
+    for name in UNETS if family is None else [family]:
         merged |= unet_blocks(name)
     pairs = [(v, k) if to_ldm else (k, v) for k, v in merged.items()]
     return sorted(((names.flat(k), names.flat(v)) for k, v in pairs), key=lambda pair: -len(pair[0]))
@@ -168,18 +169,20 @@ def aliases(modules: Iterable[str]) -> dict[str, str]:
     return found
 
 
-def native_key(name: str, family: str = "SD1.5") -> str:
-    """The weight's key as ComfyUI names it, for block strengths; a name of no known block comes out as BASE does."""
+def native_key(name: str, family: str = "SD1.5", table: Family | None = None) -> str:
+    """The weight's key as ComfyUI names it, for block strengths; a name of no known block comes out as BASE does.
+
+    Args:
+        family: which U-Net.
+        table: of a DiT's names.
+    """
     component, path = identity(name)
     if component != "unet":
         return name
-    dotted = names.dotted(to_ldm(path, family))
-    for diffusers, native in _DIT.items():
-        if dotted.startswith(diffusers):
-            flux = diffusers == "transformer_blocks." and family == "Flux"
-            dotted = ("double_blocks." if flux else native) + dotted.removeprefix(diffusers)
-            break
-    return f"diffusion_model.{dotted}.weight"
+    if table is not None and not _unet_side(path):
+        place = table.place(path, None)
+        return f"diffusion_model.{place[0] if place else names.dotted(path)}.weight"
+    return f"diffusion_model.{names.dotted(to_ldm(path, family))}.weight"
 
 
 def bare(name: str) -> str:
@@ -212,14 +215,8 @@ def respell(layers: Iterable[str], style: str, unet: UNet = "keep") -> dict[str,
         LoHaError: an unknown style, two names that would become one, or a module whose name in that style is not
             known: a file that says so in its names and is not read by them is lost work.
     """
-    style = _ALIASES.get(style, style)
-    if style not in STYLES or unet not in ("keep", "diffusers", "ldm"):
-        raise LoHaError(
-            f"no spelling {style!r} with {unet!r} names; there are {', '.join(STYLES)}; keep, diffusers, ldm"
-        )
-    own = {"diffusers": "diffusers", "native": "ldm"}.get(style, unet)
-    if unet not in ("keep", own):
-        raise LoHaError(f"{style} names have {own}'s blocks in a U-Net, not {unet}'s; leave that choice out")
+    style = style_of(style, unet)
+    own = _UNET_OF.get(style, unet)
     layers = list(layers)
     lead, family = _leads(layers, style), family_of(layers)
     found = {name: lead[identity(name)[0]] + _path(name, style, own, family) for name in layers}
@@ -228,6 +225,29 @@ def respell(layers: Iterable[str], style: str, unet: UNet = "keep") -> dict[str,
         if spelled.setdefault(new, name) != name:
             raise LoHaError(f"{name} and {spelled[new]} would both become {new}; leave out or rename one")
     return found
+
+
+def style_of(style: str, unet: UNet) -> str:
+    """One of STYLES.
+
+    Raises:
+        LoHaError: no such style, or one that has other names for a U-Net's blocks.
+    """
+    style = _ALIASES.get(style, style)
+    if style not in STYLES or unet not in ("keep", "diffusers", "ldm"):
+        raise LoHaError(
+            f"no spelling {style!r} with {unet!r} names; there are {', '.join(STYLES)}; keep, diffusers, ldm"
+        )
+    own = _UNET_OF.get(style, unet)
+    if unet not in ("keep", own):
+        raise LoHaError(f"{style} names have {own}'s blocks in a U-Net, not {unet}'s; leave that choice out")
+    return style
+
+
+def is_dit(name: str) -> bool:
+    """Whether a module is of a diffusion model that is no U-Net of Stable Diffusion's."""
+    component, path = identity(name)
+    return component == "unet" and not _unet_side(path)
 
 
 def _leads(layers: list[str], style: str) -> dict[str, str]:
@@ -257,7 +277,8 @@ def _unet_side(path: str) -> str | None:
         for side, plain in (("ldm", names.flat(ldm)), ("diffusers", names.flat(diffusers))):
             if path == plain or path.startswith(f"{plain}_"):
                 return side
-    return _side(path, _UNET_SIDES)
+    # Stable Cascade counts within its lists of that name.
+    return None if re.match(r"(?:down|up)_blocks_\d+_\d", path) else _side(path, _UNET_SIDES)
 
 
 def _dit_side(name: str) -> str | None:
@@ -339,11 +360,19 @@ def spelled_like(first: Iterable[str], others: Iterable[str]) -> dict[str, str]:
     ldm = any(path_of(n).startswith(_UNET_SIDES["ldm"]) for n in first)
     prefixes = {identity(name)[0]: name.removesuffix(bare(name)) for name in first}
     family, found = family_of(first), {}
+    whose = next((side for name in first if is_dit(name) and (side := _dit_side(name))), None)
     for name in others:
         component = identity(name)[0]
         if identity(name) in own:
             found[name] = own[identity(name)]
-            continue
-        path = _path(name, style, "ldm" if ldm else "diffusers", family)
-        found[name] = prefixes.get(component, _LEADS[style][component]) + path
+        elif is_dit(name) and whose in (None, _dit_side(name)):
+            written = names.flat(bare(name)) if style == "kohya" else _with_dots(bare(name))
+            found[name] = prefixes.get(component, _LEADS[style][component]) + written
+        else:
+            path = _path(name, style, "ldm" if ldm else "diffusers", family)
+            found[name] = prefixes.get(component, _LEADS[style][component]) + path
     return found
+
+
+def _with_dots(name: str) -> str:
+    return name if "." in name else _dotted(name, name)
