@@ -281,9 +281,10 @@ def test_every_name_of_a_family_leads_to_its_weight_and_its_rows(family, prefix)
         for part, span in (*whole.parts, *family.others(split(flat(name))[1])):
             if family.weight(split(flat(part))[1]) not in (None, whole):
                 continue  # one side's name for this is the other's for something else: the original's counts
-            wanted = (
-                key if span is None else (key, None, swap_halves) if span.swapped else (key, (0, *span.rows(*shape)))
-            )
+            rows = None if span is None or span.swapped else (0, *span.rows(*shape))
+            wanted = key if rows in (None, (0, 0, shape[0])) else (key, rows)
+            if span is not None and span.swapped:
+                wanted = (key, None, swap_halves)
             for spelled in SPELLED.values():
                 assert network.find(spelled(part)) == wanted, spelled(part)
 
