@@ -22,6 +22,7 @@ from .bind import Network, Target
 from .errors import LoHaError
 from .formats.container import atomic, check_is_safetensors
 from .naming import names, spelling
+from .naming.recognise import diffusion_paths, families_of
 from .quantised import FLOATS, survey
 
 # Those that quantised weights and their scales have, too; powers of two (F8_E8M0) as bytes.
@@ -210,8 +211,11 @@ def modules(shapes: Mapping[str, tuple[int, ...]], least_axes: int = 2) -> dict[
     A Stable Diffusion U-Net's blocks get diffusers' names, whichever the file has; a DiT's keep their own.
     """
     found: dict[str, Target] = {}
+    paths = diffusion_paths(shapes)
+    families = families_of(paths.values())
     for key, shape in shapes.items():
-        if len(shape) < least_axes or _NOT_ADAPTED.match(key):
+        is_known = key in paths and any(family.weight(paths[key]) for family in families)
+        if len(shape) < least_axes or (_NOT_ADAPTED.match(key) and not is_known):
             continue
         lead, rest = next(((new, key[len(old) :]) for old, new in _PARTS if key.startswith(old)), ("lora_unet_", key))
         if openclip := re.fullmatch(r"transformer\.resblocks\.(\d+)\.(.+?)(?:\.weight)?", rest):

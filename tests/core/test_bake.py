@@ -13,11 +13,14 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from loha_core import Adapter, LoHaError, apply_to_checkpoint, load_adapter
+from loha_core import Adapter, LoHaError, apply_to_checkpoint, load_adapter, save_adapter
 from loha_core.blocks import BlockStrength
+from loha_core.naming.names import flat
+from loha_core.naming.tables import FAMILIES
+from loha_core.respell import respelled
 from loha_core.weights import Weights, network
 
-from . import oracle, samples
+from . import families, oracle, samples
 from .processes import PATIENCE
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -279,3 +282,39 @@ def test_a_checkpoint_that_is_none(tmp_path):
     (tmp_path / "m.safetensors").write_bytes(b"PK" * 99)
     with pytest.raises(LoHaError, match="pickle"):
         apply_to_checkpoint(tmp_path / "m.safetensors", [adapter()], 1.0, tmp_path / "out.safetensors")
+
+
+@pytest.mark.parametrize("style", ["kohya", "native", "diffusers"])
+@pytest.mark.parametrize("family", FAMILIES.values(), ids=list(FAMILIES))
+def test_bare_checkpoints_of_every_family(tmp_path, family, style):
+    """Row 4 of issue 14: by the original's names and by diffusers', every layer finds its weight."""
+    weights = {f"{name}.weight": torch.randn(shape) for name, shape in families.weights(family).items()}
+    save_file(weights, tmp_path / "bare.safetensors")
+    adapter = families.native(family)
+    save_adapter(respelled(adapter, style), tmp_path / "adapter.safetensors")
+    loaded = load_adapter(tmp_path / "adapter.safetensors")
+    [report] = apply_to_checkpoint(tmp_path / "bare.safetensors", [loaded], 0.5, tmp_path / "out.safetensors")
+    assert not report.unmatched and len(report.matched["checkpoint"]) == len(loaded.layers)
+    baked = load_file(tmp_path / "out.safetensors")
+    for name, layer in adapter.layers.items():
+        key = next(key for key in weights if f"lora_unet_{flat(key.removesuffix('.weight'))}" == name)
+        exact = weights[key].double() + 0.5 * layer.delta(torch.float64)
+        assert (baked[key] - exact).norm() <= 1e-6 * exact.norm(), key
+
+
+@pytest.mark.parametrize("style", ["kohya", "diffusers"])
+def test_a_checkpoint_in_diffusers_names(tmp_path, style):
+    """A fused layer is cut to the weights that are there."""
+    family = FAMILIES["Flux"]
+    adapter = families.native(family)
+    cut = respelled(adapter, "diffusers")
+    names = {name: f"{name.removeprefix('transformer.')}.weight" for name in cut.layers}
+    weights = {key: torch.randn(cut.layers[name].shape) for name, key in names.items()}
+    save_file(weights, tmp_path / "bare.safetensors")
+    loaded = respelled(adapter, style)
+    [report] = apply_to_checkpoint(tmp_path / "bare.safetensors", [loaded], 1.0, tmp_path / "out.safetensors")
+    assert not report.unmatched
+    baked = load_file(tmp_path / "out.safetensors")
+    for name, key in names.items():
+        exact = weights[key].double() + cut.layers[name].delta(torch.float64)
+        assert (baked[key] - exact).norm() <= 1e-6 * exact.norm(), key
