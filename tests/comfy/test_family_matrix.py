@@ -20,6 +20,7 @@ from torch import Tensor
 from loha_core import Adapter, LoHaFactors, load_adapter, save_adapter
 from loha_core.naming.families import Family
 from loha_core.naming.names import flat
+from loha_core.naming.readers import COMFYUI, unread
 from loha_core.respell import respelled
 
 from ..reduced_families import flat_path, weights_of
@@ -113,6 +114,8 @@ def test_every_spelling_is_found_and_saved(pack, family, table, tmp_path):
             assert sorted(read.layers) == sorted(name.removeprefix("base_model.model.") for name in adapter.layers)
             assert_same(by_us(pack, read, model), wanted)
             native = [name for name in adapter.layers if name in keys]
+            if COMFYUI not in (unread(adapter.layers) or ""):
+                assert len(native) == len(adapter.layers), "nothing was said of what it does not find"
             for n, count in enumerate((len(read.layers), len(native), len(adapter.layers))):
                 cells.setdefault(spelling, [0, 0, 0])[n] += count
             if native:
