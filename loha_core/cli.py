@@ -282,9 +282,10 @@ def _output(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--format", choices=("lycoris", "peft"), default="lycoris", help="one file, or a PEFT folder")
     parser.add_argument(
         "--names",
-        choices=("keep", *STYLES, "lycoris"),
+        choices=("keep", *STYLES, "lycoris", "peft"),
         default="keep",
-        help="of modules: as the (first) file spells them, or kohya's (lycoris: the same), diffusers', ComfyUI's own",
+        help="of modules: as the (first) file spells them, or kohya's (lycoris: the same), diffusers', ComfyUI's own; "
+        "peft: --format peft",
     )
     parser.add_argument("--dtype", choices=_DTYPES, help="of the tensors that are written")
 
@@ -292,6 +293,8 @@ def _output(parser: argparse.ArgumentParser) -> None:
 def _saved(made: Made, o: argparse.Namespace, inputs: Sequence[str], cast: bool = True) -> str:
     """Write what was made, unless it would go over an input or, without --force, over anything."""
     output = Path(o.output)
+    if o.names == "peft":
+        o.format, o.names = "peft", "diffusers"
     for name in inputs:
         if output.exists() and Path(name).exists() and os.path.samefile(output, name):
             raise LoHaError(f"{output}: is an input, which is never changed; choose another name")

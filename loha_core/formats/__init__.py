@@ -74,13 +74,15 @@ def save_adapter(
         path: a ``.safetensors``/``.sft`` file for "lycoris", a folder for "peft".
         names: of modules: "keep", as the adapter has them, which is as its file had them (what comes from PEFT or from
             a model's own modules gets the names that readers of single files know); or those of "kohya", "diffusers"
-            or "native" (ComfyUI).
+            or "native" (ComfyUI); "peft" means the format of that name with diffusers' names.
         dtype: of the saved tensors; by default each keeps its own, bit for bit.
 
     Raises:
         LoHaError: values that are not finite (also after the cast), what the format cannot hold, names that are not
             known in that spelling, or a path that cannot be written. An existing file is then left as it was.
     """
+    if names == "peft":
+        format, names = "peft", "diffusers"
     if format not in _WRITERS:
         raise LoHaError(f"format is {format!r}; expected one of {', '.join(map(repr, _WRITERS))}")
     if dtype is not None and not dtype.is_floating_point:

@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from loha_core import Adapter, LoHaError, merge, to_lora
+from loha_core import Adapter, LoHaError, load_adapter, merge, save_adapter, to_lora
 from loha_core.adapter import modules
+from loha_core.cli import main
 from loha_core.mixed import LoRAFactors, split
 from loha_core.naming.names import flat
 from loha_core.naming.names import split as path_of
@@ -279,3 +280,15 @@ def test_the_page_of_all_names_is_what_the_tables_say():
 )
 def test_who_may_not_find_it(spelling, said):
     assert (unread([spelling]) or "None").startswith(str(said))
+
+
+def test_pefts_style_is_its_folder(tmp_path):
+    adapter = families.native(FAMILIES["Wan"])
+    save_adapter(adapter, tmp_path / "in.safetensors")
+    assert main(["convert", str(tmp_path / "in.safetensors"), "--names", "peft", "-o", str(tmp_path / "a")]) == 0
+    save_adapter(adapter, tmp_path / "b", names="peft")
+    for name in "ab":
+        assert (tmp_path / name / "transformer" / "adapter_config.json").is_file()
+        found = load_adapter(tmp_path / name)
+        assert "transformer.blocks.0.attn1.to_q" in found.layers
+        assert_same(deltas(found), deltas(adapter))
