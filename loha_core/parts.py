@@ -26,7 +26,7 @@ def cut(name: str, layer: Layer, start: int, length: int) -> Layer:
     """
     if start < 0 or start + length > layer.shape[0]:
         raise LoHaError(f"{name}: rows {start} to {start + length} of an update of shape {layer.shape}")
-    return _rows(name, layer, torch.arange(start, start + length), is_whole=False)
+    return rows_of(name, layer, torch.arange(start, start + length), is_whole=False)
 
 
 def swapped(layer: Layer) -> Layer:
@@ -35,7 +35,7 @@ def swapped(layer: Layer) -> Layer:
     Of a scale and a shift some models have the one first, some the other; other weights of that name stay as they are.
     """
     out, inner = layer.shape[:2]
-    return _rows("", layer, torch.arange(out).roll(out // 2), is_whole=True) if out == 2 * inner else layer
+    return rows_of("", layer, torch.arange(out).roll(out // 2), is_whole=True) if out == 2 * inner else layer
 
 
 def swap_halves(weight: Tensor) -> Tensor:
@@ -43,7 +43,15 @@ def swap_halves(weight: Tensor) -> Tensor:
     return weight.roll(weight.shape[0] // 2, 0)
 
 
-def _rows(name: str, layer: Layer, rows: Tensor, is_whole: bool) -> Layer:
+def rows_of(name: str, layer: Layer, rows: Tensor, is_whole: bool) -> Layer:
+    """These rows of ΔW, in this order; DoRA's magnitudes along the outputs go with them.
+
+    Args:
+        is_whole: all rows are among them.
+
+    Raises:
+        LoHaError: DoRA along the inputs, and not all rows.
+    """
     magnitude = layer.dora_scale
     if magnitude is not None:
         if algebra.dora_axis(magnitude, layer.shape) == 0:

@@ -156,7 +156,7 @@ def _ambiguous(source: str, families: Iterable[Family]) -> LoHaError:
 
 def _steps_of(family: Family, side: Side, weight: str, span: Span | None) -> list[_Step]:
     """What becomes of a layer on ``span`` of the original's ``weight``."""
-    whole = family.weight(names.split(names.flat(weight))[1])
+    whole = family.weight(weight)
     assert whole is not None, weight
     if span is not None and not span.swapped and len(whole.parts) == 1:
         span = None  # the weight has one part, all of it
@@ -203,7 +203,7 @@ def _remade(
 
 def _joined(source: str, pieces: list[tuple[str, Span, Layer]], family: Family, weight: str) -> Layer:
     """One layer of the layers of a fused weight's rows, all of them or some."""
-    whole = family.weight(names.split(names.flat(weight))[1])
+    whole = family.weight(weight)
     assert whole is not None, weight
     inner = pieces[0][2].shape[1]
     last = max((part.span for part in whole.parts if part.span), key=lambda span: span.stop[::-1])

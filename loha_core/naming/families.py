@@ -151,7 +151,7 @@ class Family:
         return _indexed((row.diffusers, row) for row in (*self.rows, *self.other_rows))
 
     def weight(self, path: str) -> Weight | None:
-        """The weight that the original calls ``path``, which is flat as `names.split` gives it."""
+        """The weight that the original calls ``path``, dotted or as `names.split` gives it."""
         found = list(_matching(self._by_native, path, lambda row: row.native))
         return Weight(_filled(found[0][0].native, found[0][1]), _parts(found)) if found else None
 
@@ -181,7 +181,7 @@ class Family:
             return False
         weight, span = place
         if span is None:
-            whole = self.weight(split(flat(weight))[1])
+            whole = self.weight(weight)
             spans = [part.span for part in whole.parts if part.span] if whole else []
             span = Span((0.0, 0.0), max((each.stop for each in spans), key=lambda stop: stop[::-1], default=(0.0, 1.0)))
         return span.height(shape[1], shape[0]) is not None or span.rows(0, shape[1])[1] == shape[0]

@@ -37,12 +37,13 @@ def unread(names: Iterable[str]) -> str | None:
     family = family_of(split(name)[1] for name in dit)
     if family is None:
         return None
-    lost = {who: [name for name in dit if who not in _readers(name, family)] for who in (COMFYUI, KOHYA)}
+    readers = {name: _readers(name, family) for name in dit}
+    lost = {who: [name for name, by in readers.items() if who not in by] for who in (COMFYUI, KOHYA)}
     lost = {who: missing for who, missing in lost.items() if missing}
     if not lost:
         return None
     count, example = max(map(len, lost.values())), next(iter(lost.values()))[0]
-    return f"{' and '.join(lost)} may not find {count} of {len(dit)} layers by these names ({example}, …)"
+    return f"{' and '.join(lost)} may not find {count} of {len(readers)} layers by these names ({example}, …)"
 
 
 def _readers(name: str, family: Family) -> set[str]:

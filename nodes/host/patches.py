@@ -19,6 +19,7 @@ from torch import Tensor
 from loha_core import Adapter, LoHaError, LoHaFactors, Network, Report, add_delta_, algebra, bind
 from loha_core.adapter import split_other
 from loha_core.bind import Target, reason, weight_key
+from loha_core.parts import rows_of
 
 from . import weights
 
@@ -108,13 +109,9 @@ def reordered(factors: LoHaFactors, target: Target) -> LoHaFactors | None:
     found = function(torch.arange(out, dtype=torch.float32).unsqueeze(1)).long()
     if found.shape != (out, 1) or not torch.equal(found.flatten().sort().values, torch.arange(out)):
         return None
-    rows = found.flatten().to(factors.w1_a.device)
-    axis = 1 if factors.is_tucker else 0
-    magnitude = factors.dora_scale
-    if magnitude is not None and magnitude.numel() == out:
-        magnitude = magnitude.reshape(-1, *[1] * (magnitude.dim() - 1))[rows].reshape(magnitude.shape)
-    w1_a, w2_a = (a.index_select(axis, rows) for a in (factors.w1_a, factors.w2_a))
-    return replace(factors, w1_a=w1_a, w2_a=w2_a, dora_scale=magnitude)
+    moved = rows_of("", factors, found.flatten(), is_whole=True)
+    assert isinstance(moved, LoHaFactors)
+    return moved
 
 
 def _is_identity(function: Callable[[Tensor], Tensor]) -> bool:
