@@ -28,8 +28,8 @@ from typing import NamedTuple
 
 import torch
 
-from loha_core import LoHaFactors, add_delta_, gemm, plan
-from loha_core.kernels import tiles
+from loha_core import LoHaFactors, add_delta_, plan
+from loha_core.ops import gemm, tiles
 
 from . import memory
 from .shapes import MODELS, Shape, distinct

@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import save_file
 
 from loha_core import extract
-from loha_core.weights import Weights
+from loha_core.models.tensor_file import Weights
 
 from .merge import layers, measured, random_adapter
 

@@ -72,7 +72,7 @@ def load_pack() -> Any:
     sys.modules["ComfyUI-LoHa"] = pack = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(pack)
     asyncio.run(pack.comfy_entrypoint())
-    return sys.modules["ComfyUI-LoHa.nodes.bridge"]
+    return sys.modules["ComfyUI-LoHa.nodes.host.modes"]
 
 
 def build() -> tuple[Any, Any]:

@@ -102,10 +102,10 @@ def _ours(model: Any, latents: Any, conditioning: Any, steps: int, rate: float, 
     import folder_paths
     import torch
 
-    from loha_core.training.data import Dataset, Item
+    from loha_core.training.data.dataset import Dataset, Item
 
     nodes = sys.modules["ComfyUI-LoHa.nodes"]
-    pack = {name: sys.modules[f"{nodes.__name__}.{name}"] for name in ("trainer", "network", "optimizer")}
+    pack = {name: sys.modules[f"{nodes.__name__}.graph.{name}"] for name in ("trainer", "network", "optimizer")}
     folder_paths.set_output_directory(tempfile.mkdtemp())
     with torch.inference_mode(False):
         items = [Item(latent.clone(), conditioning=c) for latent, c in zip(latents, conditioning, strict=True)]

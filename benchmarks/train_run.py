@@ -30,7 +30,7 @@ def prepared() -> tuple[Any, Any]:
     import comfy.sd
 
     from demo import digits, model, prepare
-    from loha_core.training.data import Dataset, Item
+    from loha_core.training.data.dataset import Dataset, Item
 
     path = Path(tempfile.mkdtemp()) / prepare.CHECKPOINT
     model.save_checkpoint(model.load_int8(prepare.BASE), path, {})
@@ -43,7 +43,7 @@ def prepared() -> tuple[Any, Any]:
 
 
 def train(model: Any, dataset: Any, steps: int, name: str) -> None:
-    nodes = {n: sys.modules[f"ComfyUI-LoHa.nodes.{n}"] for n in ("trainer", "network")}
+    nodes = {n: sys.modules[f"ComfyUI-LoHa.nodes.graph.{n}"] for n in ("trainer", "network")}
     nodes["trainer"].LoHaTrainer.execute(
         model, None, name, False, dataset=dataset, network=nodes["network"].network_config(), steps=steps, epochs=0,
         batch_size=4, accumulation=1, precision="fp32", training_seed=0, gradient_checkpointing=False, save_every=100,

@@ -5,11 +5,16 @@
 """
 
 from .adapter import Adapter
-from .apply import add_delta_, plan
-from .bake import apply_to_checkpoint
 from .bind import Binding, Network, Report, bind
-from .config import LoHaConfig
-from .convert import (
+from .errors import LoHaError
+from .factors import KhatriRao, LoHaFactors
+from .formats import load_adapter, save_adapter
+from .formats.describe import describe
+from .models.bake import apply_to_checkpoint
+from .models.extract import extract
+from .ops.apply import add_delta_, plan
+from .ops.functional import loha_conv, loha_delta, loha_linear
+from .transform.convert import (
     bake_blocks,
     change_alpha,
     from_lora,
@@ -20,17 +25,12 @@ from .convert import (
     to_lycoris,
     to_peft,
 )
-from .describe import describe
-from .errors import LoHaError
-from .extract import extract
-from .factors import KhatriRao, LoHaFactors
-from .formats import load_adapter, save_adapter
-from .functional import loha_conv, loha_delta, loha_linear
-from .layers import LoHaConv1d, LoHaConv2d, LoHaConv3d, LoHaLayer, LoHaLinear
-from .lora import Lora
-from .merge import Made, merge
-from .model import LoHaModel, get_peft_model
-from .updates import ErrorReport, LayerError
+from .transform.merge import Made, merge
+from .transform.report import ErrorReport, LayerError
+from .tuner.config import LoHaConfig
+from .tuner.layers import LoHaConv1d, LoHaConv2d, LoHaConv3d, LoHaLayer, LoHaLinear
+from .tuner.lora import Lora
+from .tuner.model import LoHaModel, get_peft_model
 
 __version__ = "0.1.0"
 

@@ -6,9 +6,14 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
+import torch
 from torch import Tensor
 
-from .factors import LoHaFactors
+from .errors import LoHaError
+from .factors import Layer, LoHaFactors, LoRAFactors
+
+# What PEFT puts before the name of every module.
+WRAPPER = "base_model.model."
 
 # Suffixes of adapters that are not LoHa but may share the file.
 OTHER_SUFFIXES = (
@@ -19,6 +24,20 @@ OTHER_SUFFIXES = (
     ".a1.weight .a2.weight .b1.weight .b2.weight "
     ".oft_blocks .oft_diag .rescale .w_norm .b_norm .diff .diff_b .set_weight .reshape_weight .alpha .dora_scale"
 ).split()
+
+# Suffixes of a LoRA's two factors, as trainers spell them; the first is the one that is written.
+_UP_DOWN = (
+    ("lora_up.weight", "lora_down.weight"),
+    ("lora_B.weight", "lora_A.weight"),
+    ("lora.up.weight", "lora.down.weight"),
+    ("lora_linear_layer.up.weight", "lora_linear_layer.down.weight"),
+    ("lora_B.default.weight", "lora_A.default.weight"),
+    ("lora_B", "lora_A"),
+    ("lora_up", "lora_down"),
+)
+_SHARED = ("alpha", "dora_scale", "lora_mid.weight")
+# Differences of whole tensors: they add up as they are.
+DIFFERENCES = ("diff", "diff_b", "w_norm", "b_norm")
 
 
 @dataclass(eq=False)
@@ -78,3 +97,48 @@ def renamed(adapter: Adapter, new: Mapping[str, str]) -> Adapter:
 
     layers = {new[name]: factors for name, factors in adapter.layers.items()}
     return replace(adapter, layers=layers, extras={key_of(key): t for key, t in adapter.extras.items()})
+
+
+def split(adapter: Adapter) -> tuple[dict[str, Layer], dict[str, Tensor]]:
+    """Every low-rank layer by module name, and the tensors that are none: LoKr, norms, embeddings.
+
+    Raises:
+        LoHaError: half of a LoRA is missing, or its shapes don't fit together; names file and key.
+    """
+    layers: dict[str, Layer] = dict(adapter.layers)
+    modules: dict[str, dict[str, Tensor]] = {}
+    for key, tensor in adapter.extras.items():
+        if found := split_other(key):
+            modules.setdefault(found[0], {})[found[1]] = tensor
+    used: set[str] = set()
+    for module, parts in modules.items():
+        pair = next((pair for pair in _UP_DOWN if set(pair) & parts.keys()), None)
+        if pair is None:
+            continue
+        if missing := [name for name in pair if name not in parts]:
+            raise LoHaError(
+                f"{adapter.source}: {module}.{missing[0]} is missing; the file is incomplete, save it again"
+            )
+        name = module.removeprefix(WRAPPER)
+        if name in layers:
+            raise LoHaError(f"{adapter.source}: {name} is both a LoHa and a LoRA layer; rename one of them")
+        up, down = (parts[suffix] for suffix in pair)
+        try:
+            alpha = float(parts["alpha"]) if "alpha" in parts else float(down.shape[0])
+            layers[name] = LoRAFactors(up, down, alpha, parts.get("lora_mid.weight"), parts.get("dora_scale"))
+        except (LoHaError, RuntimeError) as error:
+            raise LoHaError(f"{adapter.source}: {module}: {error}") from None
+        used |= {f"{module}.{suffix}" for suffix in (*pair, *_SHARED)}
+    return layers, {key: tensor for key, tensor in adapter.extras.items() if key not in used}
+
+
+def join(layers: Mapping[str, Layer], rest: Mapping[str, Tensor], like: Adapter) -> Adapter:
+    """The inverse of `split`: LoRA layers become extras in kohya's spelling, with their alpha."""
+    extras = dict(rest)
+    for name, layer in layers.items():
+        if isinstance(layer, LoRAFactors):
+            extras |= {f"{name}.{suffix}": tensor for suffix, tensor in layer.tensors().items()}
+            alpha = torch.tensor(layer.alpha, dtype=torch.float64)
+            extras[f"{name}.alpha"] = alpha.float() if float(alpha.float()) == layer.alpha else alpha
+    kept = {name: layer for name, layer in layers.items() if isinstance(layer, LoHaFactors)}
+    return replace(like, layers=kept, extras=extras, metadata=dict(like.metadata), notes=[])

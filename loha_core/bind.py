@@ -6,19 +6,15 @@ import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from math import prod
 from typing import Any
 
-import torch
-
-from . import algebra
-from .adapter import Adapter
+from .adapter import WRAPPER, Adapter
 from .errors import LoHaError
-from .factors import LoHaFactors
+from .factors import LoHaFactors, same, shape_mismatch
 from .naming import names
 from .naming.families import Span
+from .naming.parts import swap_halves, swapped
 from .naming.recognise import diffusion_paths, families_of
-from .parts import swap_halves, swapped
 
 # A weight's key, or (key, (axis, start, length)[, function]) for a slice of a fused weight, as ComfyUI writes it.
 Target = Any
@@ -49,7 +45,7 @@ class Network:
 
     def find(self, name: str) -> Target | None:
         """The weight that a file's module name means, or None."""
-        exact = self._exact.get(names.flat(name.removeprefix(names.WRAPPER)))
+        exact = self._exact.get(names.flat(name.removeprefix(WRAPPER)))
         if exact is not None:
             return exact
         component, path = names.split(name)
@@ -156,7 +152,7 @@ def bind(adapter: Adapter, networks: Mapping[str, Network], absent: Iterable[str
     report = Report(adapter.source, adapter.dialect, notes=list(adapter.notes))
     layers: dict[str, list[tuple[str, Target, LoHaFactors]]] = {label: [] for label in networks}
     acting: dict[tuple[str, Target], list[LoHaFactors]] = defaultdict(list)
-    misfits: list[str] = []
+    mismatches: list[str] = []
     for name, factors in adapter.layers.items():
         for label, network in networks.items():
             target = network.find(name)
@@ -166,10 +162,10 @@ def bind(adapter: Adapter, networks: Mapping[str, Network], absent: Iterable[str
                 reordered, target = swapped(factors), target[0]
                 assert isinstance(reordered, LoHaFactors)
                 factors = reordered
-            if problem := misfit(factors, network.shape(target)):
-                misfits.append(f"{name}: {problem}")
+            if mismatch := shape_mismatch(factors, network.shape(target)):
+                mismatches.append(f"{name}: {mismatch}")
                 break
-            if any(_equal(factors, other) for other in acting[label, target]):
+            if any(same(factors, other) for other in acting[label, target]):
                 report.notes.append(f"{name} repeats another key for the same weight; applied once")
             else:
                 acting[label, target].append(factors)
@@ -177,44 +173,20 @@ def bind(adapter: Adapter, networks: Mapping[str, Network], absent: Iterable[str
             report.matched[label].append(name)
             break
         else:
-            report.unmatched[name] = reason(name, networks, absent)
-    if misfits:
-        shown = "\n  ".join(misfits[:5]) + (f"\n  … and {len(misfits) - 5} more" if len(misfits) > 5 else "")
+            report.unmatched[name] = why_unmatched(name, networks, absent)
+    if mismatches:
+        shown = "\n  ".join(mismatches[:5]) + (f"\n  … and {len(mismatches) - 5} more" if len(mismatches) > 5 else "")
         raise LoHaError(
-            f"{adapter.source}: made for another model: {len(misfits)} of {len(adapter.layers)} layers have shapes "
+            f"{adapter.source}: made for another model: {len(mismatches)} of {len(adapter.layers)} layers have shapes "
             f"that do not fit.\n  {shown}\nNothing was applied. Choose the checkpoint family that it was trained on."
         )
     return Binding(layers, report)
 
 
-def reason(name: str, networks: Iterable[str], absent: Iterable[str]) -> str:
+def why_unmatched(name: str, networks: Iterable[str], absent: Iterable[str]) -> str:
     """Why a key found no weight."""
     is_text = names.split(name)[0].startswith("te") or name.startswith("text_encoders.")
     missing = [label for label in absent if is_text == (label == "CLIP")]
     if missing:
         return f"belongs to the {missing[0]}, and none is connected"
     return f"no such layer in the {' or '.join(networks)}"
-
-
-def misfit(factors: LoHaFactors, shape: tuple[int, ...]) -> str | None:
-    """Why factors cannot act on a weight of this shape, or None."""
-    out, inner = shape[0] if shape else 1, shape[1:]
-    found = factors.shape
-    fits = found[0] == out and prod(found[1:]) == prod(inner)
-    if factors.is_tucker:
-        # PEFT drops an axis of 1 from a kernel.
-        kernel, wanted = ([k for k in axes if k != 1] for axes in (found[2:], inner[1:]))
-        fits = fits and found[1] == (inner[0] if inner else 1) and kernel == wanted
-    if not fits:
-        return f"an update of shape {found} for a weight of shape {tuple(shape)}"
-    if factors.dora_scale is not None:
-        try:
-            algebra.dora_axis(factors.dora_scale, shape)
-        except ValueError as error:
-            return str(error)
-    return None
-
-
-def _equal(x: LoHaFactors, y: LoHaFactors) -> bool:
-    mine, other = x.tensors(), y.tensors()
-    return x.alpha == y.alpha and mine.keys() == other.keys() and all(torch.equal(mine[k], other[k]) for k in mine)

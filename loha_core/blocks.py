@@ -11,7 +11,18 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from .errors import LoHaError
-from .layouts import ALL, BASE, FAMILIES, FIRST_GUESSES, LAYOUTS, PARTS, THIRDS, Layout, block_of_key, spelling_of
+from .naming.layouts import (
+    ALL,
+    BASE,
+    FAMILIES,
+    FIRST_GUESSES,
+    LAYOUTS,
+    PARTS,
+    THIRDS,
+    Layout,
+    block_of_key,
+    spelling_of,
+)
 
 __all__ = ["FAMILIES", "LAYOUTS", "PRESETS", "BlockStrength", "Layout", "Rule", "Setting", "block_of_key"]
 

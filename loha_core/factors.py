@@ -1,9 +1,11 @@
-"""The one value type: the factorization of one weight's update."""
+"""The factorization of one weight's update: as a LoHa, and as a LoRA for the layers of mixed files."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
+from math import prod
 from typing import Any, NamedTuple
 
 import torch
@@ -151,6 +153,107 @@ class LoHaFactors:
     def norm(self) -> float:
         """Frobenius norm of scale·ΔW."""
         return algebra.norm(self)
+
+    def product(self) -> tuple[Tensor, Tensor]:
+        """ΔW·scale = U·V: U (o, r²), V (r², i·∏k), a Tucker core folded into V; in float32 or float64."""
+        u, v, core = self.khatri_rao()
+        return u, v if core is None else torch.einsum("PQ...,Qi->Pi...", core, v).flatten(1)
+
+    @classmethod
+    def from_product(cls, u: Tensor, v: Tensor) -> LoHaFactors:
+        """U (o, R) · V (R, n) as a LoHa of rank R: alpha is the rank, and the second half is exactly one everywhere."""
+        ones = torch.zeros_like(v)
+        ones[0] = 1
+        return cls(u, v, torch.ones_like(u), ones, alpha=u.shape[1])
+
+
+@dataclass(frozen=True, eq=False)
+class LoRAFactors:
+    """ΔW = alpha/r · up·down; with a core (Tucker) up·mid·down. As `LoHaFactors` for a LoRA layer of a mixed file.
+
+    Attributes:
+        up: (o, r) or (o, r, 1, …).
+        down: (r, i, *k).
+        mid: (r, r, *k), with down (r, i, 1, …).
+    """
+
+    up: Tensor
+    down: Tensor
+    alpha: float
+    mid: Tensor | None = None
+    dora_scale: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        up, down = tuple(self.up.shape), tuple(self.down.shape)
+        if len(up) < 2 or len(down) < 2 or up[1] != down[0] or 0 in up + down:
+            raise LoHaError(f"lora_up {up} and lora_down {down} share no rank; expected (o, r) and (r, i)")
+        if self.mid is not None and tuple(self.mid.shape[:2]) != (self.rank, self.rank):
+            raise LoHaError(f"lora_mid is {tuple(self.mid.shape)}; expected ({self.rank}, {self.rank}, *kernel)")
+
+    @classmethod
+    def of(cls, tensors: Mapping[str, Tensor], alpha: float) -> LoRAFactors:
+        """From tensors by suffix, the inverse of `tensors`."""
+        up, down = tensors["lora_up.weight"], tensors["lora_down.weight"]
+        return cls(up, down, alpha, tensors.get("lora_mid.weight"), tensors.get("dora_scale"))
+
+    @property
+    def rank(self) -> int:
+        return self.down.shape[0]
+
+    @property
+    def scale(self) -> float:
+        return self.alpha / self.rank
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """(o, i, *k) as far as the file tells the kernel."""
+        kernel = self.down.shape[2:] if self.mid is None else self.mid.shape[2:]
+        return (self.up.shape[0], self.down.shape[1], *kernel)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.up.dtype
+
+    def tensors(self) -> dict[str, Tensor]:
+        """By suffix, as kohya's files have them; alpha apart."""
+        named = {"lora_up.weight": self.up, "lora_down.weight": self.down, "lora_mid.weight": self.mid}
+        return {key: t for key, t in (named | {"dora_scale": self.dora_scale}).items() if t is not None}
+
+    def product(self) -> tuple[Tensor, Tensor]:
+        """ΔW·scale = U·V: U (o, r), V (r, i·∏k), in float32 or float64."""
+        dtype = algebra.compute_dtype(self.up, self.down)
+        u, v = self.up.flatten(1).to(dtype), self.down.flatten(1).to(dtype)
+        if self.mid is not None:
+            v = torch.einsum("pq...,qi->pi...", self.mid.to(dtype), v).flatten(1)
+        return u * self.scale, v
+
+
+Layer = LoHaFactors | LoRAFactors
+
+
+def same(x: Layer, y: Layer) -> bool:
+    """Whether two layers hold the same numbers."""
+    mine, other = x.tensors(), y.tensors()
+    return x.alpha == y.alpha and mine.keys() == other.keys() and all(torch.equal(mine[k], other[k]) for k in mine)
+
+
+def shape_mismatch(factors: LoHaFactors, shape: tuple[int, ...]) -> str | None:
+    """Why factors cannot act on a weight of this shape, or None."""
+    out, inner = shape[0] if shape else 1, shape[1:]
+    found = factors.shape
+    fits = found[0] == out and prod(found[1:]) == prod(inner)
+    if factors.is_tucker:
+        # PEFT drops an axis of 1 from a kernel.
+        kernel, wanted = ([k for k in axes if k != 1] for axes in (found[2:], inner[1:]))
+        fits = fits and found[1] == (inner[0] if inner else 1) and kernel == wanted
+    if not fits:
+        return f"an update of shape {found} for a weight of shape {tuple(shape)}"
+    if factors.dora_scale is not None:
+        try:
+            algebra.dora_axis(factors.dora_scale, shape)
+        except ValueError as error:
+            return str(error)
+    return None
 
 
 def _number(name: str, value: Any) -> float:

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 from comfy_api.latest import ComfyExtension, io
 
-from . import routes
-from .dataset import LoHaDataset
-from .extract import LoHaExtract
-from .info import LoHaInfo
-from .loader import LoHaApply, LoHaLoadAdapter, LoHaLoader
-from .merge import LoHaConvert, LoHaMerge, LoHaResize
-from .network import LoHaNetwork
-from .optimizer import LoHaObjective, LoHaOptimizer
-from .save import LoHaSave
-from .stack import LoHaStack
-from .strength import LoHaBlockStrength, LoHaSchedule
-from .trainer import LoHaTrainer
+from .graph.dataset import LoHaDataset
+from .graph.extract import LoHaExtract
+from .graph.info import LoHaInfo
+from .graph.loader import LoHaApply, LoHaLoadAdapter, LoHaLoader
+from .graph.merge import LoHaConvert, LoHaMerge, LoHaResize
+from .graph.network import LoHaNetwork
+from .graph.optimizer import LoHaObjective, LoHaOptimizer
+from .graph.save import LoHaSave
+from .graph.stack import LoHaStack
+from .graph.strength import LoHaBlockStrength, LoHaSchedule
+from .graph.trainer import LoHaTrainer
+from .page import routes
 
 
 class LoHaExtension(ComfyExtension):

@@ -13,7 +13,7 @@ from torch import Tensor
 from ..adapter import Adapter, split_other
 from ..errors import LoHaError
 from ..naming.names import WRAPPER
-from ..respell import respelled
+from ..naming.respell import respelled
 from . import lycoris, peft, scales
 from .container import read_tensors
 from .grouping import group

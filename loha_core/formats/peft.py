@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..adapter import Adapter
+from ..adapter import WRAPPER, Adapter
 from ..errors import LoHaError
 from ..factors import LoHaFactors
 from ..naming import names
@@ -58,7 +58,7 @@ def read_file(path: Path, prefix: str = "") -> Adapter:
 
 def from_tensors(tensors: Mapping[str, Tensor], metadata: dict[str, str], path: Path, prefix: str = "") -> Adapter:
     def name_of(module: str) -> str:
-        return prefix + module.removeprefix(names.WRAPPER)
+        return prefix + module.removeprefix(WRAPPER)
 
     tensors = {key: _squeeze_conv1d(key, tensor) for key, tensor in tensors.items()}
     alpha_of = scales.alpha_of(metadata, scales.config_beside(path))
@@ -144,7 +144,7 @@ def _tensors(layers: Mapping[str, LoHaFactors]) -> dict[str, Tensor]:
         for field, tensor in factors.tensors().items():
             if field.startswith("t") and tensor.dim() == 3:
                 tensor = tensor.unsqueeze(3)
-            tensors[f"{names.WRAPPER}{name}.hada_{field}"] = tensor
+            tensors[f"{WRAPPER}{name}.hada_{field}"] = tensor
     return tensors
 
 

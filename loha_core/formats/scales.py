@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from ..adapter import WRAPPER
 from ..errors import LoHaError
 from ..naming import names
 
@@ -30,7 +31,7 @@ def alpha_of(metadata: Mapping[str, str], config: Mapping[str, Any] | None = Non
     kohya = _kohya(metadata)
 
     def alpha(module: str, rank: int) -> float | None:
-        found = None if config is None else _configured(config, module.removeprefix(names.WRAPPER))
+        found = None if config is None else _configured(config, module.removeprefix(WRAPPER))
         found = _packed(packed, module) if found is None else found
         return kohya(module, rank) if found is None else found
 
@@ -110,7 +111,7 @@ def _packed(packed: Mapping[str, Any], module: str) -> float | None:
         return None
     start = f"{lead}." if lead else ""
     config = {key.removeprefix(start): value for key, value in packed.items() if key.startswith(start)}
-    return _configured(config, module.removeprefix(start).removeprefix(names.WRAPPER), DIFFUSERS)
+    return _configured(config, module.removeprefix(start).removeprefix(WRAPPER), DIFFUSERS)
 
 
 # --- kohya's metadata ------------------------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 
-WRAPPER = "base_model.model."
+from ..adapter import WRAPPER
 
 # Prefix -> which network it speaks of. Longest first where one begins another. "" = the file does not say.
 PREFIXES: dict[str, str] = {

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping
 from functools import cache
 from typing import Literal
 
+from ..adapter import WRAPPER
 from ..errors import LoHaError
 from . import names
 from .families import Family
@@ -187,8 +188,8 @@ def native_key(name: str, family: str = "SD1.5", table: Family | None = None) ->
 
 def bare(name: str) -> str:
     """A name less its prefix, as it is spelled."""
-    name = name.removeprefix(names.WRAPPER)
-    return name.removeprefix(names.prefix_of(name) or "").removeprefix(names.WRAPPER)
+    name = name.removeprefix(WRAPPER)
+    return name.removeprefix(names.prefix_of(name) or "").removeprefix(WRAPPER)
 
 
 _LEADS: dict[str, dict[str, str]] = {
@@ -283,7 +284,7 @@ def _unet_side(path: str) -> str | None:
 
 def _dit_side(name: str) -> str | None:
     """Whose names a transformer's module has, by its prefix or its blocks; None where neither tells."""
-    prefix, path = names.prefix_of(name.removeprefix(names.WRAPPER)), path_of(name)
+    prefix, path = names.prefix_of(name.removeprefix(WRAPPER)), path_of(name)
     by_prefix, by_blocks = _SIDE_OF_PREFIX.get(prefix or ""), _side(path, _DIT_SIDES)
     if by_prefix == "diffusers" and by_blocks == "native":
         return "a third's"  # diffusion-pipe's HunyuanVideo
@@ -355,7 +356,7 @@ def spelled_like(first: Iterable[str], others: Iterable[str]) -> dict[str, str]:
     if not first:
         return {name: name for name in others}
     style = "kohya" if "." not in first[0] and (names.prefix_of(first[0]) or "").endswith("_") else "diffusers"
-    if (names.prefix_of(first[0].removeprefix(names.WRAPPER)) or "").endswith("diffusion_model."):
+    if (names.prefix_of(first[0].removeprefix(WRAPPER)) or "").endswith("diffusion_model."):
         style = "native"
     ldm = any(path_of(n).startswith(_UNET_SIDES["ldm"]) for n in first)
     prefixes = {identity(name)[0]: name.removesuffix(bare(name)) for name in first}

@@ -10,9 +10,9 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from ..forwards import acting_as
-from ..layer import LoHaLayer
-from .data import digest
+from ..tuner.forwards import acting_as
+from ..tuner.layer import LoHaLayer
+from .data.dataset import digest
 
 
 @contextmanager

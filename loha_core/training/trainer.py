@@ -21,9 +21,9 @@ from torch import Tensor, nn
 from ..errors import LoHaError
 from ..factors import LoHaFactors
 from ..formats.container import atomic
-from ..layer import LoHaLayer
-from . import checkpoint
-from .data import digest, generator
+from ..tuner.layer import LoHaLayer
+from . import state as checkpoint
+from .data.dataset import digest, generator
 from .optimizers import OptimizerConfig, parameter_groups
 
 ADAPTER = "default"

@@ -25,9 +25,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from loha_core import LoHaError, LoHaFactors, add_delta_, algebra, forwards
-from loha_core.functional import loha_conv, loha_linear
-from loha_core.paths import estimate
+from loha_core import LoHaError, LoHaFactors, add_delta_, algebra
+from loha_core.ops.functional import loha_conv, loha_linear
+from loha_core.ops.paths import estimate
+from loha_core.tuner import forwards
 
 from . import weights
 from .entries import Entry

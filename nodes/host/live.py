@@ -21,9 +21,10 @@ import comfy.utils
 from comfy.patcher_extension import CallbacksMP, PatcherInjection, WrappersMP
 from torch import nn
 
-from loha_core import LoHaError, forwards
+from loha_core import LoHaError
 from loha_core.bind import weight_key
-from loha_core.paths import estimate
+from loha_core.ops.paths import estimate
+from loha_core.tuner import forwards
 
 from . import weights
 from .acting import ActingLayer, Update, is_operator, why_not_live

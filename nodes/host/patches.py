@@ -18,8 +18,8 @@ from torch import Tensor
 
 from loha_core import Adapter, LoHaError, LoHaFactors, Network, Report, add_delta_, algebra, bind
 from loha_core.adapter import split_other
-from loha_core.bind import Target, reason, weight_key
-from loha_core.parts import rows_of
+from loha_core.bind import Target, weight_key, why_unmatched
+from loha_core.naming.parts import rows_of
 
 from . import weights
 
@@ -247,7 +247,7 @@ def _bind_extras(
     for module, parts in modules.items():
         label, target = next(((la, t) for la, n in networks.items() if (t := n.find(module)) is not None), ("", None))
         if target is None:
-            report.unmatched[module] = reason(module, networks, absent)
+            report.unmatched[module] = why_unmatched(module, networks, absent)
             continue
         native, problem = _native_patches(parts, target)
         if problem:

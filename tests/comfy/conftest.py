@@ -49,7 +49,7 @@ def _module(name: str) -> Callable[[ModuleType], ModuleType]:
     return found
 
 
-bridge = _module("bridge")
+bridge = _module("host.modes")
 patches, live, acting, weights = (_module(f"host.{name}") for name in ("patches", "live", "acting", "weights"))
 
 

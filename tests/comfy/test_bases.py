@@ -277,7 +277,7 @@ def test_the_products_of_the_format_go_on(host, base_name, name):
 @pytest.mark.parametrize("base_name", bases.BASES)
 def test_training(pack, table, base_name, dora):
     """Factors' gradients, DoRA's first magnitudes and the input's gradient, against autograd on the held weight."""
-    network = sys.modules[f"{pack.__name__}.nodes.network"]
+    network = sys.modules[f"{pack.__name__}.nodes.graph.network"]
     base, _, bias = made(base_name)
     before, held = storage(base.layer), base.held.double()
     layer = network._class_for(base.layer)(base.layer)
@@ -322,7 +322,7 @@ def relative(found: Tensor, exact: Tensor) -> float:
 @pytest.mark.parametrize("base_name", bases.BASES)
 def test_what_extraction_reads(host, pack, table, base_name, way):
     """The weight as it would run, adapters in, whichever way they are; loaded or not."""
-    extract = sys.modules[f"{pack.__name__}.nodes.extract"]
+    extract = sys.modules[f"{pack.__name__}.nodes.graph.extract"]
     base, _, _ = made(base_name)
     held, chosen = base.held.double(), case("stack")
     patcher = bases.patcher_for(base)

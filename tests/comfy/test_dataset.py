@@ -21,7 +21,7 @@ from PIL import Image
 
 from demo import comfyui, model, prepare
 from loha_core import LoHaError
-from loha_core.training.data import generator, order
+from loha_core.training.data.dataset import generator, order
 
 from . import reduced
 from .test_sampling import ready  # noqa: F401  (the demo's model in the server)
@@ -84,7 +84,7 @@ def clip() -> Any:
 @pytest.fixture
 def node(pack: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.setattr(folder_paths, "temp_directory", str(tmp_path))
-    return sys.modules[f"{pack.__name__}.nodes.dataset"].LoHaDataset
+    return sys.modules[f"{pack.__name__}.nodes.graph.dataset"].LoHaDataset
 
 
 @pytest.fixture

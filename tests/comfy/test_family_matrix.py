@@ -21,7 +21,7 @@ from loha_core import Adapter, LoHaFactors, load_adapter, save_adapter
 from loha_core.naming.families import Family
 from loha_core.naming.names import flat
 from loha_core.naming.readers import COMFYUI, unread
-from loha_core.respell import respelled
+from loha_core.naming.respell import respelled
 
 from ..reduced_families import flat_path, weights_of
 from .test_families import built, each_family

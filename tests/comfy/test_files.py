@@ -20,7 +20,7 @@ def files(pack, tmp_path, monkeypatch):
     monkeypatch.setitem(folder_paths.folder_names_and_paths, "loras", ([str(root)], {".safetensors", ".pt"}))
     monkeypatch.setattr(folder_paths, "models_dir", str(tmp_path / "models"))
     folder_paths.filename_list_cache.pop("loras", None)
-    return sys.modules[f"{pack.__name__}.nodes.files"]
+    return sys.modules[f"{pack.__name__}.nodes.host.files"]
 
 
 def test_links_within_the_model_folders_are_fine(files, tmp_path):

@@ -11,8 +11,8 @@ import comfy.ops
 import pytest
 import torch
 
-from loha_core import forwards
 from loha_core.training.attach import attached
+from loha_core.tuner import forwards
 
 from . import bases, training
 from .test_bases import IN, KEY, OUT, case, delta, made, relative, wanted
@@ -203,7 +203,7 @@ def test_layers_that_never_ran_are_named(host, base, caplog):
 
 def test_training_leaves_dynamic_vram(host):
     """Autograd would keep weights in pages that are given to others: training takes a clone that stays resident."""
-    resident = training.node("trainer")._resident
+    resident = training.node("graph.trainer")._resident
 
     class Dynamic(comfy.model_patcher.ModelPatcher):
         delegate = True
@@ -222,14 +222,14 @@ def test_training_leaves_dynamic_vram(host):
     plain = bases.patcher_for(made("plain")[0])
     assert resident(plain) is not plain and resident(plain).model is plain.model
     Dynamic.delegate = False
-    with pytest.raises(training.node("trainer").LoHaError, match="--disable-dynamic-vram"):
+    with pytest.raises(training.node("graph.trainer").LoHaError, match="--disable-dynamic-vram"):
         resident(patcher)
 
 
 @pytest.mark.parametrize("live_first", [True, False])
 def test_a_training_layer_beneath_a_live_one_in_any_order(host, base, live_first):
     """A preview loads, injects and ejects in the middle of a run."""
-    network = training.node("network")
+    network = training.node("graph.network")
     layer = network._class_for(base.layer)(base.layer)
     layer._active = [network.ADAPTER]
     layer.update_layer(network.ADAPTER, 4, 4.0, network.LoHaConfig(r=4, alpha=4, init_weights=False))

@@ -24,12 +24,12 @@ def models():
 
 @pytest.fixture(scope="module")
 def merge_nodes(pack):
-    return sys.modules[f"{pack.__name__}.nodes.merge"]
+    return sys.modules[f"{pack.__name__}.nodes.graph.merge"]
 
 
 @pytest.fixture(scope="module")
 def extract_nodes(pack):
-    return sys.modules[f"{pack.__name__}.nodes.extract"]
+    return sys.modules[f"{pack.__name__}.nodes.graph.extract"]
 
 
 @pytest.fixture(scope="module")

@@ -16,7 +16,7 @@ def flux():
 
 @pytest.fixture
 def monitor(monkeypatch):
-    module = t.node("monitor")
+    module = t.node("page.monitor")
     monkeypatch.setattr(module, "runs", {})
     return module
 

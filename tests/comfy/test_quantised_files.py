@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from loha_core import load_adapter
-from loha_core.extract import extract
+from loha_core.models.extract import extract
 from loha_core.naming import spelling
 
 from . import bases, reduced
@@ -138,7 +138,7 @@ def test_a_file(bridge, weights_of_a_unet, form, tmp_path, capsys):
 
 def extraction(bridge, patcher, adapter) -> None:
     """What the node Extract LoHa finds between a quantised model and itself with a LoHa of rank 3, of matrix rank 9."""
-    Patched = sys.modules["ComfyUI-LoHa.nodes.extract"].Patched
+    Patched = sys.modules["ComfyUI-LoHa.nodes.graph.extract"].Patched
     for mode in ("live", "merge"):
         adapted, _, _ = bridge.apply(patcher, None, adapter, 0.5, 1.0, mode=mode)
         models = Patched("base", patcher, None), Patched("tuned", adapted, None)

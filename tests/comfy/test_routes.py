@@ -90,7 +90,7 @@ def test_info_of_a_file_and_of_a_folder(server, loras):
 
 def test_info_reads_no_factor(pack, loras):
     """Shapes stay on the meta device; only single numbers are read."""
-    routes = sys.modules[f"{pack.__name__}.nodes.routes"]
+    routes = sys.modules[f"{pack.__name__}.nodes.page.routes"]
     adapter, dtypes, size = routes._read(loras / "good.safetensors")
     assert all(tensor.is_meta for layer in adapter.layers.values() for tensor in layer.tensors().values())
     assert set(dtypes) == {"F32"} and size == (loras / "good.safetensors").stat().st_size

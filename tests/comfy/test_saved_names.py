@@ -50,7 +50,7 @@ def write(model, prefix, path):
 
 
 def steps(pack):
-    merging = sys.modules[f"{pack.__name__}.nodes.merge"]
+    merging = sys.modules[f"{pack.__name__}.nodes.graph.merge"]
     return {
         "saved": lambda a: a,
         "merged": lambda a: merging.merge([a, a], [0.5, 0.5], method="exact").adapter,

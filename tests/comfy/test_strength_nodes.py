@@ -59,7 +59,7 @@ def stack(pack: ModuleType, server: Server, loras: list[str], monkeypatch: pytes
     folder = str(server.path("models", "loras", "x").parent)
     monkeypatch.setattr(folder_paths, "get_folder_paths", lambda name: [folder])
     monkeypatch.setattr(folder_paths, "models_dir", str(Path(folder).parent))
-    return sys.modules[f"{pack.__name__}.nodes.stack"]
+    return sys.modules[f"{pack.__name__}.nodes.graph.stack"]
 
 
 @pytest.mark.parametrize("node", ["LoHaBlockStrength", "LoHaSchedule", "LoHaStack"])
@@ -130,7 +130,7 @@ OWN = [
 @pytest.mark.parametrize("parts", OWN, ids=str)
 def test_the_widget_draws_the_bars_of_any_model(pack, parts):
     """It asks with what the last run said of the model's blocks."""
-    strength = sys.modules[f"{pack.__name__}.nodes.strength"]
+    strength = sys.modules[f"{pack.__name__}.nodes.graph.strength"]
     within = {"double_blocks": "img_mod.lin.", "single_blocks": "modulation.lin."}  # Flux's, reduced
     keys = [
         f"diffusion_model.{part}.{n}.{within.get(part, '')}weight"

@@ -55,7 +55,7 @@ def test_training_lowers_the_loss_and_the_base_does_not_notice(family):
 def test_what_is_saved_does_the_same_in_the_native_loader(family, loras):
     """Ours by name and by file; the native one's where nothing is DoRA."""
     adapter = t.train(family, text=family.clip is not None, steps=2)
-    save = t.node("save").LoHaSave
+    save = t.node("graph.save").LoHaSave
     [name] = save.execute(adapter, "some/new", "LyCORIS (one file)", "fp32").result
     read = load_adapter(loras / name)
     clip = family.clip
@@ -63,7 +63,7 @@ def test_what_is_saved_does_the_same_in_the_native_loader(family, loras):
     patched = []
     for model, text in [
         (native, native_clip),
-        *(t.node("bridge").apply(family.model, clip, a, 0.8, 0.6, mode="merge")[:2] for a in (read, adapter)),
+        *(t.node("host.modes").apply(family.model, clip, a, 0.8, 0.6, mode="merge")[:2] for a in (read, adapter)),
     ]:
         with loaded(*([model] if text is None else [model, text.patcher])):
             patched.append(family.weights())
@@ -83,7 +83,7 @@ def test_recomputing_blocks_gives_the_same(family):
     adapters, calls = [], []
     for again in (False, True):
         counted = []
-        blocks = t.node("trainer")._blocks(family.model.model.diffusion_model)
+        blocks = t.node("graph.trainer")._blocks(family.model.model.diffusion_model)
         kind = next(
             type(b).__name__ for b in blocks if "Transformer" in type(b).__name__ or "Block" in type(b).__name__
         )
@@ -113,7 +113,7 @@ def test_an_attention_without_a_backward_is_for_sampling_only(family):
 def test_gradients_are_those_of_the_loss(family):
     """Against the difference quotient: a model that changes its activations in place is easily wrong here."""
     job = t.job(family, steps=1)
-    network = t.node("network")
+    network = t.node("graph.network")
     layers = network.build(family.model, "MODEL", job.network)
     d = t.diffusion(family)
     batch = d.batch(0)
@@ -121,8 +121,8 @@ def test_gradients_are_those_of_the_loss(family):
     torch.manual_seed(0)
     for p in factors:
         p.data.normal_(0, 0.3)
-    blocks = t.node("trainer")._blocks(family.model.model.diffusion_model)
-    with network_acts(layers), t.node("mutation").allowed(blocks, again=False):
+    blocks = t.node("graph.trainer")._blocks(family.model.model.diffusion_model)
+    with network_acts(layers), t.node("host.training").allowed(blocks, again=False):
         d.loss(batch).backward()
         gradients = [p.grad for p in factors]
         norm = torch.stack([g.norm() for g in gradients]).norm()
@@ -310,7 +310,10 @@ def test_weights_that_are_tied_stay_so():
         for module in (embedding, head, other):
             module.register_buffer("table", table)
     before = head.weight.clone()
-    with torch.inference_mode(False), t.node("diffusion").trainable_weights(nn.ModuleList([embedding, head]), other):
+    with (
+        torch.inference_mode(False),
+        t.node("host.diffusion").trainable_weights(nn.ModuleList([embedding, head]), other),
+    ):
         assert not any(p.is_inference() for m in (embedding, head, other) for p in (*m.parameters(), *m.buffers()))
     assert embedding.weight is head.weight is head.again and torch.equal(head.weight, before)
     assert head.bias is other.bias and embedding.table is head.table is other.table
@@ -327,7 +330,7 @@ def test_a_seed_is_not_seen_outside_on_any_device(kind, monkeypatch):
     monkeypatch.setattr(device, f"manual_seed{each}", seeds.append)
     monkeypatch.setattr(device, f"get_rng_state{each}", lambda: seeds[-1])
     monkeypatch.setattr(device, f"set_rng_state{each}", seeds.append)
-    with t.node("trainer")._seeded(3):
+    with t.node("graph.trainer")._seeded(3):
         assert seeds[-1] == 3
     assert seeds[-1] == 7
 
@@ -372,7 +375,7 @@ def test_a_model_that_has_a_loha_already(sd15, mode):
     """What is trained comes on top: the loss that training saw is that of both together."""
     with t.untouched(sd15):
         first = t.train(sd15, steps=4, name="first")
-        model = t.node("bridge").apply(sd15.model, None, first, 1.0, 1.0, mode=mode)[0]
+        model = t.node("host.modes").apply(sd15.model, None, first, 1.0, 1.0, mode=mode)[0]
         job = t.job(sd15, model=model, name=f"on {mode}")
         with torch.inference_mode(False):
             second = job.run()
@@ -402,7 +405,7 @@ def test_previews_change_nothing(mode):
     m = t.models("flux" if mode else "sd3")
     with t.untouched(m):
         first = t.train(m, steps=2, name="first")
-        model = t.node("bridge").apply(m.model, None, first, 1.0, 1.0, mode=mode)[0] if mode else m.model
+        model = t.node("host.modes").apply(m.model, None, first, 1.0, 1.0, mode=mode)[0] if mode else m.model
         settings = {"model": model, "text": m.clip is not None, "steps": 3}
         plain = t.train(m, name="plain", **settings)
         shown = t.train(m, name="shown", preview_every=1, preview_steps=2, vae=Blank(), **settings)
@@ -413,7 +416,7 @@ def test_previews_change_nothing(mode):
 
 def test_a_loha_with_a_schedule_upstream_is_refused(sd15):
     first = t.train(sd15, steps=1)
-    bridge = t.node("bridge")
+    bridge = t.node("host.modes")
     model = bridge.apply(sd15.model, None, first, 1.0, 1.0, mode="live", schedule=lambda percent: 1.0)[0]
     with pytest.raises(LoHaError, match="schedule"):
         t.train(sd15, model=model, name="on a schedule")

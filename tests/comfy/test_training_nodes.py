@@ -16,7 +16,7 @@ from safetensors import safe_open
 from demo import comfyui, digits, prepare, train_loha
 from demo.comfyui import ComfyUIError
 from loha_core import LoHaError, load_adapter
-from loha_core.training.data import Item
+from loha_core.training.data.dataset import Item
 
 from . import training as t
 from .training import page  # noqa: F401
@@ -40,10 +40,10 @@ def flux():
 
 def built(m, text=False, **network):
     """Name -> layer that is trained, for a configuration."""
-    config = t.node("network").network_config(**{"rank": 4, "conv_rank": 2, **network})
+    config = t.node("graph.network").network_config(**{"rank": 4, "conv_rank": 2, **network})
     patcher, label = (m.clip.patcher, "CLIP") if text else (m.model, "MODEL")
     torch.manual_seed(0)
-    return t.node("network").build(patcher, label, config)
+    return t.node("graph.network").build(patcher, label, config)
 
 
 def ranks(layers, kernel):
@@ -111,8 +111,8 @@ def test_what_the_node_says_is_what_is_trained(sd15, flux):
             {"effective_conv": True, "dora": "output"},
             {"layers": "attn", "scalar": True, "dora": "input"},
         ):
-            config = t.node("network").network_config(**{"rank": 4, **network})
-            text = t.node("network").count(config, m.model, m.clip)
+            config = t.node("graph.network").network_config(**{"rank": 4, **network})
+            text = t.node("graph.network").count(config, m.model, m.clip)
             for line in text.splitlines():
                 layers = built(m, text=line.startswith("CLIP"), **{"conv_rank": 8, **network})
                 count = sum(p.numel() for x in layers.values() for _, p in x._parameters_of(None))
@@ -275,7 +275,7 @@ def save(tmp_path, monkeypatch):
 
     (tmp_path / "loras").mkdir()
     monkeypatch.setitem(folder_paths.folder_names_and_paths, "loras", ([str(tmp_path / "loras")], {".safetensors"}))
-    return lambda *a, **k: tmp_path / "loras" / t.node("save").LoHaSave.execute(*a, **k).result[0]
+    return lambda *a, **k: tmp_path / "loras" / t.node("graph.save").LoHaSave.execute(*a, **k).result[0]
 
 
 def test_saving(page, flux, save):  # noqa: F811
@@ -293,7 +293,7 @@ def test_saving(page, flux, save):  # noqa: F811
         with safe_open(save(one, f"deep/{dtype}", lycoris, dtype), "pt") as file:
             assert {file.get_slice(k).get_dtype() for k in file.keys() if "hada" in k} == {kind}
     folder = save(one, "peft", "PEFT (a folder)", "fp32")
-    read = t.node("bridge").apply(flux.model, None, load_adapter(folder), 1.0, 1.0)[2]
+    read = t.node("host.modes").apply(flux.model, None, load_adapter(folder), 1.0, 1.0)[2]
     assert folder.is_dir() and not read.unmatched and len(read.matched["MODEL"]) == len(one.layers)
     assert t.moved(load_adapter(folder)) == pytest.approx(t.moved(one), rel=1e-5)
     assert save(one, "peft", "PEFT (a folder)", "fp32").name == "peft_2"

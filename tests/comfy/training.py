@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from loha_core import Adapter
-from loha_core.training.data import Dataset, Item
+from loha_core.training.data.dataset import Dataset, Item
 from loha_core.training.objectives import Objective
 
 from . import reduced
@@ -35,7 +35,7 @@ def node(name: str) -> Any:
 def page(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[list[tuple[str, dict[str, Any]]]]:
     """What is sent to the page; and an output folder."""
     sent: list[tuple[str, dict[str, Any]]] = []
-    monkeypatch.setattr(node("monitor"), "tell", lambda event, data: sent.append((event, data)))
+    monkeypatch.setattr(node("page.monitor"), "tell", lambda event, data: sent.append((event, data)))
     before = folder_paths.get_output_directory()
     folder_paths.set_output_directory(str(tmp_path))
     yield sent
@@ -72,7 +72,7 @@ def data(m: reduced.Models, count: int = 2, size: int = 8, **of_each: Any) -> Da
 
 
 def dataset(m: reduced.Models, items: list[Item]) -> Any:
-    return node("dataset").ClipDataset(items, node("dataset").Captions(), m.clip)
+    return node("graph.dataset").ClipDataset(items, node("graph.dataset").Captions(), m.clip)
 
 
 def job(
@@ -88,7 +88,7 @@ def job(
     **values: Any,
 ) -> Any:
     """A run that is short unless ``values`` say otherwise, set up as the node Train LoHa does."""
-    trainer = node("trainer")
+    trainer = node("graph.trainer")
     short = {"steps": 3, "epochs": 0, "batch_size": 2, "accumulation": 1, "precision": "fp32", "save_every": 0}
     return trainer._job(
         values.pop("model", m.model),
@@ -96,8 +96,10 @@ def job(
         trainer.run_folder(name, resume),
         resume,
         dataset=of or data(m),
-        network=node("network").network_config(**{"rank": 4, "conv_rank": 2, **(network or {})}),
-        optimizer=node("optimizer").optimizing(**{"learning_rate": 0.01, "schedule": "constant", **(optimizer or {})}),
+        network=node("graph.network").network_config(**{"rank": 4, "conv_rank": 2, **(network or {})}),
+        optimizer=node("graph.optimizer").optimizing(
+            **{"learning_rate": 0.01, "schedule": "constant", **(optimizer or {})}
+        ),
         objective=Objective(**(objective or {})),
         **{**short, "gradient_checkpointing": False, **values},
     )
@@ -112,14 +114,14 @@ def diffusion(
     m: reduced.Models, of: Dataset | None = None, *, batch_size: int = 2, seed: int = 0, **kwargs: Any
 ) -> Any:
     comfy.model_management.load_models_gpu([kwargs.get("patcher", m.model)])
-    return node("diffusion").Diffusion(
+    return node("host.diffusion").Diffusion(
         kwargs.pop("patcher", m.model), of or data(m), Objective(**kwargs), batch_size, seed
     )
 
 
 def held_out(m: reduced.Models, adapter: Adapter | None = None, of: Dataset | None = None) -> float:
     """The mean loss over batches that no run here gets to, with an adapter or without."""
-    patcher = m.model if adapter is None else node("bridge").apply(m.model, None, adapter, 1.0, 1.0, mode="live")[0]
+    patcher = m.model if adapter is None else node("host.modes").apply(m.model, None, adapter, 1.0, 1.0, mode="live")[0]
     d = diffusion(m, of, patcher=patcher)
     with torch.no_grad():
         return sum(float(d.loss(d.batch(1000 + i))) for i in range(8)) / 8

@@ -14,7 +14,7 @@ from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from torch.distributed.tensor import DTensor
 
 from loha_core.cli import main
-from loha_core.training import run
+from loha_core.training.diffusers import run
 
 
 class Accelerator(accelerate.Accelerator):

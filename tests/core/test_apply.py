@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from loha_core import LoHaError, add_delta_, plan
-from loha_core.kernels import tiles
+from loha_core.ops import tiles
 
 from . import samples
 from .merging import HALF, LAYOUTS, assert_rounded, cases, expected, update, weight

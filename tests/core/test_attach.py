@@ -7,9 +7,9 @@ import torch
 from torch import nn
 from torch.utils import checkpoint as torch_checkpoint
 
-from loha_core.config import LoHaConfig
-from loha_core.layers import LoHaLinear
 from loha_core.training.attach import attached, blocks_of, recomputing
+from loha_core.tuner.config import LoHaConfig
+from loha_core.tuner.layers import LoHaLinear
 
 from .training_script import Task, wrap
 

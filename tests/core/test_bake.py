@@ -15,10 +15,10 @@ from safetensors.torch import load_file, save_file
 
 from loha_core import Adapter, LoHaError, apply_to_checkpoint, load_adapter, save_adapter
 from loha_core.blocks import BlockStrength
+from loha_core.models.tensor_file import Weights, network
 from loha_core.naming.names import flat
+from loha_core.naming.respell import respelled
 from loha_core.naming.tables import FAMILIES
-from loha_core.respell import respelled
-from loha_core.weights import Weights, network
 
 from . import families, oracle, samples
 from .processes import PATIENCE

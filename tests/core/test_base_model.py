@@ -7,7 +7,7 @@ from itertools import product
 import pytest
 
 from loha_core import Adapter
-from loha_core.describe import base_model
+from loha_core.formats.describe import base_model
 from loha_core.naming import names
 from loha_core.naming.families import Family, Size
 from loha_core.naming.recognise import families_of

@@ -9,8 +9,8 @@ import torch
 
 from loha_core import Adapter, Binding, LoHaError, LoHaFactors, Network, bind
 from loha_core.naming.names import flat, split
+from loha_core.naming.parts import swap_halves
 from loha_core.naming.tables import FAMILIES
-from loha_core.parts import swap_halves
 
 from . import families, samples
 

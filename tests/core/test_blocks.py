@@ -10,10 +10,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from loha_core import LoHaError, blocks, layouts
+from loha_core import LoHaError, blocks
 from loha_core.blocks import FAMILIES, LAYOUTS, PRESETS, BlockStrength, Layout, block_of_key
-from loha_core.layouts import block_of
+from loha_core.naming import layouts
 from loha_core.naming.families import Family, Size
+from loha_core.naming.layouts import block_of
 from loha_core.naming.tables import FAMILIES as TABLES
 
 UNET = "diffusion_model."

@@ -7,7 +7,7 @@ import json
 import pytest
 
 from loha_core import LoHaError
-from loha_core.config import LoHaConfig, get_pattern_key
+from loha_core.tuner.config import LoHaConfig, get_pattern_key
 
 
 def test_defaults_are_pefts():

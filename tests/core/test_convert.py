@@ -24,10 +24,10 @@ from loha_core import (
     to_lycoris,
     to_peft,
 )
+from loha_core.adapter import split
 from loha_core.blocks import BlockStrength
-from loha_core.mixed import split
 from loha_core.naming import spelling
-from loha_core.updates import product
+from loha_core.transform.lowrank import product
 
 from . import oracle, samples
 

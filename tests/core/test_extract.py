@@ -8,9 +8,9 @@ import torch
 from safetensors.torch import save_file
 
 from loha_core import Adapter, LoHaError, apply_to_checkpoint, extract, load_adapter, save_adapter
-from loha_core.mixed import split
-from loha_core.updates import product
-from loha_core.weights import Weights, modules
+from loha_core.adapter import split
+from loha_core.models.tensor_file import Weights, modules
+from loha_core.transform.lowrank import product
 
 from . import oracle, samples
 

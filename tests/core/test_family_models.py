@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from loha_core import Adapter, LoHaFactors, LoHaLayer, LoHaModel, load_adapter, save_adapter, to_peft
 from loha_core.naming.families import Family
+from loha_core.naming.respell import respelled
 from loha_core.naming.tables import FAMILIES
-from loha_core.respell import respelled
 
 from ..reduced_families import Reduced, flat_path, is_one_of, variants, weights_of
 

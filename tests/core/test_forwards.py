@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from loha_core import forwards
+from loha_core.tuner import forwards
 
 
 def adding(n: float):

@@ -8,7 +8,7 @@ from torch.autograd import gradcheck
 from torch.nn import functional as F
 
 from loha_core import LoHaError, LoHaFactors
-from loha_core.functional import loha_conv, loha_delta, loha_linear
+from loha_core.ops.functional import loha_conv, loha_delta, loha_linear
 
 PATHS = ["khatri-rao", "rebuild"]
 CONV = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}

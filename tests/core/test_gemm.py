@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from loha_core import gemm
+from loha_core.ops import gemm
 
 LAYOUTS = {
     "plain": lambda m, n: torch.randn(m, n),

@@ -10,9 +10,9 @@ from torch.autograd import gradcheck
 from torch.nn import functional as F
 
 from loha_core import LoHaFactors
-from loha_core.autograd import Geometry
-from loha_core.functional import loha_conv, loha_linear
-from loha_core.half import KhatriRao
+from loha_core.ops.autograd import Geometry
+from loha_core.ops.functional import loha_conv, loha_linear
+from loha_core.ops.half import KhatriRao
 
 from .test_functional import delta, flat, rand, tucker
 

@@ -10,8 +10,8 @@ from torch import nn
 from torch.autograd import gradcheck
 
 from loha_core import LoHaError
-from loha_core.config import LoHaConfig
-from loha_core.layers import LoHaConv1d, LoHaConv2d, LoHaConv3d, LoHaLayer, LoHaLinear
+from loha_core.tuner.config import LoHaConfig
+from loha_core.tuner.layers import LoHaConv1d, LoHaConv2d, LoHaConv3d, LoHaLayer, LoHaLinear
 
 BASES = {
     "linear": (lambda: nn.Linear(5, 6), (3, 5), LoHaLinear),

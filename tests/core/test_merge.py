@@ -17,11 +17,10 @@ from torch import nn
 
 from loha_core import Adapter, LoHaError, LoHaFactors, load_adapter, merge, save_adapter
 from loha_core.blocks import BlockStrength
-from loha_core.fit import fit
-from loha_core.lowrank import range_of, truncate
-from loha_core.merge import METHODS
-from loha_core.sparse import Sparse
-from loha_core.updates import product
+from loha_core.transform.fit import fit
+from loha_core.transform.lowrank import product, range_of, truncate
+from loha_core.transform.merge import METHODS
+from loha_core.transform.sparse import Sparse
 
 from . import oracle, samples
 

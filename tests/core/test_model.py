@@ -9,9 +9,9 @@ import torch
 from torch import nn
 
 from loha_core import LoHaError
-from loha_core.config import LoHaConfig
-from loha_core.layers import LoHaLayer
-from loha_core.model import LoHaModel, get_peft_model
+from loha_core.tuner.config import LoHaConfig
+from loha_core.tuner.layers import LoHaLayer
+from loha_core.tuner.model import LoHaModel, get_peft_model
 
 
 class Net(nn.Module):

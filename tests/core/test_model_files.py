@@ -11,8 +11,8 @@ import torch
 from torch import nn
 
 from loha_core import Adapter, LoHaError, load_adapter, respell, save_adapter
-from loha_core.config import LoHaConfig
-from loha_core.model import LoHaModel
+from loha_core.tuner.config import LoHaConfig
+from loha_core.tuner.model import LoHaModel
 
 from . import samples
 

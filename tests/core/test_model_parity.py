@@ -10,8 +10,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from loha_core.config import LoHaConfig
-from loha_core.model import LoHaModel, get_peft_model
+from loha_core.tuner.config import LoHaConfig
+from loha_core.tuner.model import LoHaModel, get_peft_model
 
 peft = pytest.importorskip("peft")
 transformers = pytest.importorskip("transformers")

@@ -13,8 +13,8 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from loha_core.config import LoHaConfig
-from loha_core.model import LoHaModel
+from loha_core.tuner.config import LoHaConfig
+from loha_core.tuner.model import LoHaModel
 
 from .processes import PATIENCE, ended_well
 
@@ -163,8 +163,8 @@ DDP = """
 import sys, torch, torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
-from loha_core.config import LoHaConfig
-from loha_core.model import LoHaModel
+from loha_core.tuner.config import LoHaConfig
+from loha_core.tuner.model import LoHaModel
 
 dist.init_process_group("gloo")
 rank, world, out = dist.get_rank(), dist.get_world_size(), sys.argv[1]

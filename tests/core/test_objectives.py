@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from loha_core import LoHaError
-from loha_core.training.data import generator
+from loha_core.training.data.dataset import generator
 from loha_core.training.objectives import PREDICTIONS, Objective
 
 ONE = torch.ones(1)

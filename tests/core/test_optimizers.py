@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from torch import nn
 
 from loha_core import LoHaError
-from loha_core.config import LoHaConfig
-from loha_core.layers import LoHaLinear
 from loha_core.training.optimizers import SOURCES, OptimizerConfig, parameter_groups
+from loha_core.tuner.config import LoHaConfig
+from loha_core.tuner.layers import LoHaLinear
 
 
 def installed(name: str) -> bool:

@@ -13,11 +13,11 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from loha_core import Adapter, LoHaError, apply_to_checkpoint, extract, load_adapter, save_adapter
+from loha_core.adapter import split
 from loha_core.cli import main
-from loha_core.mixed import split
-from loha_core.quantised import Storage
-from loha_core.updates import product
-from loha_core.weights import Weights
+from loha_core.models.quantised import Storage
+from loha_core.models.tensor_file import Weights
+from loha_core.transform.lowrank import product
 
 from . import oracle, packing, samples
 from .packing import E4M3, FORMATS

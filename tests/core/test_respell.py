@@ -9,17 +9,17 @@ import pytest
 import torch
 
 from loha_core import Adapter, LoHaError, load_adapter, merge, save_adapter, to_lora
-from loha_core.adapter import modules
+from loha_core.adapter import modules, split
 from loha_core.cli import main
-from loha_core.mixed import LoRAFactors, split
+from loha_core.factors import LoRAFactors
 from loha_core.naming.names import flat
 from loha_core.naming.names import split as path_of
+from loha_core.naming.parts import cut, joined, swapped
 from loha_core.naming.readers import unread
 from loha_core.naming.recognise import families_of
+from loha_core.naming.respell import like, respelled
 from loha_core.naming.tables import FAMILIES
-from loha_core.parts import cut, joined, swapped
-from loha_core.respell import like, respelled
-from loha_core.updates import product
+from loha_core.transform.lowrank import product
 
 from . import families
 

@@ -16,11 +16,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from loha_core import LoHaError
-from loha_core.config import LoHaConfig
-from loha_core.training import checkpoint
+from loha_core.training import state as checkpoint
 from loha_core.training.attach import attached
 from loha_core.training.optimizers import SOURCES, OptimizerConfig
 from loha_core.training.trainer import HISTORY, STATE, Diverged, Saved, Stepped, Stopped, TrainingConfig
+from loha_core.tuner.config import LoHaConfig
 
 from .test_formats import files_of_at_most
 from .test_optimizers import installed

@@ -11,8 +11,8 @@ from torch import nn
 
 from loha_core import Adapter, LoHaConfig, LoHaError, LoHaModel, load_adapter, merge, resize, save_adapter
 from loha_core.cli import main
-from loha_core.convert import change_alpha, to_dtype, to_lora, to_peft
 from loha_core.naming import spelling
+from loha_core.transform.convert import change_alpha, to_dtype, to_lora, to_peft
 
 from . import samples
 

@@ -11,9 +11,6 @@ import torch
 from torch import nn
 
 from loha_core import LoHaError
-from loha_core.config import LoHaConfig
-from loha_core.layer import LoHaLayer
-from loha_core.model import LoHaModel
 from loha_core.training.attach import attached
 from loha_core.training.objectives import Objective
 from loha_core.training.optimizers import SOURCES, OptimizerConfig
@@ -29,6 +26,9 @@ from loha_core.training.trainer import (
     limit_norm,
     own_randomness,
 )
+from loha_core.tuner.config import LoHaConfig
+from loha_core.tuner.layer import LoHaLayer
+from loha_core.tuner.model import LoHaModel
 
 from . import oracle
 from .test_optimizers import installed

@@ -16,10 +16,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from loha_core import LoHaError
-from loha_core.training import captions, data, pictures
-from loha_core.training.captions import Captions
-from loha_core.training.data import Dataset, Item, generator, order
-from loha_core.training.pictures import Sizes, at_latent_size, check_picture, fit
+from loha_core.training.data import captions, pictures
+from loha_core.training.data import dataset as data
+from loha_core.training.data.captions import Captions
+from loha_core.training.data.dataset import Dataset, Item, generator, order
+from loha_core.training.data.pictures import Sizes, at_latent_size, check_picture, fit
 
 from .processes import PATIENCE
 
@@ -105,7 +106,8 @@ def test_generators_are_the_same_in_every_process_and_differ_by_every_part():
     draw = lambda *parts: torch.rand(4, generator=generator(*parts)).tolist()  # noqa: E731
     parts = [(1, "draw", 2), (1, "draw", 3), (2, "draw", 2), (1, "noise", 2), ("1", "draw", 2), (1, "draw2"), (12, "")]
     assert len({tuple(draw(*each)) for each in parts}) == len(parts)
-    code = "import torch; from loha_core.training.data import generator as g; print(torch.rand(4, generator=g(1, 'x')))"
+    code = "import torch; from loha_core.training.data.dataset import generator as g; "
+    code += "print(torch.rand(4, generator=g(1, 'x')))"
     run = [sys.executable, "-c", code]
     found = subprocess.run(run, capture_output=True, text=True, cwd=ROOT, timeout=PATIENCE, check=True)
     assert found.stdout.strip() == str(torch.rand(4, generator=generator(1, "x")))

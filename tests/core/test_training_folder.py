@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from loha_core import LoHaError
-from loha_core.training.folder import read_folder, without_caption
+from loha_core.training.data.folder import read_folder, without_caption
 
 from .processes import PATIENCE
 

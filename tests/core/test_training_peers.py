@@ -12,10 +12,10 @@ import pytest
 import torch
 from torch import nn
 
-from loha_core.config import LoHaConfig
-from loha_core.training import checkpoint
+from loha_core.training import state as checkpoint
 from loha_core.training.optimizers import OptimizerConfig
 from loha_core.training.trainer import HISTORY, STATE, TrainingConfig
+from loha_core.tuner.config import LoHaConfig
 
 from .processes import PATIENCE, ended_well
 from .training_script import SHARED, Denoiser, Task

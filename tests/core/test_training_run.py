@@ -24,13 +24,19 @@ import diffusers
 
 from loha_core import LoHaConfig, LoHaError, load_adapter
 from loha_core.cli import main
-from loha_core.training import run
-from loha_core.training import settings as settings_module
-from loha_core.training.data import Dataset, Item, generator
+from loha_core.training.data.dataset import Dataset, Item, generator
+from loha_core.training.diffusers import run
+from loha_core.training.diffusers import settings as settings_module
+from loha_core.training.diffusers.pipeline import Diffusion, Feed, noising
+from loha_core.training.diffusers.settings import (
+    DataSettings,
+    ModelSettings,
+    OutputSettings,
+    RunSettings,
+    read_settings,
+)
 from loha_core.training.objectives import Objective
 from loha_core.training.optimizers import OptimizerConfig
-from loha_core.training.pipeline import Diffusion, Feed, noising
-from loha_core.training.settings import DataSettings, ModelSettings, OutputSettings, RunSettings, read_settings
 from loha_core.training.trainer import TrainingConfig
 
 from . import pipelines

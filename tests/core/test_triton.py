@@ -12,7 +12,7 @@ import torch
 from hypothesis import given, settings
 
 from loha_core import LoHaError, add_delta_
-from loha_core.kernels import triton_merge
+from loha_core.ops import triton as triton_merge
 
 from .merging import HALF, LAYOUTS, assert_rounded, cases, expected, update, weight
 from .processes import PATIENCE
@@ -115,7 +115,7 @@ def test_a_merge_on_the_cpu_never_imports_triton():
     code = (
         "import sys, torch; from loha_core import LoHaFactors, add_delta_;"
         "t = torch.ones(4, 4); add_delta_(torch.ones(4, 4), LoHaFactors(t, t, t, t, 1.0));"
-        "assert 'loha_core.kernels.triton_merge' not in sys.modules and 'triton' not in sys.modules"
+        "assert 'loha_core.ops.triton' not in sys.modules and 'triton' not in sys.modules"
     )
     clean = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     subprocess.run([sys.executable, "-c", code], check=True, env=clean, timeout=PATIENCE)

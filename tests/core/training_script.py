@@ -18,13 +18,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from loha_core.config import LoHaConfig
-from loha_core.layers import LoHaConv2d, LoHaLayer, LoHaLinear
 from loha_core.training.attach import attached
-from loha_core.training.data import generator
+from loha_core.training.data.dataset import generator
 from loha_core.training.objectives import PREDICTIONS, Objective
 from loha_core.training.optimizers import OptimizerConfig
 from loha_core.training.trainer import ADAPTER, Trainer, TrainingConfig
+from loha_core.tuner.config import LoHaConfig
+from loha_core.tuner.layers import LoHaConv2d, LoHaLayer, LoHaLinear
 
 Batch = tuple[Tensor, ...]  # noisy, caption, target, gain, snr
 

@@ -1,1 +1,0 @@
-"""Back ends of ``loha_core.apply``."""

@@ -1,0 +1,244 @@
+"""The blocks of a model: what they are called, how many there are, and in which of them a weight lies.
+
+A block is named by its part and number: a U-Net has ``IN00``…, ``M00``… and ``OUT00``…, other families what
+`naming.tables` says, such as Flux ``D00``… and ``S00``…. A model of no family calls its parts by its module lists, such
+as ``blocks07``. Everything outside the blocks, text encoders included, is ``BASE``.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+
+from ..errors import LoHaError
+from .families import Family
+from .names import flat, split
+from .recognise import families_of
+from .tables import FAMILIES as TABLES
+
+BASE, ALL = "BASE", "ALL"
+# Module lists as ComfyUI names them -> the short name that users of block weights know, whatever the family.
+PARTS = {
+    "input_blocks": "IN",
+    "middle_block": "M",
+    "output_blocks": "OUT",
+    "joint_blocks": "J",
+    "double_blocks": "D",
+    "single_blocks": "S",
+}
+_LISTS = r"middle_block|\w*blocks|\w*layers"
+THIRDS = ("EARLY", "MIDDLE", "LATE")
+
+
+@lru_cache(maxsize=256)
+def _pattern(lists: str) -> re.Pattern[str]:
+    return re.compile(rf"(?:model\.)?diffusion_model\.(?:transformer\.)?({lists})\.(?:block)?(\d+)\.")
+
+
+def block_of_key(key: str, layout: Layout | None = None) -> tuple[str, int] | None:
+    """The part and number of the block that a weight of ComfyUI's lies in; None for BASE.
+
+    Args:
+        layout: of the model, for what its family calls the part.
+
+    >>> block_of_key("diffusion_model.input_blocks.4.1.transformer_blocks.0.attn2.to_k.weight")
+    ('IN', 4)
+    >>> block_of_key("diffusion_model.time_embed.0.weight") is None
+    True
+    """
+    if layout and (found := layout.pattern.match(key)):
+        return layout.lists[found[1]], int(found[2])
+    found = _pattern(_LISTS).match(key)
+    return (PARTS.get(found[1], found[1]), int(found[2])) if found else None
+
+
+def block_of(name: str, family: Family | None = None) -> tuple[str, int] | None:
+    """The same for the original's dotted name of a weight, or of the module that has it.
+
+    >>> block_of("blocks.7.self_attn.q"), block_of("double_blocks.3.img_attn.qkv.weight")
+    (('blocks', 7), ('D', 3))
+    """
+    return block_of_key(f"diffusion_model.{name}.", _whole(family) if family else None)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The blocks of a model: how many there are in each part, in the order in which the model runs them.
+
+    Args:
+        family: a name in LAYOUTS, one of the tables' families (with other counts), or "this model".
+    """
+
+    family: str
+    parts: tuple[tuple[str, int], ...]
+
+    @property
+    def table(self) -> Family | None:
+        """The names of the family's weights; None for U-Nets and models of no family."""
+        return TABLES.get(_TABLE_OF.get(self.family, self.family))
+
+    @cached_property
+    def lists(self) -> Mapping[str, str]:
+        """The model's module lists, dotted -> the parts that they are."""
+        table = self.table
+        known = {label: module for label, module in table.blocks} if table else {v: k for k, v in PARTS.items()}
+        return {known.get(part, part): part for part, _ in self.parts}
+
+    @cached_property
+    def pattern(self) -> re.Pattern[str]:
+        return _pattern("|".join(map(re.escape, self.lists)))
+
+    @classmethod
+    def of_keys(cls, keys: Iterable[str]) -> Layout:
+        """From the keys of a model's weights, as ComfyUI names them.
+
+        Raises:
+            LoHaError: no key lies in a block.
+        """
+        keys = list(keys)
+        counts = _counted(keys, None)
+        known = [] if "IN" in counts else [cls._of_table(family, keys) for family in families_of(_paths(keys))]
+        known = [layout for layout in known if layout.parts]
+        if known:
+            return next((layout for layout in known if layout.family in LAYOUTS), known[0])
+        if not counts:
+            raise LoHaError("the connected model has no numbered blocks; leave the vector and the preset at ALL")
+        return cls.of_parts(counts.items())
+
+    @classmethod
+    def _of_table(cls, family: Family, keys: list[str]) -> Layout:
+        """A family's, and after its own the lists that the table does not speak of."""
+        counts = _counted(keys, _whole(family))
+        own = {label: counts.pop(label) for label, _ in family.blocks if label in counts}
+        return cls.of_parts((own | counts).items(), family.name)
+
+    @classmethod
+    def of_parts(cls, counts: Iterable[tuple[str, int]], family: str = "") -> Layout:
+        """From its parts and how many blocks each has.
+
+        Args:
+            family: one of the tables'. The name is that of its one model that has these, if there is one.
+        """
+        parts = tuple(counts)
+        fitting = [layout for layout in LAYOUTS.values() if layout.parts == parts]
+        if family:
+            fitting = [layout for layout in fitting if _TABLE_OF.get(layout.family) == family]
+        if fitting and (len(fitting) == 1 or fitting[0].family in FIRST_GUESSES):
+            return fitting[0]
+        return cls(family or "this model", parts)
+
+    def labels(self) -> list[str]:
+        return [f"{part}{number:02d}" for part, count in self.parts for number in range(count)]
+
+    def thirds(self) -> dict[str, list[tuple[str, int, int]]]:
+        """EARLY, MIDDLE and LATE -> (part, first, last) of each part's stretch in that third of the model's run."""
+        blocks = [(part, number) for part, count in self.parts for number in range(count)]
+        edges = [round(n * len(blocks) / 3) for n in range(4)]
+        found: dict[str, list[tuple[str, int, int]]] = {}
+        for name, start, stop in zip(THIRDS, edges, edges[1:], strict=False):
+            within = blocks[start:stop]
+            numbers = {part: [n for p, n in within if p == part] for part, _ in within}
+            found[name] = [(part, each[0], each[-1]) for part, each in numbers.items()]
+        return found
+
+    def side_parts(self) -> set[str]:
+        """Parts that count as BASE for those who know only of lists called blocks or layers: refiners before them."""
+        return {part for module, part in self.lists.items() if not re.fullmatch(_LISTS, module)}
+
+    def vectors(self) -> list[tuple[str, ...]]:
+        """What each value of a vector stands for, for every length that is in use; no two have one length."""
+        every = (*self.labels(),)
+        side = self.side_parts()
+        main = tuple(f"{part}{number:02d}" for part, n in self.parts if part not in side for number in range(n))
+        unet = "input_blocks" in self.lists  # where as many numbers as blocks have long meant something else
+        wanted = [*_circulating(self), (BASE, *every), *([] if unet else [every])]
+        if side and main:
+            wanted += [(BASE, *main), main]
+        found: dict[int, tuple[str, ...]] = {}
+        for labels in wanted:
+            found.setdefault(len(labels), labels)
+        return list(found.values())
+
+    def __str__(self) -> str:
+        return ", ".join(f"{part}00…{part}{count - 1:02d}" if count > 1 else f"{part}00" for part, count in self.parts)
+
+
+def _parts(family: Family, counts: Iterable[int]) -> tuple[tuple[str, int], ...]:
+    return tuple((label, n) for (label, _), n in zip(family.blocks, counts, strict=True) if n)
+
+
+@lru_cache(maxsize=64)
+def _whole(family: Family) -> Layout:
+    """With all lists of a family, which some of its models may lack, and none of its counts."""
+    return Layout(family.name, _parts(family, (1,) * len(family.blocks)))
+
+
+def _counted(keys: Iterable[str], layout: Layout | None) -> dict[str, int]:
+    """Part -> how many blocks of it the keys are in."""
+    counts: dict[str, int] = {}
+    for key in keys:
+        if block := block_of_key(key, layout):
+            counts[block[0]] = max(counts.get(block[0], 0), block[1] + 1)
+    return counts
+
+
+def _paths(keys: Iterable[str]) -> Iterator[str]:
+    """Flat names of the weights that an adapter may change: the tables say nothing of norms."""
+    for key in keys:
+        name = key.removesuffix(".weight")
+        if name != key and "diffusion_model." in key and "norm" not in name.rpartition(".")[2]:
+            yield split(name)[1]
+
+
+# What saved workflows call their families comes first, and stays.
+_OLDER = (
+    Layout("SD1.5", (("IN", 12), ("M", 3), ("OUT", 12))),
+    Layout("SDXL", (("IN", 9), ("M", 3), ("OUT", 9))),
+    Layout("SD3", (("J", 24),)),
+    Layout("SD3.5 large", (("J", 38),)),
+    Layout("Flux", (("D", 19), ("S", 38))),
+)
+_TABLE_OF = {size.name: family.name for family in TABLES.values() for size in family.sizes}
+LAYOUTS = {layout.family: layout for layout in _OLDER} | {
+    size.name: Layout(size.name, _parts(family, size.blocks)) for family in TABLES.values() for size in family.sizes
+}
+FAMILIES = tuple(LAYOUTS)
+# A vector's length alone speaks of these, and of the others where it means none of these.
+FIRST_GUESSES = tuple(layout.family for layout in _OLDER)
+
+# The vectors in circulation, besides those that simply list all: LoRAs without convolutions (17, 12), LyCORIS as
+# sd-webui-lora-block-weight counts (26, 20) and as Inspire counts (27, 21), and Flux's.
+_VECTORS = {
+    "SD1.5": (
+        "BASE IN01 IN02 IN04 IN05 IN07 IN08 M00 OUT03-11",
+        "BASE IN00-11 M00 OUT00-11",
+        "BASE IN01-11 M00-02 OUT00-11",
+    ),
+    "SDXL": ("BASE IN04 IN05 IN07 IN08 M00 OUT00-05", "BASE IN00-08 M00 OUT00-08", "BASE IN01-08 M00-02 OUT00-08"),
+    "Flux": ("D00-18", "D00-18 S00-37", "BASE D00-18", "BASE D00-16", "BASE D00-18 S00-34"),
+}
+
+
+def _circulating(layout: Layout) -> list[tuple[str, ...]]:
+    """Those of the family that has these blocks: Chroma's are Flux's."""
+    alike = (family for family in _VECTORS if LAYOUTS[family].parts == layout.parts)
+    return [tuple(_expand(text)) for text in _VECTORS.get(next(alike, ""), ())]
+
+
+def _expand(text: str) -> Iterator[str]:
+    """'BASE IN00-02' -> BASE, IN00, IN01, IN02."""
+    for word in text.split():
+        first, _, last = word.partition("-")
+        part = first.rstrip("0123456789")
+        numbers = range(int(first[len(part) :]), int(last) + 1) if last else None
+        yield from [first] if numbers is None else [f"{part}{number:02d}" for number in numbers]
+
+
+def spelling_of(text: str, layout: Layout) -> str | None:
+    """The part that a user means by its name or its module list, in any case; None if the model has none such."""
+    own = {PARTS[module]: part for module, part in layout.lists.items() if module in PARTS}
+    own |= {flat(module).upper(): part for module, part in layout.lists.items()}
+    own |= {part.upper(): part for part, _ in layout.parts}
+    return own.get(text.upper())

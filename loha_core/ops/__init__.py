@@ -1,0 +1,1 @@
+"""How updates are computed: in a forward, in a backward, into a weight."""

@@ -1,0 +1,1 @@
+"""`loha train`: diffusers pipelines."""

@@ -1,0 +1,1 @@
+"""Adapters -> adapter: merge, resize, convert."""

@@ -1,0 +1,1 @@
+"""LoHa layers in a model: PEFT's API."""

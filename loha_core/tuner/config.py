@@ -1,0 +1,270 @@
+"""What to adapt and how: PEFT's LoHaConfig, field by field, and a little beyond it."""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from ..errors import LoHaError
+from ..factors import LoHaFactors
+from ..formats.container import atomic
+from ..naming.names import pattern_matches
+
+CONFIG_NAME = "adapter_config.json"
+INITS = ("peft", "lycoris")
+TASKS = ("SEQ_CLS", "SEQ_2_SEQ_LM", "CAUSAL_LM", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION")
+# What PEFT's LoHa doesn't know; written only where it differs from the default.
+_BEYOND_PEFT = ("rank_dropout_scale", "use_dora", "use_rslora", "use_scalar")
+
+
+@dataclass(init=False)
+class LoHaConfig:
+    """Configuration of a `LoHaModel`.
+
+    >>> config = LoHaConfig(r=8, lora_alpha=32, target_modules=["q_proj", "v_proj"])
+    >>> config.alpha
+    32
+
+    Args:
+        r: rank of each half; the update reaches rank r².
+        alpha: numerator of the scale alpha / r. ``lora_alpha`` is accepted as another name for it.
+        rank_dropout: probability to drop an output row of the update, in training.
+        module_dropout: probability to drop a layer's whole update, in training.
+        rank_dropout_scale: divide what rank dropout leaves by the share that it left, as PEFT does; LyCORIS' default
+            is not to.
+        use_effective_conv2d: Tucker factors for convolutions with a kernel above 1 (FedPara, prop. 3), over one, two
+            or three axes.
+        target_modules: names (matched whole or as the end of a path), a regular expression for the whole path,
+            or "all-linear"; None takes the architecture's default.
+        exclude_modules: names or a regular expression, as above.
+        init_weights: True or "peft": Kaiming uniform and w2_b = 0, so that the update begins at zero; "lycoris":
+            normal, std 0.1 and 1, and w2_a = 0; False: as PEFT but random throughout, for tests.
+        layers_to_transform: indices of the layers to adapt; needs ``target_modules`` to be a list.
+        layers_pattern: name of the list of layers that those indices count, such as "layers" or "h".
+        rank_pattern, alpha_pattern: name or regular expression of a path's end -> its rank or alpha; the first that
+            matches counts.
+        modules_to_save: names of modules to train and save whole.
+        inference_mode: no parameter asks for gradients.
+        use_dora: learn a magnitude along the output axis (True or "output") or the input axis ("input").
+        use_rslora: scale alpha / √r.
+        use_scalar: a learned factor of the update that begins at zero, as LyCORIS has it.
+        extra: fields of a configuration file that nobody here knows; kept and written back.
+
+    Raises:
+        LoHaError: a value that cannot be right; names the field.
+    """
+
+    r: int = 8
+    alpha: float = 8
+    rank_dropout: float = 0.0
+    module_dropout: float = 0.0
+    use_effective_conv2d: bool = False
+    target_modules: list[str] | str | None = None
+    exclude_modules: list[str] | str | None = None
+    init_weights: bool | str = True
+    layers_to_transform: list[int] | int | None = None
+    layers_pattern: list[str] | str | None = None
+    rank_pattern: dict[str, int] = field(default_factory=dict)
+    alpha_pattern: dict[str, float] = field(default_factory=dict)
+    modules_to_save: list[str] | None = None
+    inference_mode: bool = False
+    task_type: str | None = None
+    revision: str | None = None
+    base_model_name_or_path: str | None = None
+    auto_mapping: dict[str, Any] | None = None
+    peft_type: str = "LOHA"
+    rank_dropout_scale: bool = True
+    use_dora: bool | str = False
+    use_rslora: bool = False
+    use_scalar: bool = False
+    extra: dict[str, Any] = field(default_factory=dict)
+
+    def __init__(self, r: int = 8, alpha: float | None = None, *, lora_alpha: float | None = None, **values: Any):
+        known = {f.name: f for f in fields(self)}
+        unknown = [name for name in values if name not in known]
+        if unknown:
+            raise LoHaError(f"LoHaConfig has no field {', '.join(unknown)}; it has {', '.join(known)}")
+        if alpha is not None and lora_alpha is not None and alpha != lora_alpha:
+            raise LoHaError(f"alpha is {alpha} and lora_alpha {lora_alpha}: two names of one number; give one")
+        given = [value for value in (alpha, lora_alpha) if value is not None]
+        values |= {"r": r, "alpha": given[0] if given else known["alpha"].default}
+        for name, f in known.items():
+            default = f.default_factory() if callable(f.default_factory) else f.default
+            setattr(self, name, values.get(name, default))
+        self._normalise()
+        self._check()
+
+    def _normalise(self) -> None:
+        for name in ("target_modules", "exclude_modules", "modules_to_save"):
+            value = getattr(self, name)
+            if isinstance(value, (set, frozenset)):
+                setattr(self, name, sorted(value))
+            elif isinstance(value, tuple):
+                setattr(self, name, list(value))
+        for name in ("layers_to_transform", "layers_pattern"):
+            if isinstance(getattr(self, name), (tuple, range)):
+                setattr(self, name, list(getattr(self, name)))
+        for name in ("rank_pattern", "alpha_pattern"):
+            value = getattr(self, name)
+            if value is not None and not isinstance(value, Mapping):
+                raise LoHaError(f"{name} is {value!r}; expected pattern: number pairs")
+            setattr(self, name, dict(value or {}))
+        # Enums of other libraries (PeftType, TaskType) are strings with a value.
+        self.task_type = getattr(self.task_type, "value", self.task_type)
+        self.peft_type = getattr(self.peft_type, "value", self.peft_type)
+
+    def _check(self) -> None:
+        _check_rank("r", self.r)
+        _check_number("alpha", self.alpha)
+        for name in ("rank_dropout", "module_dropout"):
+            p = getattr(self, name)
+            if not _is_number(p) or not 0 <= p < 1:
+                raise LoHaError(f"{name} is {p!r}; expected a probability, 0 up to but not 1")
+        for name in ("use_effective_conv2d", "inference_mode", "rank_dropout_scale", "use_rslora", "use_scalar"):
+            if not isinstance(getattr(self, name), bool):
+                raise LoHaError(f"{name} is {getattr(self, name)!r}; expected True or False")
+        for name in ("target_modules", "exclude_modules", "layers_pattern"):
+            _check_names(name, getattr(self, name))
+        if self.modules_to_save is not None and isinstance(self.modules_to_save, str):
+            raise LoHaError(f"modules_to_save is the string {self.modules_to_save!r}; expected a list of names")
+        _check_names("modules_to_save", self.modules_to_save)
+        if not isinstance(self.init_weights, bool) and self.init_weights not in INITS:
+            raise LoHaError(f"init_weights is {self.init_weights!r}; expected True, False or one of {INITS}")
+        if not isinstance(self.use_dora, bool) and self.use_dora not in ("output", "input"):
+            raise LoHaError(f"use_dora is {self.use_dora!r}; expected True, False, 'output' or 'input'")
+        if self.peft_type != "LOHA":
+            raise LoHaError(f"peft_type is {self.peft_type!r}; this is a configuration of LOHA")
+        if self.task_type is not None and self.task_type not in TASKS:
+            raise LoHaError(f"task_type is {self.task_type!r}; expected one of {', '.join(TASKS)}")
+        self._check_layers()
+        for pattern, rank in _patterns("rank_pattern", self.rank_pattern):
+            _check_rank(f"rank_pattern[{pattern!r}]", rank)
+        for pattern, alpha in _patterns("alpha_pattern", self.alpha_pattern):
+            _check_number(f"alpha_pattern[{pattern!r}]", alpha)
+
+    def _check_layers(self) -> None:
+        wanted = self.layers_to_transform
+        indices = wanted if isinstance(wanted, list) else [] if wanted is None else [wanted]
+        if not all(isinstance(i, int) and not isinstance(i, bool) and i >= 0 for i in indices):
+            raise LoHaError(f"layers_to_transform is {wanted!r}; expected an index or a list of them, from 0")
+        if self.layers_pattern and wanted is None:
+            raise LoHaError("layers_pattern says what layers_to_transform counts; give layers_to_transform too")
+        if wanted is not None and isinstance(self.target_modules, str):
+            raise LoHaError("layers_to_transform needs target_modules to be a list; put the indices into the pattern")
+
+    def resolved(self, module: str) -> tuple[int, float]:
+        """(rank, alpha) of a module, by the first pattern that matches the end of its path."""
+        rank = self.rank_pattern.get(get_pattern_key(self.rank_pattern, module), self.r)
+        return rank, self.alpha_pattern.get(get_pattern_key(self.alpha_pattern, module), self.alpha)
+
+    def scale(self, rank: int, alpha: float) -> float:
+        """What multiplies M₁∘M₂."""
+        return alpha / (math.sqrt(rank) if self.use_rslora else rank)
+
+    def describing(self, layers: Mapping[str, LoHaFactors]) -> LoHaConfig:
+        """A copy whose targets, ranks and alphas are those of these layers."""
+        config = copy.deepcopy(self)
+        ranks, alphas = Counter(f.rank for f in layers.values()), Counter(f.alpha for f in layers.values())
+        # Longest name first: the first pattern that matches the end of a name counts.
+        ordered = sorted(layers, key=len, reverse=True)
+        config.r, config.alpha = ranks.most_common(1)[0][0], alphas.most_common(1)[0][0]
+        config.rank_pattern = {n: layers[n].rank for n in ordered} if len(ranks) > 1 else {}
+        config.alpha_pattern = {n: layers[n].alpha for n in ordered} if len(alphas) > 1 else {}
+        config.target_modules = sorted(layers)
+        config.layers_to_transform = config.layers_pattern = config.exclude_modules = None
+        config.use_effective_conv2d = any(f.is_tucker for f in layers.values())
+        config.use_dora = any(f.dora_scale is not None for f in layers.values())
+        config.use_rslora = config.use_scalar = False  # factors have both in alpha and w1_a
+        return config
+
+    def to_dict(self) -> dict[str, Any]:
+        """As `adapter_config.json` has it: what PEFT knows always, the rest where it is not the default."""
+        values = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "extra"}
+        for name in _BEYOND_PEFT:
+            if values[name] == type(self).__dataclass_fields__[name].default:
+                del values[name]
+        if isinstance(values["init_weights"], str):
+            # How weights began is history once they are saved, and PEFT expects a bool.
+            values["init_weights"] = True
+        return self.extra | values
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> LoHaConfig:
+        """The inverse of `to_dict`; fields that are not known go to ``extra``."""
+        known = {f.name for f in fields(cls)} - {"extra"} | {"lora_alpha"}
+        mine = {name: value for name, value in values.items() if name in known}
+        extra = {name: value for name, value in values.items() if name not in known}
+        return cls(**mine, extra=extra)
+
+    def save_pretrained(self, save_directory: str | Path) -> None:
+        """Write ``adapter_config.json`` into a folder, which is made if it is not there."""
+        path = Path(save_directory)
+        if path.is_file():
+            raise LoHaError(f"{path} is a file; expected a folder")
+        with atomic(path / CONFIG_NAME) as temporary:
+            temporary.write_text(json.dumps(self.to_dict(), indent=2, sort_keys=True), "utf-8")
+
+    @classmethod
+    def from_pretrained(cls, path: str | Path, **changes: Any) -> LoHaConfig:
+        """Read ``adapter_config.json`` from a folder, or the file itself; ``changes`` replace its values."""
+        path = Path(path)
+        file = path / CONFIG_NAME if path.is_dir() else path
+        try:
+            # From bytes, json finds out the encoding: editors write byte-order marks, PowerShell UTF-16.
+            values = json.loads(file.read_bytes())
+        except (OSError, ValueError) as error:
+            raise LoHaError(f"{file}: not readable as JSON ({error})") from error
+        if not isinstance(values, dict):
+            raise LoHaError(f"{file}: expected a JSON object, found {type(values).__name__}")
+        try:
+            return cls.from_dict(values | changes)
+        except LoHaError as error:
+            raise LoHaError(f"{file}: {error}") from error
+
+
+def get_pattern_key(patterns: Iterable[str], module: str) -> str:
+    """The first pattern that matches ``module`` or the end of its dotted path; ``module`` itself if none does.
+
+    >>> get_pattern_key(["layers.0.q", "q"], "model.layers.0.q")
+    'layers.0.q'
+    """
+    return next((pattern for pattern in patterns if pattern_matches(pattern, module)), module)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _check_number(name: str, value: Any) -> None:
+    if not _is_number(value):
+        raise LoHaError(f"{name} is {value!r}; expected a finite number")
+
+
+def _check_rank(name: str, value: Any) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise LoHaError(f"{name} is {value!r}; a rank is a whole number from 1")
+
+
+def _check_names(name: str, value: Any) -> None:
+    if value is None:
+        return
+    if isinstance(value, str):
+        try:
+            re.compile(value)
+        except re.error as error:
+            raise LoHaError(f"{name} is {value!r}, which is no regular expression ({error})") from error
+    elif not isinstance(value, list) or not all(isinstance(entry, str) for entry in value):
+        raise LoHaError(f"{name} is {value!r}; expected a list of names, or a string")
+
+
+def _patterns(name: str, patterns: Any) -> Iterable[tuple[str, Any]]:
+    for pattern in patterns:
+        _check_names(name, pattern)
+    return patterns.items()

@@ -1,0 +1,166 @@
+"""Loading an adapter and applying it to a model."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from comfy_api.latest import io
+
+from loha_core import Adapter
+
+from ..host import files
+from ..host import modes as bridge
+
+LOHA = io.Custom("LOHA")
+LOHA_BLOCKS = io.Custom("LOHA_BLOCKS")
+LOHA_SCHEDULE = io.Custom("LOHA_SCHEDULE")
+
+# How many unmatched keys a report lists before it counts the rest.
+REPORT_LIMIT = 100
+
+
+def file_input() -> Any:
+    return io.Combo.Input(
+        "lora_name",
+        options=files.names(),
+        tooltip="A LoHa file (LyCORIS/kohya, PEFT, OneTrainer, diffusers, …) or PEFT folder under models/loras.",
+    )
+
+
+def strength_inputs() -> list[Any]:
+    """One slider for each network. 1 is the strength that the adapter was trained at."""
+    return [
+        io.Float.Input(
+            f"strength_{network}",
+            default=1.0,
+            min=-20.0,
+            max=20.0,
+            step=0.01,
+            display_mode=io.NumberDisplay.slider,
+            tooltip=f"Strength on {what}: 1 is as trained, 0 leaves it unchanged, negative values push the other way.",
+        )
+        for network, what in (("model", "the diffusion model"), ("clip", "the text encoders"))
+    ]
+
+
+def patched_outputs() -> list[Any]:
+    return [
+        io.Model.Output(tooltip="The diffusion model with the adapter applied."),
+        io.Clip.Output(tooltip="The text encoders with the adapter applied; empty when none were connected."),
+        io.String.Output(
+            display_name="report", tooltip="How many layers matched where, and each key that did not, with the reason."
+        ),
+    ]
+
+
+def mode_input() -> Any:
+    return io.Combo.Input(
+        "mode",
+        optional=True,
+        options=list(bridge.MODES),
+        default="auto",
+        tooltip="merge patches the weights: fastest sampling, and what save nodes need. live leaves them alone and "
+        "adds the update as layers run: a new strength costs nothing. auto is live where that is cheap.",
+    )
+
+
+def optional_inputs() -> list[Any]:
+    return [
+        mode_input(),
+        io.Clip.Input(
+            "clip",
+            optional=True,
+            tooltip="Text encoders. Leave empty to apply the adapter to the diffusion model alone.",
+        ),
+        LOHA_BLOCKS.Input("blocks", optional=True, tooltip="Multipliers per block, from LoHa Block Strength."),
+        LOHA_SCHEDULE.Input(
+            "schedule", optional=True, tooltip="Strength over the progress of sampling, from LoHa Schedule; needs live."
+        ),
+    ]
+
+
+def _patched(model: Any, clip: Any, adapter: Adapter, **options: Any) -> io.NodeOutput:
+    model, clip, report = bridge.apply(model, clip, adapter, **options)
+    return io.NodeOutput(model, clip, report.text(REPORT_LIMIT))
+
+
+class LoHaLoader(io.ComfyNode):
+    """File -> patched MODEL and CLIP, in one node."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="LoHaLoader",
+            display_name="Load LoHa",
+            category="LoHa",
+            description="Loads a LoHa adapter from the loras folder and applies it to the model and the text encoders.",
+            inputs=[
+                io.Model.Input("model", tooltip="The diffusion model to apply the adapter to."),
+                file_input(),
+                *strength_inputs(),
+                *optional_inputs(),
+            ],
+            outputs=patched_outputs(),
+        )
+
+    @classmethod
+    def fingerprint_inputs(cls, lora_name: str, **_: Any) -> str:
+        return files.fingerprint(lora_name)
+
+    @classmethod
+    def execute(cls, model: Any, lora_name: str, clip: Any = None, **options: Any) -> io.NodeOutput:
+        return _patched(model, clip, files.load(lora_name), **options)
+
+
+class LoHaLoadAdapter(io.ComfyNode):
+    """File -> LOHA."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="LoHaLoadAdapter",
+            display_name="Load LoHa Adapter",
+            category="LoHa",
+            description="Loads a LoHa adapter without applying it, to look into it or to apply it elsewhere.",
+            inputs=[
+                file_input(),
+                io.Boolean.Input(
+                    "legacy_tucker",
+                    default=False,
+                    tooltip="For Tucker files by LyCORIS before October 2023, whose effect used t1 for both halves.",
+                ),
+            ],
+            outputs=[LOHA.Output(display_name="loha", tooltip="The adapter, for Apply LoHa or LoHa Info.")],
+        )
+
+    @classmethod
+    def fingerprint_inputs(cls, lora_name: str, **_: Any) -> str:
+        return files.fingerprint(lora_name)
+
+    @classmethod
+    def execute(cls, lora_name: str, legacy_tucker: bool) -> io.NodeOutput:
+        return io.NodeOutput(files.load(lora_name, legacy_tucker=legacy_tucker))
+
+
+class LoHaApply(io.ComfyNode):
+    """LOHA + MODEL + CLIP -> patched MODEL and CLIP."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="LoHaApply",
+            display_name="Apply LoHa",
+            category="LoHa",
+            description="Applies a loaded LoHa adapter to the model and the text encoders.",
+            inputs=[
+                io.Model.Input("model", tooltip="The diffusion model to apply the adapter to."),
+                LOHA.Input("loha", tooltip="The adapter, from Load LoHa Adapter."),
+                *strength_inputs(),
+                *optional_inputs(),
+            ],
+            outputs=patched_outputs(),
+        )
+
+    @classmethod
+    def execute(cls, model: Any, loha: Adapter, clip: Any = None, **options: Any) -> io.NodeOutput:
+        return _patched(model, clip, loha, **options)

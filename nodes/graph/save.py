@@ -1,0 +1,162 @@
+"""Writing adapters where they can be loaded from."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import re
+from dataclasses import replace
+from functools import lru_cache
+from pathlib import Path
+
+import folder_paths
+import torch
+from comfy_api.latest import io, ui
+
+from loha_core import Adapter, LoHaError, save_adapter
+from loha_core.adapter import modules
+from loha_core.formats.lycoris import as_one_file
+from loha_core.naming.readers import unread
+
+from ..host.files import FOLDER
+from .inputs import choice, json_object
+from .loader import LOHA
+
+DTYPES = {"as it is": None, "fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
+FORMATS = {"LyCORIS (one file)": "lycoris", "PEFT (a folder)": "peft"}
+NONE = "None"
+
+
+class LoHaSave(io.ComfyNode):
+    """LOHA -> a file or folder among the adapters."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="LoHaSave",
+            display_name="Save LoHa",
+            category="LoHa",
+            description="Saves a LoHa into the loras folder, where the loader nodes find it.",
+            inputs=[
+                LOHA.Input("loha", tooltip="The adapter to save."),
+                io.String.Input(
+                    "filename",
+                    default="my_loha",
+                    tooltip="Name under models/loras; folders by /. A number is added where the name is taken.",
+                ),
+                io.Combo.Input(
+                    "format",
+                    options=list(FORMATS),
+                    default=next(iter(FORMATS)),
+                    tooltip="LyCORIS: one .safetensors file. Layers keep their names, so that whatever read the file "
+                    "that was loaded reads this one; Convert LoHa changes them. PEFT: a folder for diffusers.",
+                ),
+                io.Combo.Input(
+                    "dtype",
+                    options=list(DTYPES),
+                    default="fp16",
+                    tooltip="Of the saved numbers. fp16 halves the file and is what most files use.",
+                ),
+                io.Boolean.Input(
+                    "overwrite", default=False, optional=True, tooltip="Replace a file of this name instead."
+                ),
+                io.String.Input(
+                    "trigger_words",
+                    default="",
+                    optional=True,
+                    tooltip="Words that call up what was learnt, separated by commas; they are kept in the file.",
+                ),
+                io.Combo.Input(
+                    "base_model",
+                    options=[NONE, *folder_paths.get_filename_list("checkpoints")],
+                    default=NONE,
+                    optional=True,
+                    tooltip="The checkpoint that it was trained on: its name and hash are kept in the file.",
+                ),
+                io.String.Input(
+                    "metadata",
+                    default="",
+                    optional=True,
+                    placeholder='{"modelspec.author": "me"}',
+                    tooltip="Further metadata as JSON, text by text.",
+                ),
+            ],
+            outputs=[io.String.Output(display_name="path", tooltip="The name to load it by.")],
+            is_output_node=True,
+        )
+
+    @classmethod
+    def execute(
+        cls,
+        loha: Adapter,
+        filename: str,
+        format: str,
+        dtype: str,
+        overwrite: bool = False,
+        trigger_words: str = "",
+        base_model: str = NONE,
+        metadata: str = "",
+    ) -> io.NodeOutput:
+        kind = FORMATS.get(format, format)
+        more = described(trigger_words, base_model, metadata)
+        path = free_path(filename, ".safetensors" if kind == "lycoris" else "", overwrite)
+        adapter = replace(loha, metadata=loha.metadata | more)
+        said = unread(modules(as_one_file(adapter))) if kind == "lycoris" else None
+        if said:
+            logging.warning("Save LoHa: %s; Convert LoHa with names 'kohya' gives it names that both know", said)
+        save_adapter(adapter, path, format=kind, dtype=choice("dtype", dtype, DTYPES))  # type: ignore[arg-type]
+        name = str(path.relative_to(root()))
+        return io.NodeOutput(name, ui=ui.PreviewText("\n".join([f"saved as {name}", *([said] if said else [])])))
+
+
+def root() -> Path:
+    """The folder that new adapters go to: the first of ComfyUI's loras folders."""
+    return Path(folder_paths.get_folder_paths(FOLDER)[0])
+
+
+def free_path(filename: str, suffix: str, overwrite: bool) -> Path:
+    """Where a name from the graph leads: inside the loras folder, on nothing that is there unless told.
+
+    Raises:
+        LoHaError: an empty name, or one that leads elsewhere.
+    """
+    stem = filename.strip().removesuffix(suffix) if suffix else filename.strip()
+    parts = [part for part in re.split(r"[/\\]", stem) if part]
+    if not parts or stem[0] in "/\\" or any(part in (".", "..") or set(part) & set('\0:*?"<>|') for part in parts):
+        raise LoHaError(f"filename is {filename!r}; expected a name inside the loras folder, such as style/my_loha")
+    base = root()
+    path = base.joinpath(*parts[:-1], parts[-1] + suffix)
+    if not Path(os.path.realpath(path)).is_relative_to(os.path.realpath(base)):
+        raise LoHaError(f"filename is {filename!r}, which leads out of the loras folder; choose another name")
+    number = 2
+    while not overwrite and os.path.lexists(path):
+        path = base.joinpath(*parts[:-1], f"{parts[-1]}_{number}{suffix}")
+        number += 1
+    return path
+
+
+def described(trigger_words: str, base_model: str, metadata: str) -> dict[str, str]:
+    """The metadata that the node's inputs mean."""
+    found: dict[str, str] = {}
+    if trigger_words.strip():
+        found["modelspec.trigger_phrase"] = trigger_words.strip()
+    if base_model != NONE:
+        path = folder_paths.get_full_path("checkpoints", base_model)
+        if path is None:
+            raise LoHaError(f"base_model is {base_model!r}, which is not among the checkpoints; refresh the list")
+        stat = os.stat(path)
+        found["ss_sd_model_name"] = base_model
+        found["ss_new_sd_model_hash"] = _sha256(path, stat.st_mtime_ns, stat.st_size)
+    more = json_object("metadata", metadata, '{"key": "text"}')
+    return found | {str(key): value if isinstance(value, str) else json.dumps(value) for key, value in more.items()}
+
+
+@lru_cache(maxsize=8)
+def _sha256(path: str, modified: int, size: int) -> str:
+    with open(path, "rb") as file:
+        digest = hashlib.sha256()
+        while block := file.read(1 << 22):
+            digest.update(block)
+    return digest.hexdigest()

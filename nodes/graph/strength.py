@@ -1,0 +1,202 @@
+"""Where and when an adapter acts: strength by block of the model, and over the progress of sampling."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from comfy_api.latest import io, ui
+
+from loha_core.blocks import FAMILIES, LAYOUTS, PRESETS, BlockStrength, Layout
+from loha_core.naming.tables import FAMILIES as TABLES
+from loha_core.schedule import INTERPOLATIONS, Schedule
+
+from ..page import charts
+from .loader import LOHA_BLOCKS, LOHA_SCHEDULE
+
+AUTO = "auto"
+# How many rules the picture lists before it counts the rest.
+RULES_SHOWN = 8
+# What `spell` writes of a model that is not in FAMILIES: its family if it has one, and parts as families call theirs or
+# a model's own lists.
+_PARTS = {part for layout in LAYOUTS.values() for part, _ in layout.parts}
+_PARTS |= {part for table in TABLES.values() for part, _ in table.blocks}
+_COUNT = rf"(?:{'|'.join(sorted(_PARTS))}|\w{{0,40}}(?:blocks|layers)):[1-9]\d{{0,2}}"
+_SPELLED = re.compile(rf"(?:({'|'.join(map(re.escape, TABLES))})/)?({_COUNT}(?:,{_COUNT}){{0,15}})")
+
+
+class LoHaBlockStrength(io.ComfyNode):
+    """Preset, vector and rules -> LOHA_BLOCKS, and a picture of it."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="LoHaBlockStrength",
+            display_name="LoHa Block Strength",
+            category="LoHa",
+            description="Lets an adapter act more or less on each block of the model and on chosen layers.",
+            inputs=[
+                io.Combo.Input(
+                    "preset",
+                    options=list(PRESETS),
+                    default="ALL",
+                    tooltip="What to start from. ALL: everything at 1. NONE: everything at 0. INALL, MIDALL, OUTALL: "
+                    "only a U-Net's input, middle or output blocks. DOUBLE, SINGLE: only the double or single blocks "
+                    "of Flux and models built like it. EARLY, MIDDLE, LATE: only the first, middle or last third of "
+                    "any model's blocks. All but NONE keep BASE at 1.",
+                ),
+                io.String.Input(
+                    "vector",
+                    default="",
+                    placeholder="1,0,0,1,…  or  OUT=0.5, IN04-IN08=0",
+                    tooltip="Numbers for all blocks in order, as block-weight tools write them (SD1.5: 17, 26, 27; "
+                    "SDXL: 12, 20, 21; Flux: 18, 19, 20, 55, 57, 58; others: one per block, with or without one for "
+                    "BASE in front); they replace the preset. Or names, which change it: OUT=0.5, IN04-IN08=0, "
+                    "LATE=0.5, BASE=1. Empty: the preset alone.",
+                ),
+                io.String.Input(
+                    "rules",
+                    default="",
+                    multiline=True,
+                    placeholder="attn2.*: 0.3",
+                    tooltip="Lines of 'regular expression: number'. A layer whose name contains a match is multiplied "
+                    "by the number, on top of its block's. Of several rules that match, the last counts.",
+                ),
+                io.Combo.Input(
+                    "family",
+                    options=[AUTO, *FAMILIES],
+                    default=AUTO,
+                    tooltip="Whose blocks these are. auto: those of the connected model; without one, as the number "
+                    "of values in the vector tells.",
+                ),
+                io.Model.Input(
+                    "model",
+                    optional=True,
+                    tooltip="The diffusion model, to find its blocks; it is not changed. Needed for models of families "
+                    "that are not in the list, whose blocks go by their own names.",
+                ),
+            ],
+            outputs=[
+                LOHA_BLOCKS.Output(display_name="blocks", tooltip="For the blocks input of Load LoHa or Apply LoHa."),
+                io.Image.Output(display_name="image", tooltip="The picture that the node shows: a bar per block."),
+            ],
+            is_output_node=True,
+        )
+
+    @classmethod
+    def execute(cls, preset: str, vector: str, rules: str, family: str, model: Any = None) -> io.NodeOutput:
+        known = family if family != AUTO else None if model is None else list(model.model.state_dict())
+        blocks = BlockStrength.parse(known, vector, rules, preset=preset)
+        image = block_chart(blocks)
+        # The widget draws the bars of the model that it was told of last.
+        shown = {"layout": (spell(blocks.layout),)} if blocks.layout else {}
+        return io.NodeOutput(blocks, image, ui=ui.PreviewImage(image, cls=cls).as_dict() | shown)
+
+
+def spell(layout: Layout) -> str:
+    """One of FAMILIES by its name; of other models the parts, as in 'blocks:30,layers:4' or 'Flux/D:4,S:8'."""
+    if LAYOUTS.get(layout.family) == layout:
+        return layout.family
+    parts = ",".join(f"{part}:{count}" for part, count in layout.parts)
+    return f"{layout.family}/{parts}" if layout.family in TABLES else parts
+
+
+def bars(family: str, preset: str, vector: str) -> dict[str, Any]:
+    """What the widget draws for these inputs.
+
+    Args:
+        family: "auto", one of FAMILIES, or what `spell` writes.
+
+    Returns:
+        family: whose blocks these are, or None; values: block -> multiplier; start: the same for the preset alone, or
+        None where numbers replace it; listed: what each number of the vector stands for, or None.
+
+    Raises:
+        LoHaError: says what cannot be understood.
+    """
+    known: str | Layout | None = None if family == AUTO else family
+    if spelled := _SPELLED.fullmatch(family):
+        counts = (entry.partition(":") for entry in spelled[2].split(","))
+        known = Layout.of_parts(((part, int(count)) for part, _, count in counts), spelled[1] or "")
+    blocks = BlockStrength.parse(known, vector, preset=preset)
+    found: dict[str, Any] = {
+        "family": blocks.layout and blocks.layout.family,
+        "values": blocks.table(),
+        "start": None,
+        "listed": None,
+    }
+    if blocks.layout and vector.strip() and "=" not in vector:
+        count = vector.rpartition(":")[2].strip().strip(",").count(",") + 1
+        found["listed"] = next(labels for labels in blocks.layout.vectors() if len(labels) == count)
+    else:
+        found["start"] = BlockStrength.parse(known, preset=preset).table()
+    return found
+
+
+def block_chart(blocks: BlockStrength) -> Any:
+    """A bar for each block, and the rules below."""
+    about = f"{blocks.layout.family}: {blocks.layout}" if blocks.layout else "no model connected; parts it may have"
+    notes = [f"{shorten(rule.pattern.pattern)}: {rule.value:g}" for rule in blocks.rules]
+    if len(notes) > RULES_SHOWN:
+        notes[RULES_SHOWN:] = [f"… and {len(notes) - RULES_SHOWN} more rules"]
+    return charts.bars("Strength by block", about, blocks.table(), notes)
+
+
+class LoHaSchedule(io.ComfyNode):
+    """Keyframes -> LOHA_SCHEDULE, and a picture of the curve."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="LoHaSchedule",
+            display_name="LoHa Schedule",
+            category="LoHa",
+            description="Lets the strength of an adapter follow a curve over the progress of sampling.",
+            inputs=[
+                io.String.Input(
+                    "keyframes",
+                    default="0: 1, 1: 1",
+                    multiline=True,
+                    tooltip="'progress: strength' pairs, by commas or on lines of their own: 0: 0, 0.5: 1, 100%: 0.3. "
+                    "The adapter's strength is multiplied by the curve. Empty: 1 throughout.",
+                ),
+                io.Combo.Input(
+                    "interpolation",
+                    options=list(INTERPOLATIONS),
+                    default="linear",
+                    tooltip="Between keyframes. linear: straight lines. smooth: eases out of one and into the next. "
+                    "step: each value holds until the next keyframe.",
+                ),
+                *(
+                    io.Float.Input(name, default=default, min=0.0, max=1.0, step=0.001, tooltip=tooltip)
+                    for name, default, tooltip in (
+                        ("start_percent", 0.0, "Before this progress (0 to 1) the adapter does not act."),
+                        ("end_percent", 1.0, "After this progress (0 to 1) the adapter does not act."),
+                    )
+                ),
+            ],
+            outputs=[
+                LOHA_SCHEDULE.Output(
+                    display_name="schedule", tooltip="For the schedule input of Load LoHa or Apply LoHa."
+                ),
+                io.Image.Output(display_name="image", tooltip="The picture that the node shows: the curve."),
+            ],
+            is_output_node=True,
+        )
+
+    @classmethod
+    def execute(cls, keyframes: str, interpolation: str, start_percent: float, end_percent: float) -> io.NodeOutput:
+        schedule = Schedule.parse(keyframes, interpolation, start_percent, end_percent)
+        image = schedule_chart(schedule)
+        return io.NodeOutput(schedule, image, ui=ui.PreviewImage(image, cls=cls))
+
+
+def shorten(text: str) -> str:
+    return text if len(text) <= 50 else text[:49] + "…"
+
+
+def schedule_chart(schedule: Schedule) -> Any:
+    """The curve over the progress of sampling, with its keyframes."""
+    about = f"{schedule.interpolation}, from {schedule.start * 100:g} % to {schedule.end * 100:g} %"
+    active = (schedule.start, schedule.end)
+    return charts.curve("Strength over the progress of sampling", about, schedule, schedule.keyframes, active)

@@ -1,0 +1,183 @@
+"""What the widgets read from the server. GET only: no route writes, and every name resolves as the nodes' own do."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter
+from collections.abc import Awaitable, Callable
+from functools import lru_cache, partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from aiohttp import web
+from safetensors import SafetensorError, safe_open
+
+from loha_core import Adapter, LoHaError
+from loha_core.formats import from_tensors, peft
+from loha_core.formats.container import SUFFIXES
+from loha_core.formats.describe import base_model, trigger_words
+
+from ..graph.strength import bars
+from ..host import files
+from . import monitor
+
+PICTURES = {".png": "image/png", ".jpg": "image/jpeg", ".jpeg": "image/jpeg", ".webp": "image/webp"}
+# A line of text in the page, not a book: what a file says of itself is cut.
+LONGEST, MOST_WORDS = 200, 50
+
+Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
+
+
+def register() -> None:
+    """Add the routes to ComfyUI's server; aiohttp answers 405 to everything but GET and HEAD."""
+    from server import PromptServer  # a module of ComfyUI's that only a running server has
+
+    monitor.tell = PromptServer.instance.send_sync
+
+    handlers = {"adapters": _adapters, "info": _info, "preview": _preview, "blocks": _blocks, "training": _training}
+    for path, handler in handlers.items():
+        PromptServer.instance.routes.get(f"/loha/{path}")(_answering(handler))
+
+
+def _answering(handler: Handler) -> Handler:
+    """What a user can put right is a 400 with the reason as JSON."""
+
+    async def answer(request: web.Request) -> web.StreamResponse:
+        try:
+            response = await handler(request)
+        except LoHaError as error:
+            response = web.json_response({"error": str(error)}, status=400)
+        response.headers["X-Content-Type-Options"] = "nosniff"
+        return response
+
+    return answer
+
+
+async def _adapters(request: web.Request) -> web.StreamResponse:
+    return web.json_response({"names": await asyncio.to_thread(files.names)})
+
+
+async def _training(request: web.Request) -> web.StreamResponse:
+    """The latest runs (of a workflow's node), with their losses: the events say only what is new.
+
+    A page that has ``since`` losses of a ``run`` gets the rest of that.
+    """
+    asked = {key: request.query.get(key, "") for key in ("workflow", "node", "run")}
+    since = request.query.get("since", "0")
+    if not (since.isascii() and since.isdecimal() and len(since) < 10):
+        raise LoHaError(f"since is {since[:LONGEST]!r}; expected how many losses the page has")
+    runs = monitor.found(asked["workflow"], asked["node"])
+    return web.json_response({"runs": [r.since(int(since)) if r.id == asked["run"] else r.whole() for r in runs]})
+
+
+async def _info(request: web.Request) -> web.StreamResponse:
+    return web.json_response(await asyncio.to_thread(info, request.query.get("name", "")))
+
+
+async def _preview(request: web.Request) -> web.StreamResponse:
+    picture = await asyncio.to_thread(picture_of, request.query.get("name", ""))
+    if picture is None:
+        raise LoHaError("no picture lies beside this adapter")
+    return web.FileResponse(picture, headers={"Content-Type": PICTURES[picture.suffix.lower()]})
+
+
+async def _blocks(request: web.Request) -> web.StreamResponse:
+    asked = {name: request.query.get(name, other) for name, other in _ASKED.items()}
+    return web.json_response(await asyncio.to_thread(partial(bars, **asked)))
+
+
+_ASKED = {"family": "auto", "preset": "ALL", "vector": ""}
+
+
+def picture_of(name: str) -> Path | None:
+    """The picture beside an adapter, by its stem: a.png or a.preview.png for a.safetensors."""
+    files.resolve(name)
+    stem = str(Path(name).with_suffix("")) if Path(name).suffix.lower() in SUFFIXES else name
+    for candidate in (f"{stem}{middle}{suffix}" for middle in ("", ".preview") for suffix in PICTURES):
+        try:
+            return _file(candidate)
+        except LoHaError:
+            continue
+    return None
+
+
+def _file(name: str) -> Path:
+    path = files.resolve(name)
+    if not path.is_file():
+        raise LoHaError(f"{name}: not a file")
+    return path
+
+
+def info(name: str) -> dict[str, Any]:
+    """What is in an adapter, from its header: shapes, alphas and metadata, but no factor is read.
+
+    Raises:
+        LoHaError: no such adapter, or not one that can be read.
+    """
+    path = files.resolve(name)
+    try:
+        return _info_of(name, path, files.fingerprint(name)) | {"picture": picture_of(name) is not None}
+    except (SafetensorError, OSError, UnicodeError, RuntimeError, TypeError, ValueError) as error:
+        # The page is told names, not where ComfyUI lies.
+        reason = str(error).partition("\n")[0].replace(str(path), name)
+        raise LoHaError(reason if isinstance(error, LoHaError) else f"{name}: not readable ({reason})") from error
+
+
+@lru_cache(maxsize=64)
+def _info_of(name: str, path: Path, fingerprint: str) -> dict[str, Any]:
+    adapter, dtypes, size = _read(path)
+    if not adapter.layers and not adapter.extras:
+        raise LoHaError(f"{name}: holds no tensors")
+    shown = {
+        "dialect": adapter.dialect,
+        "base model": base_model(adapter),
+        "rank": _counts(adapter.ranks),
+        "alpha": _counts(Counter(f"{alpha:g}" for alpha in adapter.alphas.elements())),
+        "layers": f"{len(adapter.layers)}" + (f" and {len(adapter.extras)} other tensors" if adapter.extras else ""),
+        "dtype": _counts(dtypes),
+        "size": f"{size / 2**20:.1f} MB" if size >= 2**20 else f"{size / 2**10:.1f} KB",
+        "title": adapter.metadata.get("modelspec.title") or adapter.metadata.get("ss_output_name") or "",
+        "note": "; ".join(adapter.notes),
+    }
+    words = [word[:LONGEST] for word in trigger_words(adapter)[:MOST_WORDS]]
+    return {"name": name, "facts": {key: text[:LONGEST] for key, text in shown.items() if text}, "words": words}
+
+
+def _counts(counter: Counter[Any]) -> str:
+    return ", ".join(str(value) for value, _ in counter.most_common(4)) + ("…" if len(counter) > 4 else "")
+
+
+def _read(path: Path) -> tuple[Adapter, Counter[str], int]:
+    """An adapter whose factors have shapes but no values, the dtypes of its tensors, and its size in bytes."""
+    folders = peft.folders(path)
+    dtypes: Counter[str] = Counter()
+    if not folders:
+        return from_tensors(*_header(path, dtypes), path), dtypes, path.stat().st_size
+    whole, size = Adapter({}, dialect="peft"), 0
+    for prefix, folder in folders:
+        weights = folder / peft.WEIGHTS
+        part = peft.from_tensors(*_header(weights, dtypes), weights, prefix)
+        whole.layers |= part.layers
+        whole.extras |= part.extras
+        whole.metadata |= part.metadata
+        whole.notes += part.notes
+        size += weights.stat().st_size
+    return whole, dtypes, size
+
+
+def _header(path: Path, dtypes: Counter[str]) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    """Shapes on the meta device, single numbers (alphas) as they are, and the metadata."""
+    if path.suffix.lower() not in SUFFIXES or not path.is_file():
+        raise LoHaError(f"{path}: only {' and '.join(SUFFIXES)} files are read")
+    tensors = {}
+    with safe_open(path, framework="pt", device="cpu") as file:
+        for key in file.keys():
+            entry = file.get_slice(key)
+            shape = entry.get_shape()
+            if shape in ([], [1]):
+                tensors[key] = file.get_tensor(key)
+            else:
+                tensors[key] = torch.empty(shape, device="meta")
+                dtypes[entry.get_dtype()] += 1
+        return tensors, dict(file.metadata() or {})
