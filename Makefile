@@ -24,7 +24,7 @@ PIP := -m pip install --quiet --disable-pip-version-check -c constraints.txt
 OR_SAY = || { echo "The environment was not made. It takes Python 3.11 with venv (PYTHON=$(PYTHON) is used) and PyPI:" \
 	"put right what is said above and run make again." >&2; exit 1; }
 
-.PHONY: demo demo-merge ui test lint test-core test-comfy test-release chromium clean
+.PHONY: demo demo-merge ui test lint test-core test-comfy test-nodes test-browser test-release chromium clean
 
 demo: $(VENV)/.ready
 	$(VENV)/bin/python -m demo
@@ -36,7 +36,19 @@ demo-merge: $(VENV)/.ready
 ui: $(VENV)/.ready
 	$(VENV)/bin/python -m demo --ui
 
-test: lint test-core test-comfy test-release
+# Two suites at a time, longest first. Each is heard when it is done, those that failed at the end.
+SUITES := test-core test-nodes test-browser test-release lint
+FAILED := .cache/failed
+
+test: $(VENV)/.ready $(PEERS)/.ready $(PAGE) chromium
+	@rm -rf $(FAILED) && mkdir -p $(FAILED)
+	@$(MAKE) --keep-going --silent --jobs=2 $(SUITES:%=heard-%); status=$$?; cat $(FAILED)/* 2>/dev/null; exit $$status
+
+heard-%:
+	$(MAKE) --no-print-directory $* >$(FAILED)/$* 2>&1 && cat $(FAILED)/$* && rm $(FAILED)/$*
+
+# Beside each other, and with many small tensors, a second thread costs a process more than it brings.
+test-%: export OMP_NUM_THREADS ?= 1
 
 lint: $(VENV)/.ready
 	$(VENV)/bin/ruff check .
@@ -47,9 +59,15 @@ lint: $(VENV)/.ready
 test-core: $(PEERS)/.ready
 	$(PEERS)/bin/pytest tests/core
 
-# A real ComfyUI server, and its page in a real browser.
-test-comfy: $(VENV)/.ready $(PAGE) chromium
-	$(VENV)/bin/pytest tests/comfy tests/browser
+test-comfy: test-nodes test-browser
+
+# A real ComfyUI, in the tests' process and as a server.
+test-nodes: $(VENV)/.ready
+	$(VENV)/bin/pytest tests/comfy
+
+# Its page in a real browser.
+test-browser: $(VENV)/.ready $(PAGE) chromium
+	$(VENV)/bin/pytest tests/browser
 
 # The archive that the registry gets, and a newcomer's first minutes with it.
 test-release: $(VENV)/.ready $(PAGE) chromium

@@ -36,7 +36,7 @@ from .shapes import MODELS, Shape, distinct
 
 QUICK: list[Shape] = [(320, 320), (640, 640, 1, 1), (1280, 1280), (320, 320, 3, 3), (3072, 3072), (10240, 1280)]
 SAMPLE_SECONDS = 2e-3
-LEAST, MOST = 5, 40  # samples
+MIN_SAMPLES, MAX_SAMPLES = 5, 40
 
 
 class Row(NamedTuple):
@@ -94,12 +94,12 @@ def take_turns(ways: list[Callable[[], object]], seconds: float) -> list[list[fl
         counts.append(max(1, math.ceil(SAMPLE_SECONDS / (time.perf_counter() - start))))
     samples: list[list[float]] = [[] for _ in ways]
     began = time.perf_counter()
-    while len(samples[0]) < LEAST or (len(samples[0]) < MOST and time.perf_counter() - began < seconds):
-        for way, count, found in zip(ways, counts, samples, strict=True):
+    while len(samples[0]) < MIN_SAMPLES or (len(samples[0]) < MAX_SAMPLES and time.perf_counter() - began < seconds):
+        for way, count, of_way in zip(ways, counts, samples, strict=True):
             start = time.perf_counter()
             for _ in range(count):
                 way()
-            found.append((time.perf_counter() - start) / count * 1e3)
+            of_way.append((time.perf_counter() - start) / count * 1e3)
     return samples
 
 
@@ -123,19 +123,19 @@ def report(rows: list[Row]) -> None:
     for model, shapes in MODELS.items():
         for rank in sorted({row.rank for row in rows}):
             if all((shape, rank) in by_shape for shape in shapes):
-                found = [(by_shape[shape, rank], count) for shape, count in shapes.items()]
-                comfy, ours = (sum(getattr(r, n) * c for r, c in found) / 1e3 for n in ("comfy", "ours"))
+                layers = [(by_shape[shape, rank], count) for shape, count in shapes.items()]
+                comfy, ours = (sum(getattr(r, n) * c for r, c in layers) / 1e3 for n in ("comfy", "ours"))
                 print(f"  {model:<7} rank {rank:>2}: {comfy:7.2f} / {ours:6.2f} = {comfy / ours:5.1f}x")
     print("\ngeometric mean of ComfyUI / ours, over distinct shapes")
     for rank in sorted({row.rank for row in rows}):
         print(f"  rank {rank:>2}: {geometric_mean([r.ratio for r in rows if r.rank == rank]):5.2f}x")
     print(f"  by medians instead of the fastest: {geometric_mean([row.median_ratio for row in rows]):.2f}x")
     worst = min(rows, key=lambda row: row.ratio)
-    print(f"  all    : {geometric_mean([row.ratio for row in rows]):5.2f}x over {len(rows)} (wanted: 4x)")
-    print(f"worst: {name(worst.shape)} rank {worst.rank}, {worst.ratio:.2f}x (wanted: none below 1x)")
+    print(f"  all    : {geometric_mean([row.ratio for row in rows]):5.2f}x over {len(rows)} (target: 4x)")
+    print(f"worst: {name(worst.shape)} rank {worst.rank}, {worst.ratio:.2f}x (target: none below 1x)")
     print(f"ours / floor, geometric mean: {geometric_mean([row.ours / row.floor for row in rows]):.1f}x")
     print(f"ComfyUI / floor, the most to gain: {geometric_mean([row.comfy / row.floor for row in rows]):.1f}x")
-    print(f"peak extra memory: {max(row.memory for row in rows):.1f} MiB (wanted: at most 64)")
+    print(f"peak extra memory: {max(row.memory for row in rows):.1f} MiB (target: at most 64)")
 
 
 def name(shape: Shape) -> str:

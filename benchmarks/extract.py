@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import save_file
 
 from loha_core import extract
-from loha_core.models.tensor_file import Weights
+from loha_core.models.tensor_file import TensorFile
 
 from .merge import layers, measured, random_adapter
 
@@ -46,7 +46,7 @@ def checkpoints(folder: Path, rank: int, every: int, true: bool) -> tuple[Path, 
 
 def dense(base: Path, tuned: Path, rank: int) -> float:
     """A LoRA of ``rank`` by the SVD of each difference, as extraction scripts do it; the relative error."""
-    before, after = Weights(base), Weights(tuned)
+    before, after = TensorFile(base), TensorFile(tuned)
     lost = total = 0.0
     for key in before:
         change = (after[key].float() - before[key].float()).flatten(1)
@@ -71,7 +71,7 @@ def main() -> None:
     print(f"{os.cpu_count()} CPUs, {options.threads} threads, torch {torch.__version__}, load {os.getloadavg()[0]:.1f}")
     with tempfile.TemporaryDirectory(dir=options.folder) as name:
         base, tuned = checkpoints(Path(name), rank, options.every, options.true)
-        count = len(Weights(base).entries)
+        count = len(TensorFile(base).entries)
         print(f"{count} layers, {base.stat().st_size / 1e9:.2f} GB each; memory wanted: at most 1500 MiB")
         for what, settings in {
             f"LoHa of rank {rank}, fit": {"rank": rank},

@@ -22,7 +22,17 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from loha_core import Adapter, LoHaFactors, apply_to_checkpoint, load_adapter, merge, save_adapter
+from loha_core import (
+    Adapter,
+    Compression,
+    LoHaFactors,
+    Sparse,
+    apply_to_checkpoint,
+    load_adapter,
+    merge,
+    save_adapter,
+)
+from loha_core.transform.merge import Combination
 
 from . import memory
 from .shapes import MODELS, Shape
@@ -60,18 +70,18 @@ def merges(model: str, rank: int, folder: Path, with_fit: bool) -> None:
         save_adapter(random_adapter(model, rank, seed), folder / f"{seed}.safetensors")
     sources = [load_adapter(folder / f"{seed}.safetensors") for seed in (0, 1)]
     print(f"merge of two {model} adapters, rank {rank}, {len(sources[0].layers)} layers (wanted: at most 20 s)")
-    cases: dict[str, dict[str, object]] = {
-        "exact": {},
-        f"svd, rank {2 * rank}": {"method": "svd", "rank": 2 * rank},
-        "svd, energy 0.5": {"method": "svd", "energy": 0.5},
-        "slerp, exact": {"method": "slerp", "max_error": 0.0},
-        f"ties, svd of rank {2 * rank}": {"method": "ties", "rank": 2 * rank},
+    cases: dict[str, tuple[Combination, Compression]] = {
+        "exact": ("sum", Compression("exact")),
+        f"svd, rank {2 * rank}": ("sum", Compression(rank=2 * rank)),
+        "svd, energy 0.5": ("sum", Compression(energy=0.5)),
+        "slerp, exact": ("slerp", Compression(max_error=0.0)),
+        f"ties, svd of rank {2 * rank}": (Sparse("ties", 0.5), Compression(rank=2 * rank)),
     }
     if with_fit:
-        cases[f"fit, rank {rank}"] = {"method": "fit", "rank": rank}
-    for name, options in cases.items():
+        cases[f"fit, rank {rank}"] = "sum", Compression("fit", rank=rank)
+    for name, (combine, compression) in cases.items():
         with measured(name):
-            merged, report = merge(sources, [0.6, 0.7], **options)  # type: ignore[arg-type]
+            merged, report = merge(sources, [0.6, 0.7], compression, combine=combine)
         print(f"  {'':<44} {next(report.lines())}")
         if report.lora_error is not None:
             print(f"  {'':<44} {list(report.lines())[1]}")

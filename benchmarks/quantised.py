@@ -70,7 +70,7 @@ def main() -> None:
         ways = {"alone": patcher}
         for way, magnitude in (("LoHa", None), ("DoRA", weight.norm(dim=1, keepdim=True))):
             f = LoHaFactors(a[0], b[0], a[1], b[1], float(r), dora_scale=magnitude)
-            ways[way] = live.apply(patcher, [patches.Patch(KEY, patches.LoHaPatch.from_factors(f), 1.0)], 1.0)
+            ways[way] = live.apply_live(patcher, [patches.Patch(KEY, patches.LoHaPatch.from_factors(f), 1.0)], 1.0)
         native = LoHaAdapter(set(), (a[0], b[0], float(r), a[1], b[1], None, None, None))
         seconds: dict[str, list[float]] = {way: [] for way in (*ways, "native")}
         products = {}

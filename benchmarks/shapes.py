@@ -5,16 +5,15 @@ Counted in ComfyUI's own modules built on the meta device: all weights of two or
 
 from __future__ import annotations
 
+from math import prod
+
 Shape = tuple[int, ...]
 
 
 def _shapes(text: str) -> dict[Shape, int]:
     """ "30*320x320" is thirty layers of (320, 320)."""
-    found = {}
-    for word in text.split():
-        count, _, shape = word.partition("*")
-        found[tuple(int(size) for size in shape.split("x"))] = int(count)
-    return found
+    entries = (word.split("*") for word in text.split())
+    return {tuple(map(int, shape.split("x"))): int(count) for count, shape in entries}
 
 
 _UNET = """
@@ -47,15 +46,8 @@ MODELS: dict[str, dict[Shape, int]] = {
 
 def distinct() -> dict[Shape, list[str]]:
     """Every shape once, smallest first, with the models that have it."""
-    found: dict[Shape, list[str]] = {}
+    models: dict[Shape, list[str]] = {}
     for model, shapes in MODELS.items():
         for shape in shapes:
-            found.setdefault(shape, []).append(model)
-    return dict(sorted(found.items(), key=lambda item: (_numel(item[0]), item[0])))
-
-
-def _numel(shape: Shape) -> int:
-    size = 1
-    for n in shape:
-        size *= n
-    return size
+            models.setdefault(shape, []).append(model)
+    return dict(sorted(models.items(), key=lambda item: (prod(item[0]), item[0])))

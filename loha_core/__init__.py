@@ -5,18 +5,21 @@
 """
 
 from .adapter import Adapter
+from .algebra import KhatriRao
 from .bind import Binding, Network, Report, bind
 from .errors import LoHaError
-from .factors import KhatriRao, LoHaFactors
+from .factors import LoHaFactors
 from .formats import load_adapter, save_adapter
 from .formats.describe import describe
 from .models.bake import apply_to_checkpoint
 from .models.extract import extract
 from .ops.apply import add_delta_, plan
 from .ops.functional import loha_conv, loha_delta, loha_linear
+from .transform.compress import Compression
 from .transform.convert import (
     bake_blocks,
     change_alpha,
+    convert,
     from_lora,
     resize,
     respell,
@@ -25,54 +28,62 @@ from .transform.convert import (
     to_lycoris,
     to_peft,
 )
-from .transform.merge import Made, merge
-from .transform.report import ErrorReport, LayerError
+from .transform.merge import merge
+from .transform.report import ErrorReport, LayerError, Result
+from .transform.sparse import Sparse
 from .tuner.config import LoHaConfig
 from .tuner.layers import LoHaConv1d, LoHaConv2d, LoHaConv3d, LoHaLayer, LoHaLinear
-from .tuner.lora import Lora
 from .tuner.model import LoHaModel, get_peft_model
 
 __version__ = "0.1.0"
 
 __all__ = [
+    # values
     "Adapter",
-    "Binding",
-    "ErrorReport",
     "KhatriRao",
-    "LayerError",
-    "LoHaConfig",
-    "LoHaConv1d",
-    "LoHaConv2d",
-    "LoHaConv3d",
     "LoHaError",
     "LoHaFactors",
-    "LoHaLayer",
-    "LoHaLinear",
-    "LoHaModel",
-    "Lora",
-    "Made",
+    # files
+    "describe",
+    "load_adapter",
+    "save_adapter",
+    # an adapter on a model's weights
+    "Binding",
     "Network",
     "Report",
     "add_delta_",
-    "apply_to_checkpoint",
-    "bake_blocks",
     "bind",
-    "change_alpha",
-    "describe",
-    "extract",
-    "from_lora",
-    "get_peft_model",
-    "load_adapter",
     "loha_conv",
     "loha_delta",
     "loha_linear",
-    "merge",
     "plan",
+    # adapters to adapter
+    "Compression",
+    "ErrorReport",
+    "LayerError",
+    "Result",
+    "Sparse",
+    "bake_blocks",
+    "change_alpha",
+    "convert",
+    "from_lora",
+    "merge",
     "resize",
     "respell",
-    "save_adapter",
     "to_dtype",
     "to_lora",
     "to_lycoris",
     "to_peft",
+    # whole checkpoints
+    "apply_to_checkpoint",
+    "extract",
+    # PEFT's API
+    "LoHaConfig",
+    "LoHaConv1d",
+    "LoHaConv2d",
+    "LoHaConv3d",
+    "LoHaLayer",
+    "LoHaLinear",
+    "LoHaModel",
+    "get_peft_model",
 ]

@@ -2,18 +2,48 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from .factors import LoHaFactors
+from .errors import LoHaError
 
 
-def compute_dtype(*tensors: Tensor, dtype: torch.dtype | None = None) -> torch.dtype:
-    """float64 if any tensor or the wanted dtype is, else float32: half precision is storage, not arithmetic."""
-    return torch.float64 if torch.float64 in (dtype, *(t.dtype for t in tensors)) else torch.float32
+class Factors(NamedTuple):
+    """The tensors of one LoHa, shaped as in `factors.LoHaFactors`, without alpha and DoRA's magnitudes."""
+
+    w1_a: Tensor
+    w1_b: Tensor
+    w2_a: Tensor
+    w2_b: Tensor
+    t1: Tensor | None = None
+    t2: Tensor | None = None
+
+    @property
+    def rank(self) -> int:
+        return self.w1_b.shape[0]
+
+    def to(self, dtype: torch.dtype) -> Factors:
+        return Factors._make(None if t is None else t.to(dtype) for t in self)
+
+
+class KhatriRao(NamedTuple):
+    """ΔW·scale as an ordinary low-rank update of rank r².
+
+    Flat: ``u @ v`` with u (o, r²), v (r², n). Tucker: ``core`` (r², r², *k) sits between them,
+    ΔW[o, i, k] = Σ_PQ u[o, P] · core[P, Q, k] · v[Q, i].
+    """
+
+    u: Tensor
+    v: Tensor
+    core: Tensor | None = None
+
+
+def compute_dtype(*tensors: Tensor | None, dtype: torch.dtype | None = None) -> torch.dtype:
+    """float64 if ``dtype`` or any tensor is, else float32: half precision is storage, not arithmetic."""
+    dtypes = [dtype, *(t.dtype for t in tensors if t is not None)]
+    return torch.float64 if torch.float64 in dtypes else torch.float32
 
 
 def tucker(t: Tensor, a: Tensor, b: Tensor) -> Tensor:
@@ -21,17 +51,17 @@ def tucker(t: Tensor, a: Tensor, b: Tensor) -> Tensor:
     return torch.einsum("pq...,po,qi->oi...", t, a, b)
 
 
-def halves(f: LoHaFactors) -> tuple[Tensor, Tensor]:
-    """M₁ and M₂, each of shape ``f.shape``, in the factors' dtype."""
+def halves(f: Factors) -> tuple[Tensor, Tensor]:
+    """M₁ and M₂, (o, n) each or, of Tucker factors, (o, i, *k); in the factors' dtype."""
     if f.t1 is None or f.t2 is None:
         return f.w1_a @ f.w1_b, f.w2_a @ f.w2_b
     return tucker(f.t1, f.w1_a, f.w1_b), tucker(f.t2, f.w2_a, f.w2_b)
 
 
-def delta(f: LoHaFactors) -> Tensor:
-    """s·M₁∘M₂ (FedPara eq. 2), in the factors' dtype, of shape ``f.shape``."""
+def delta(f: Factors, scale: float) -> Tensor:
+    """s·M₁∘M₂ (FedPara eq. 2), shape and dtype as of `halves`."""
     m1, m2 = halves(f)
-    return m1.mul_(m2).mul_(f.scale)
+    return m1.mul_(m2).mul_(scale)
 
 
 def columnwise(x: Tensor, y: Tensor) -> Tensor:
@@ -39,31 +69,33 @@ def columnwise(x: Tensor, y: Tensor) -> Tensor:
     return (x.unsqueeze(1) * y.unsqueeze(0)).flatten(0, 1)
 
 
-def khatri_rao(f: LoHaFactors) -> tuple[Tensor, Tensor, Tensor | None]:
-    """(U, V, core) with s·ΔW = U·V exactly; see DESIGN §4 and ``factors.KhatriRao``.
+def khatri_rao(f: Factors, scale: float) -> KhatriRao:
+    """s·ΔW = U·V exactly (DESIGN §4), in the factors' dtype.
 
     (A₁B₁)∘(A₂B₂) = (A₁ ⊙_row A₂)(B₁ ⊙_col B₂): U[o,(p,q)] = s·A₁[o,p]A₂[o,q], V[(p,q),n] = B₁[p,n]B₂[q,n].
     """
-    v = columnwise(f.w1_b, f.w2_b)
+    a1, v = f.w1_a * scale, columnwise(f.w1_b, f.w2_b)
     if f.t1 is None or f.t2 is None:
-        return columnwise(f.w1_a.T, f.w2_a.T).T * f.scale, v, None
-    u = columnwise(f.w1_a, f.w2_a).T * f.scale
+        return KhatriRao(columnwise(a1.T, f.w2_a.T).T, v)
     core = torch.einsum("pq...,xy...->pxqy...", f.t1, f.t2).flatten(0, 1).flatten(1, 2)
-    return u, v, core
+    return KhatriRao(columnwise(a1, f.w2_a).T, v, core)
 
 
-def norm(f: LoHaFactors) -> float:
+def norm(f: Factors, scale: float) -> float:
     """‖s·ΔW‖_F. By ‖UV‖² = ⟨UᵀU, VVᵀ⟩ where r² is the short side, so that no o×i is built; float64 sums."""
-    if not f.is_tucker and f.rank**2 <= min(f.shape) // 2:
-        u, v, _ = khatri_rao(f.to(dtype=torch.float64))
+    if f.t1 is None and f.rank**2 <= min(f.w1_a.shape[0], f.w1_b.shape[1]) // 2:
+        u, v, _ = khatri_rao(f.to(torch.float64), scale)
         return float(((u.T @ u) * (v @ v.T)).sum().clamp_min(0).sqrt())
-    return float(torch.linalg.vector_norm(f.delta(), dtype=torch.float64))
+    return float(torch.linalg.vector_norm(delta(f.to(compute_dtype(*f)), scale), dtype=torch.float64))
 
 
 def dora_axis(dora_scale: Tensor, weight_shape: tuple[int, ...]) -> int:
     """The axis that DoRA's magnitudes run along: 0 for outputs, 1 for inputs.
 
     The shape tells: (o, 1, …) or (o,) is outputs, (1, i, …) is inputs. Equal counts are settled by position.
+
+    Raises:
+        LoHaError: as many magnitudes as neither axis is long.
     """
     shape = tuple(dora_scale.shape)
     if shape and shape[0] == dora_scale.numel() == weight_shape[0]:
@@ -72,7 +104,7 @@ def dora_axis(dora_scale: Tensor, weight_shape: tuple[int, ...]) -> int:
         return 1
     if dora_scale.numel() == weight_shape[0]:
         return 0
-    raise ValueError(f"dora_scale {shape} fits neither axis of a weight {weight_shape}")
+    raise LoHaError(f"dora_scale {shape} fits neither axis of a weight {weight_shape}")
 
 
 def dora_norm(weight: Tensor, axis: int) -> Tensor:

@@ -14,10 +14,12 @@ from .factors import LoHaFactors, same, shape_mismatch
 from .naming import names
 from .naming.families import Span
 from .naming.parts import swap_halves, swapped
-from .naming.recognise import diffusion_paths, families_of
+from .naming.recognise import known_weights
 
-# A weight's key, or (key, (axis, start, length)[, function]) for a slice of a fused weight, as ComfyUI writes it.
-Target = Any
+Target = str | tuple[Any, ...]
+"""A weight's key; for a slice of a fused weight (key, (axis, start, length)), for one that is stored in another order
+(key, None, function): as ComfyUI writes them.
+"""
 
 
 class Network:
@@ -30,16 +32,16 @@ class Network:
 
     def __init__(self, targets: Mapping[str, Target], shapes: Mapping[str, tuple[int, ...]]) -> None:
         self.shapes = dict(shapes)
-        own = dict(_by_tables(self.shapes))
+        by_tables = dict(_by_tables(self.shapes))
         # ComfyUI's tables also name weights that a particular model lacks, and have some of their slices wrong.
         targets = {
             name: target
             for name, target in targets.items()
-            if weight_key(target) in self.shapes and names.split(name)[1] not in own
+            if weight_key(target) in self.shapes and names.split(name)[1] not in by_tables
         }
         self._exact = _unambiguous((names.flat(name), target) for name, target in targets.items())
         self._paths = _unambiguous((names.split(name), target) for name, target in targets.items())
-        self._paths |= {("unet", path): target for path, target in own.items()}
+        self._paths |= {("unet", path): target for path, target in by_tables.items()}
         self._text = _unambiguous(_of_text_encoders(self.shapes))
         self._components = sorted({component for component, _ in self._paths}, key=lambda c: (c != "unet", c))
 
@@ -50,8 +52,8 @@ class Network:
             return exact
         component, path = names.split(name)
         candidates = [component, ""] if component else self._components
-        found = next((t for c in candidates if (t := self._paths.get((c, path))) is not None), None)
-        return self._text.get(path.removeprefix("model_")) if found is None and component.startswith("te") else found
+        target = next((t for c in candidates if (t := self._paths.get((c, path))) is not None), None)
+        return self._text.get(path.removeprefix("model_")) if target is None and component.startswith("te") else target
 
     def shape(self, target: Target) -> tuple[int, ...]:
         """The shape of a target: of the weight, or of the slice of it."""
@@ -66,12 +68,9 @@ class Network:
 
 def _by_tables(shapes: Mapping[str, tuple[int, ...]]) -> Iterator[tuple[str, Target]]:
     """(path, weight or slice of it) for every name that the tables of a DiT's family have for its weights."""
-    weights = diffusion_paths(shapes)
-    for family in families_of(path for key, path in weights.items() if len(shapes[key]) > 1):
-        for key, path in weights.items():
-            if (weight := family.weight(path)) is not None:
-                for name, span in (*weight.parts, *family.others(path)):
-                    yield names.split(name)[1], _target(key, span, shapes[key])
+    for key, family, weight in known_weights(key for key, shape in shapes.items() if len(shape) > 1):
+        for name, span in (*weight.parts, *family.others(weight.name)):
+            yield names.split(name)[1], _target(key, span, shapes[key])
 
 
 # ComfyUI's keys of T5's, Llama's or Qwen's weights. CLIP's are left out: several of its kind have the same paths.
@@ -81,8 +80,8 @@ _TEXT_ENCODER = re.compile(r"(?!clip_)\w+\.transformer\.(?:model\.)?(.+)\.weight
 def _of_text_encoders(shapes: Iterable[str]) -> Iterator[tuple[str, Target]]:
     """(path, weight): trainers count a model's encoders differently, but what is within them has one name."""
     for key in shapes:
-        if found := _TEXT_ENCODER.fullmatch(key):
-            yield names.flat(found[1]), key
+        if match := _TEXT_ENCODER.fullmatch(key):
+            yield names.flat(match[1]), key
 
 
 def _target(key: str, span: Span | None, shape: tuple[int, ...]) -> Target:
@@ -101,15 +100,21 @@ def weight_key(target: Target) -> str:
 
 def _unambiguous(pairs: Iterable[tuple[Any, Target]]) -> dict[Any, Target | None]:
     """As a dictionary; two weights behind one shortened name are None, since neither may be guessed."""
-    found: dict[Any, Target | None] = {}
+    targets: dict[Any, Target | None] = {}
     for key, target in pairs:
-        found[key] = target if found.get(key, target) == target else None
-    return found
+        targets[key] = target if targets.get(key, target) == target else None
+    return targets
 
 
 @dataclass
 class Report:
-    """What a binding found, in a form to show to people."""
+    """Which layers of an adapter were matched to weights, to show to people.
+
+    Attributes:
+        matched: network -> names of its layers in the file.
+        unmatched: names of the other layers -> why.
+        notes: what else a user should know.
+    """
 
     source: str
     dialect: str
@@ -120,7 +125,7 @@ class Report:
     def text(self, limit: int | None = None) -> str:
         """Plain text; ``limit`` bounds how many unmatched keys are listed."""
         lines = [f"{self.source} ({self.dialect})"]
-        lines += [f"  {network}: {len(found)} layers matched" for network, found in self.matched.items()]
+        lines += [f"  {network}: {len(layers)} layers matched" for network, layers in self.matched.items()]
         if self.unmatched:
             lines.append(f"  not applied: {len(self.unmatched)}")
             lines += [f"    {key}: {reason}" for key, reason in list(self.unmatched.items())[:limit]]
@@ -151,7 +156,7 @@ def bind(adapter: Adapter, networks: Mapping[str, Network], absent: Iterable[str
     """
     report = Report(adapter.source, adapter.dialect, notes=list(adapter.notes))
     layers: dict[str, list[tuple[str, Target, LoHaFactors]]] = {label: [] for label in networks}
-    acting: dict[tuple[str, Target], list[LoHaFactors]] = defaultdict(list)
+    applied: dict[tuple[str, Target], list[LoHaFactors]] = defaultdict(list)
     mismatches: list[str] = []
     for name, factors in adapter.layers.items():
         for label, network in networks.items():
@@ -165,10 +170,10 @@ def bind(adapter: Adapter, networks: Mapping[str, Network], absent: Iterable[str
             if mismatch := shape_mismatch(factors, network.shape(target)):
                 mismatches.append(f"{name}: {mismatch}")
                 break
-            if any(same(factors, other) for other in acting[label, target]):
+            if any(same(factors, other) for other in applied[label, target]):
                 report.notes.append(f"{name} repeats another key for the same weight; applied once")
             else:
-                acting[label, target].append(factors)
+                applied[label, target].append(factors)
                 layers[label].append((name, target, factors))
             report.matched[label].append(name)
             break

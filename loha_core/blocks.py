@@ -1,6 +1,6 @@
 """How strongly an adapter acts on each weight: multipliers by block of the model and by the name of the layer.
 
-`layouts` says what blocks there are.
+`naming.layouts` says which blocks a model has.
 """
 
 from __future__ import annotations
@@ -10,30 +10,26 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from .errors import LoHaError
+from .errors import LoHaError, about
 from .naming.layouts import (
     ALL,
     BASE,
+    DEFAULT_FAMILIES,
     FAMILIES,
-    FIRST_GUESSES,
     LAYOUTS,
     PARTS,
     THIRDS,
     Layout,
     block_of_key,
-    spelling_of,
+    part_named,
 )
+from .naming.patterns import checked
 
 __all__ = ["FAMILIES", "LAYOUTS", "PRESETS", "BlockStrength", "Layout", "Rule", "Setting", "block_of_key"]
 
 _ALIASES = {"MID": "M", "JOINT": "J", "DOUBLE": "D", "SINGLE": "S"}
 _SELECTOR = re.compile(r"([a-z_]+?)(?:(\d+)(?:-(?:([a-z_]+?))?(\d+))?)?", re.IGNORECASE)
 _NO_END = 10**6
-
-# A rule of a workflow must not hang the server: repeated groups, and many repetitions, options or alternatives in one
-# expression, make a search backtrack for ever.
-_LONGEST_RULE = 200
-_MOST_IN_A_RULE = ((r"[*+{]", 3, "repetitions"), (r"(?<!\()\?", 6, "optional parts"), (r"\|", 12, "alternatives"))
 
 # Settings to start from, written as a user would write them.
 PRESETS = {
@@ -110,8 +106,8 @@ class BlockStrength:
         if self.layout is None:
             parts = dict.fromkeys((*PARTS.values(), *(s.part for s in self.settings if s.part not in (ALL, BASE))))
             ranges = {_range_label(s): s.value for s in self.settings if s.part not in (ALL, BASE)}
-            rest = {part: self.of_block((part, _NO_END)) for part in parts}
-            return {BASE: self.of_block(None), **rest, **ranges}
+            whole_parts = {part: self.of_block((part, _NO_END)) for part in parts}
+            return {BASE: self.of_block(None), **whole_parts, **ranges}
         blocks = {f"{p}{n:02d}": self.of_block((p, n)) for p, count in self.layout.parts for n in range(count)}
         return {BASE: self.of_block(None), **blocks}
 
@@ -138,14 +134,15 @@ class BlockStrength:
         layout = _layout(model)
         if preset not in PRESETS:
             raise LoHaError(f"no preset {preset!r}; there are {', '.join(PRESETS)}")
-        parsed = tuple(_rule(number, line) for number, line in enumerate(rules.splitlines(), 1) if _counts(line))
+        parsed = tuple(_rule(number, line) for number, line in enumerate(rules.splitlines(), 1) if _is_rule(line))
         text = vector.rpartition(":")[2].strip().strip(",")
         if text and "=" not in text:
             values = [_number(entry, f"value {n} of the vector") for n, entry in enumerate(text.split(","), 1)]
-            layout, labels = _meaning(layout, len(values))
-            return cls(tuple(_spread(labels, values, layout)), parsed, layout)
-        settings = [s for entry in PRESETS[preset].split(",") for s in _named(entry, layout, f"preset {preset}: ")]
-        settings += [s for entry in re.split(r"[,\n]", text) if entry.strip() for s in _named(entry, layout, "")]
+            layout, labels = _labels_of_vector(layout, len(values))
+            return cls(tuple(_vector_settings(labels, values, layout)), parsed, layout)
+        with about(f"preset {preset}"):
+            settings = [s for entry in PRESETS[preset].split(",") for s in _named_settings(entry, layout)]
+        settings += [s for entry in re.split(r"[,\n]", text) if entry.strip() for s in _named_settings(entry, layout)]
         return cls(tuple(settings), parsed, layout)
 
 
@@ -159,11 +156,11 @@ def _layout(model: str | Layout | Iterable[str] | None) -> Layout | None:
     return LAYOUTS[model]
 
 
-def _counts(line: str) -> bool:
+def _is_rule(line: str) -> bool:
     return bool(line.strip()) and not line.lstrip().startswith("#")
 
 
-def _number(text: str, where: str) -> float:
+def _number(text: str, *where: str) -> float:
     """A finite number out of ``text``, or an error that says where it stands."""
     try:
         value = float(text)
@@ -176,43 +173,29 @@ def _number(text: str, where: str) -> float:
         hint = "; the letters A, B, R and U of other block-weight tools must be replaced by numbers"
     elif " " in text.strip():
         hint = "; separate values by commas"
-    raise LoHaError(f"{where}: expected a number such as 0.5, found {text.strip()!r}{hint}")
+    with about(*where):
+        raise LoHaError(f"expected a number such as 0.5, found {text.strip()!r}{hint}")
 
 
 def _rule(number: int, line: str) -> Rule:
-    pattern, colon, value = line.rpartition(":")
-    if not colon or not pattern.strip():
-        raise LoHaError(f"rule in line {number}: expected 'expression: number' such as 'attn2.*: 0.3', found {line!r}")
-    multiplier = _number(value, f"rule in line {number}")
-    pattern = pattern.strip()
-    _check_terminates(pattern, f"rule in line {number}")
-    try:
-        return Rule(re.compile(pattern), multiplier)
-    except (re.error, OverflowError) as error:
-        raise LoHaError(f"rule in line {number}: {pattern!r} is not a regular expression: {error}") from error
+    with about(f"rule in line {number}"):
+        pattern, colon, value = (text.strip() for text in line.rpartition(":"))
+        if not colon or not pattern:
+            raise LoHaError(f"expected 'expression: number' such as 'attn2.*: 0.3', found {line!r}")
+        multiplier = _number(value)
+        return Rule(checked(pattern, anywhere=True), multiplier)
 
 
-def _check_terminates(pattern: str, where: str) -> None:
-    """Refuse what could take for ever to search for."""
-    if len(pattern) > _LONGEST_RULE:
-        raise LoHaError(f"{where}: {len(pattern)} characters; at most {_LONGEST_RULE}")
-    if re.search(r"\)\s*[*+{]", pattern):
-        raise LoHaError(f"{where}: {pattern!r} repeats a group, which can take for ever; spell it without")
-    for sign, most, what in _MOST_IN_A_RULE:
-        if len(re.findall(sign, pattern)) > most:
-            raise LoHaError(f"{where}: {pattern!r} has more than {most} {what}; write several rules")
-
-
-def _meaning(layout: Layout | None, length: int) -> tuple[Layout, tuple[str, ...]]:
-    """The layout and the labels that a vector of this many numbers speaks of."""
-    candidates = [layout] if layout else [LAYOUTS[name] for name in FIRST_GUESSES]
-    found = _of_length(candidates, length) or _of_length([] if layout else LAYOUTS.values(), length)
-    if len(found) == 1:
-        return found[0]
-    if found:
-        families = " or ".join(candidate.family for candidate, _ in found)
+def _labels_of_vector(layout: Layout | None, length: int) -> tuple[Layout, tuple[str, ...]]:
+    """The layout that a vector of this many numbers is for, and the label of each number."""
+    layouts = [layout] if layout else [LAYOUTS[name] for name in DEFAULT_FAMILIES]
+    matches = _of_length(layouts, length) or _of_length([] if layout else LAYOUTS.values(), length)
+    if len(matches) == 1:
+        return matches[0]
+    if matches:
+        families = " or ".join(match.family for match, _ in matches)
         raise LoHaError(f"a vector of {length} numbers may mean {families}: choose the family, or connect the model")
-    known = "; ".join(f"{c.family}: {', '.join(str(n) for n in sorted(map(len, c.vectors())))}" for c in candidates)
+    known = "; ".join(f"{c.family}: {', '.join(str(n) for n in sorted(map(len, c.vectors())))}" for c in layouts)
     more = "" if layout else "; other families have lengths of their own"
     what = "number" if length == 1 else "numbers"
     raise LoHaError(
@@ -222,15 +205,16 @@ def _meaning(layout: Layout | None, length: int) -> tuple[Layout, tuple[str, ...
 
 
 def _of_length(layouts: Iterable[Layout], length: int) -> list[tuple[Layout, tuple[str, ...]]]:
-    """Those with vectors of this length, and what these list; one of several whose blocks are the same."""
-    found = ((layout, labels) for layout in layouts for labels in layout.vectors() if len(labels) == length)
-    alike: dict[tuple[object, ...], tuple[Layout, tuple[str, ...]]] = {}
-    for layout, labels in found:
-        alike.setdefault((tuple(layout.lists), layout.parts, labels), (layout, labels))
-    return list(alike.values())
+    """Those with vectors of this length, and their labels; one of several whose blocks are the same."""
+    distinct: dict[tuple[object, ...], tuple[Layout, tuple[str, ...]]] = {}
+    for layout in layouts:
+        for labels in layout.vectors():
+            if len(labels) == length:
+                distinct.setdefault((tuple(layout.lists), layout.parts, labels), (layout, labels))
+    return list(distinct.values())
 
 
-def _spread(labels: tuple[str, ...], values: list[float], layout: Layout) -> Iterable[Setting]:
+def _vector_settings(labels: tuple[str, ...], values: list[float], layout: Layout) -> Iterable[Setting]:
     """A vector's numbers as settings, each for its block and the unlisted ones that follow it in its part."""
     base = values[0] if labels[0] == BASE else 1.0
     yield Setting(ALL, 0, 0, values[-1])
@@ -244,36 +228,36 @@ def _spread(labels: tuple[str, ...], values: list[float], layout: Layout) -> Ite
         yield Setting(part, start, _NO_END, value)
 
 
-def _named(entry: str, layout: Layout | None, where: str) -> list[Setting]:
+def _named_settings(entry: str, layout: Layout | None) -> list[Setting]:
     """'IN=0.5', 'IN04=1', 'OUT03-OUT05=0' or 'LATE=0.5' as settings."""
     selector, equals, value = (text.strip() for text in entry.partition("="))
-    found = _SELECTOR.fullmatch(selector)
-    if not equals or not found:
-        raise LoHaError(f"{where}expected 'block=number' such as IN04=0.5 or OUT03-OUT05=0, found {entry.strip()!r}")
-    multiplier = _number(value, f"{where}{selector}")
-    part = _part(found[1], layout)
-    if part in (ALL, BASE) and found[2] is None:
+    match = _SELECTOR.fullmatch(selector)
+    if not equals or not match:
+        raise LoHaError(f"expected 'block=number' such as IN04=0.5 or OUT03-OUT05=0, found {entry.strip()!r}")
+    multiplier = _number(value, selector)
+    part = _part(match[1], layout)
+    if part in (ALL, BASE) and match[2] is None:
         return [Setting(part, 0, 0, multiplier)]
-    if part in THIRDS and found[2] is None:
+    if part in THIRDS and match[2] is None:
         if layout is None:
-            raise LoHaError(f"{where}which blocks {part} means, the model tells: choose the family, or connect it")
+            raise LoHaError(f"which blocks {part} means, the model tells: choose the family, or connect it")
         return [Setting(*stretch, multiplier) for stretch in layout.thirds()[part]]
     counts = dict(layout.parts) if layout else dict.fromkeys(PARTS.values(), _NO_END)
-    start = int(found[2] or 0)
-    stop = int(found[4]) if found[4] else start if found[2] else _NO_END
-    last = max(start, stop) if found[2] else start
+    start = int(match[2] or 0)
+    stop = int(match[4]) if match[4] else start if match[2] else _NO_END
+    last = max(start, stop) if match[2] else start
     if part not in counts or last >= counts[part]:
-        has = f"{layout.family} has {layout}" if layout else "connect the model to name blocks of its own"
-        raise LoHaError(f"{where}no block {selector}; {has}")
-    if stop < start or (found[3] and _part(found[3], layout) != part):
-        raise LoHaError(f"{where}{selector}: a range goes up within one part, such as IN04-IN08")
+        blocks = f"{layout.family} has {layout}" if layout else "connect the model to name blocks of its own"
+        raise LoHaError(f"no block {selector}; {blocks}")
+    if stop < start or (match[3] and _part(match[3], layout) != part):
+        raise LoHaError(f"{selector}: a range goes up within one part, such as IN04-IN08")
     return [Setting(part, start, stop, multiplier)]
 
 
 def _part(text: str, layout: Layout | None) -> str:
     """A part as users may spell it -> as it is called here."""
-    own = spelling_of(text, layout) if layout else None
-    return own or _ALIASES.get(text.upper(), text.upper())
+    known = part_named(text, layout) if layout else None
+    return known or _ALIASES.get(text.upper(), text.upper())
 
 
 def _range_label(setting: Setting) -> str:

@@ -2,29 +2,16 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from math import prod
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from . import algebra
-from .errors import LoHaError
-
-
-class KhatriRao(NamedTuple):
-    """ΔW·scale as an ordinary low-rank update of rank r².
-
-    Flat: ``u @ v`` with u (o, r²), v (r², n). Tucker: ``core`` (r², r², *k) sits between them,
-    ΔW[o, i, k] = Σ_PQ u[o, P] · core[P, Q, k] · v[Q, i].
-    """
-
-    u: Tensor
-    v: Tensor
-    core: Tensor | None = None
+from .errors import LoHaError, check_number
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,7 +47,7 @@ class LoHaFactors:
     dora_scale: Tensor | None = None
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "alpha", _number("alpha", self.alpha))
+        object.__setattr__(self, "alpha", _as_float(self.alpha))
         for name, tensor in self.tensors().items():
             if not tensor.is_floating_point():
                 raise LoHaError(f"{name} has dtype {tensor.dtype}; LoHa factors are floating point")
@@ -70,18 +57,18 @@ class LoHaFactors:
         if (self.t1 is None) != (self.t2 is None):
             raise LoHaError("a Tucker LoHa needs both t1 and t2; only one of them is there")
         for half in ("1", "2"):
-            a, b, t = (getattr(self, name) for name in (f"w{half}_a", f"w{half}_b", f"t{half}"))
+            a, b, t = self._half(half)
             if a.dim() != 2 or b.dim() != 2:
                 raise LoHaError(f"w{half}_a {_shape(a)} and w{half}_b {_shape(b)} must have two dimensions each")
             rank = a.shape[0] if t is not None else a.shape[1]
-            wanted = f"w{half}_a ({'r, o' if t is not None else 'o, r'}), w{half}_b (r, i)"
             if b.shape[0] != rank or rank == 0:
-                raise LoHaError(f"w{half}_a {_shape(a)} and w{half}_b {_shape(b)} share no rank; expected {wanted}")
+                expected = f"w{half}_a ({'r, o' if t is not None else 'o, r'}), w{half}_b (r, i)"
+                raise LoHaError(f"w{half}_a {_shape(a)} and w{half}_b {_shape(b)} share no rank; expected {expected}")
             if t is not None and (t.dim() < 3 or tuple(t.shape[:2]) != (rank, rank)):
                 raise LoHaError(f"t{half} is {_shape(t)}; expected ({rank}, {rank}, *kernel)")
-        if self._outer(1) != self._outer(2):
-            raise LoHaError(f"the halves have different shapes: {self._outer(1)} and {self._outer(2)}")
-        if self.rank != (self.w2_b.shape[0]):
+        if self.shape != self._shape_of("2"):
+            raise LoHaError(f"the halves have different shapes: {self.shape} and {self._shape_of('2')}")
+        if self.rank != self.w2_b.shape[0]:
             raise LoHaError(f"the halves have different ranks: {self.rank} and {self.w2_b.shape[0]}")
         if 0 in self.shape:
             raise LoHaError(f"an update of shape {self.shape} has no elements")
@@ -91,11 +78,12 @@ class LoHaFactors:
             if count not in (out, inner) and (self.is_tucker or count == 0 or inner % count):
                 raise LoHaError(f"dora_scale {_shape(self.dora_scale)} fits neither {out} outputs nor {inner} inputs")
 
-    def _outer(self, half: int) -> tuple[int, ...]:
-        a, b, t = (self.w1_a, self.w1_b, self.t1) if half == 1 else (self.w2_a, self.w2_b, self.t2)
-        if t is None:
-            return (a.shape[0], b.shape[1])
-        return (a.shape[1], b.shape[1], *t.shape[2:])
+    def _half(self, half: str) -> tuple[Tensor, Tensor, Tensor | None]:
+        return (self.w1_a, self.w1_b, self.t1) if half == "1" else (self.w2_a, self.w2_b, self.t2)
+
+    def _shape_of(self, half: str) -> tuple[int, ...]:
+        a, b, t = self._half(half)
+        return (a.shape[0], b.shape[1]) if t is None else (a.shape[1], b.shape[1], *t.shape[2:])
 
     @property
     def rank(self) -> int:
@@ -114,11 +102,16 @@ class LoHaFactors:
     @property
     def shape(self) -> tuple[int, ...]:
         """Canonical shape of ΔW: (o, i, *k) when Tucker, else (o, n)."""
-        return self._outer(1)
+        return self._shape_of("1")
 
     @property
     def dtype(self) -> torch.dtype:
         return self.w1_a.dtype
+
+    @property
+    def raw(self) -> algebra.Factors:
+        """The factors alone, as `algebra` and `ops` take them."""
+        return algebra.Factors(self.w1_a, self.w1_b, self.w2_a, self.w2_b, self.t1, self.t2)
 
     def tensors(self) -> dict[str, Tensor]:
         """The tensors that are there, by field name."""
@@ -140,19 +133,18 @@ class LoHaFactors:
             dtype: of the result. Computed in it, but never in less than float32;
                 by default float32, or float64 if a factor is.
         """
-        compute = algebra.compute_dtype(*self.tensors().values(), dtype=dtype)
-        return algebra.delta(self.to(dtype=compute)).to(dtype or compute)
+        compute = algebra.compute_dtype(*self.raw, dtype=dtype)
+        return algebra.delta(self.raw.to(compute), self.scale).to(dtype or compute)
 
-    def khatri_rao(self, dtype: torch.dtype | None = None) -> KhatriRao:
+    def khatri_rao(self, dtype: torch.dtype | None = None) -> algebra.KhatriRao:
         """The exact rank-r² form of ``delta()``; the scale is in u."""
-        compute = algebra.compute_dtype(*self.tensors().values(), dtype=dtype)
-        u, v, core = algebra.khatri_rao(self.to(dtype=compute))
-        wanted = dtype or compute
-        return KhatriRao(u.to(wanted), v.to(wanted), None if core is None else core.to(wanted))
+        compute = algebra.compute_dtype(*self.raw, dtype=dtype)
+        product = algebra.khatri_rao(self.raw.to(compute), self.scale)
+        return algebra.KhatriRao._make(None if t is None else t.to(dtype or compute) for t in product)
 
     def norm(self) -> float:
         """Frobenius norm of scale·ΔW."""
-        return algebra.norm(self)
+        return algebra.norm(self.raw, self.scale)
 
     def product(self) -> tuple[Tensor, Tensor]:
         """ΔW·scale = U·V: U (o, r²), V (r², i·∏k), a Tucker core folded into V; in float32 or float64."""
@@ -240,29 +232,28 @@ def same(x: Layer, y: Layer) -> bool:
 def shape_mismatch(factors: LoHaFactors, shape: tuple[int, ...]) -> str | None:
     """Why factors cannot act on a weight of this shape, or None."""
     out, inner = shape[0] if shape else 1, shape[1:]
-    found = factors.shape
-    fits = found[0] == out and prod(found[1:]) == prod(inner)
+    update = factors.shape
+    fits = update[0] == out and prod(update[1:]) == prod(inner)
     if factors.is_tucker:
         # PEFT drops an axis of 1 from a kernel.
-        kernel, wanted = ([k for k in axes if k != 1] for axes in (found[2:], inner[1:]))
-        fits = fits and found[1] == (inner[0] if inner else 1) and kernel == wanted
+        kernels = [[k for k in axes if k != 1] for axes in (update[2:], inner[1:])]
+        fits = fits and update[1] == (inner[0] if inner else 1) and kernels[0] == kernels[1]
     if not fits:
-        return f"an update of shape {found} for a weight of shape {tuple(shape)}"
+        return f"an update of shape {update} for a weight of shape {tuple(shape)}"
     if factors.dora_scale is not None:
         try:
             algebra.dora_axis(factors.dora_scale, shape)
-        except ValueError as error:
+        except LoHaError as error:
             return str(error)
     return None
 
 
-def _number(name: str, value: Any) -> float:
+def _as_float(alpha: Any) -> float:
     try:
-        number = float(value)
+        number = float(alpha)
     except (TypeError, ValueError, OverflowError, RuntimeError) as error:
-        raise LoHaError(f"{name} must be one finite number ({error})") from error
-    if not math.isfinite(number):
-        raise LoHaError(f"{name} is {number}; it must be a finite number")
+        raise LoHaError(f"alpha must be one finite number ({error})") from error
+    check_number("alpha", number)
     return number
 
 

@@ -315,17 +315,16 @@ REDUCED["Anima"] = Reduced(
 
 # --- one stream, and the U-Nets of Stable Cascade ---
 
-# As wide as it takes for both sides to round to the same sizes.
 _Z_IMAGE = {
-    "image_model": "lumina2", "patch_size": 2, "in_channels": 16, "dim": 1536, "cap_feat_dim": 20, "n_layers": 2,
-    "n_refiner_layers": 2, "qk_norm": True, "n_heads": 2, "n_kv_heads": 2, "axes_dims": [256, 256, 256],
+    "image_model": "lumina2", "patch_size": 2, "in_channels": 16, "dim": 96, "cap_feat_dim": 20, "n_layers": 2,
+    "n_refiner_layers": 2, "qk_norm": True, "n_heads": 2, "n_kv_heads": 2, "axes_dims": [16, 16, 16],
     "axes_lens": [16, 16, 16], "rope_theta": 256.0, "ffn_dim_multiplier": 8.0 / 3.0, "z_image_modulation": True,
     "time_scale": 1000.0, "pad_tokens_multiple": 32,
 }  # fmt: skip
 REDUCED["Z-Image"] = Reduced(
     diffusers={
-        "n_layers": 2, "n_refiner_layers": 2, "dim": 1536, "n_heads": 2, "n_kv_heads": 2, "in_channels": 16,
-        "cap_feat_dim": 20, "axes_dims": [256, 256, 256], "axes_lens": [16, 16, 16], "siglip_feat_dim": 28,
+        "n_layers": 2, "n_refiner_layers": 2, "dim": 96, "n_heads": 2, "n_kv_heads": 2, "in_channels": 16,
+        "cap_feat_dim": 20, "axes_dims": [16, 16, 16], "axes_lens": [16, 16, 16], "siglip_feat_dim": 28,
     },
     comfyui=("ZImage", _Z_IMAGE),
     only_diffusers=(r"siglip_.*",),  # Omni, which older ComfyUI does not run

@@ -2,49 +2,62 @@
 
 from __future__ import annotations
 
+import math
 import os
 import tempfile
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ..errors import LoHaError
+from ..errors import LoHaError, about
 
 SUFFIXES = (".safetensors", ".sft")
 _DTYPES = frozenset("F64 F32 F16 BF16 F8_E4M3 F8_E5M2 I64 I32 I16 I8 U8 BOOL".split())
 
 
-def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+def read_tensors(path: Path, values: bool = True) -> tuple[dict[str, Tensor], dict[str, str]]:
     """All tensors, copied into memory, and the metadata.
 
     The header is checked against the file's size before anything is allocated.
+
+    Args:
+        values: False reads the header and single numbers only; other tensors are on the meta device.
 
     Raises:
         LoHaError: not a safetensors file, damaged, or with values that are not finite.
     """
     check_is_safetensors(path)
-    try:
-        with safe_open(path, framework="pt", device="cpu") as file:
-            for key in file.keys():
-                dtype = file.get_slice(key).get_dtype()
-                if dtype not in _DTYPES:
-                    raise LoHaError(f"{path}: {key} has dtype {dtype}, which torch has no factors in; re-save the file")
-            # Cloned: the file may be replaced while its tensors are in use.
-            tensors = {key: file.get_tensor(key).clone() for key in file.keys()}
-            metadata = dict(file.metadata() or {})
-    # TypeError and RuntimeError are torch's, of axes beyond 2⁶³, with a stack trace below the first line.
-    except (SafetensorError, OSError, UnicodeError, TypeError, RuntimeError) as error:
-        why = str(error).partition("\n")[0]
-        raise LoHaError(
-            f"{path}: not a readable safetensors file ({why}). It may be truncated: download or save it again."
-        ) from error
-    for key, tensor in tensors.items():
-        check_finite(tensor, f"{path}: {key}")
+    with about(path):
+        try:
+            with safe_open(path, framework="pt", device="cpu") as file:
+                tensors = {key: _tensor(file, key, values) for key in file.keys()}
+                metadata = dict(file.metadata() or {})
+        # TypeError and RuntimeError are torch's, of axes beyond 2⁶³, with a stack trace below the first line.
+        except (SafetensorError, OSError, UnicodeError, TypeError, RuntimeError) as error:
+            why = str(error).partition("\n")[0]
+            raise LoHaError(
+                f"not a readable safetensors file ({why}). It may be truncated: download or save it again."
+            ) from error
+        for key, tensor in tensors.items():
+            check_finite(tensor, key)
     return tensors, metadata
+
+
+def _tensor(file: Any, key: str, values: bool) -> Tensor:
+    stored = file.get_slice(key)
+    dtype, shape = stored.get_dtype(), stored.get_shape()
+    if dtype not in _DTYPES:
+        raise LoHaError(f"{key} has dtype {dtype}, which torch has no factors in; re-save the file")
+    if values or math.prod(shape) == 1:
+        # Cloned: the file may be replaced while its tensors are in use.
+        return file.get_tensor(key).clone()  # type: ignore[no-any-return]
+    return torch.empty(shape, dtype=stored[:0].dtype, device="meta")
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
@@ -61,12 +74,12 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
 
 def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
     """Write to ``path`` itself, unchecked."""
-    # safetensors refuses tensors that share memory; a copy makes each its own.
-    own = {key: tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for key, tensor in tensors.items()}
-    save_file(own, path, dict(metadata))
+    # safetensors refuses tensors that share memory.
+    copies = {key: t.detach().cpu().clone(memory_format=torch.contiguous_format) for key, t in tensors.items()}
+    save_file(copies, path, dict(metadata))
 
 
-def cast(tensors: Mapping[str, Tensor], dtype: torch.dtype | None, what: Path) -> dict[str, Tensor]:
+def cast(tensors: Mapping[str, Tensor], dtype: torch.dtype | None) -> dict[str, Tensor]:
     """The floating-point tensors in ``dtype``, or all as they are.
 
     Raises:
@@ -78,7 +91,7 @@ def cast(tensors: Mapping[str, Tensor], dtype: torch.dtype | None, what: Path) -
     for key, tensor in tensors.items():
         if tensor.is_floating_point() and (beyond := int((tensor.double().abs() > largest).sum())):
             raise LoHaError(
-                f"{what}: {key}: {beyond} of {tensor.numel()} values are beyond {largest:g}, the largest of {dtype}; "
+                f"{key}: {beyond} of {tensor.numel()} values are beyond {largest:g}, the largest of {dtype}; "
                 "save in a wider dtype"
             )
     return {key: tensor.to(dtype) if tensor.is_floating_point() else tensor for key, tensor in tensors.items()}
@@ -110,8 +123,9 @@ class atomic:
         except OSError as failure:
             error = failure
         finally:
-            self.temporary.unlink(missing_ok=True)
-        if isinstance(error, (OSError, SafetensorError)):
+            with suppress(OSError):
+                self.temporary.unlink(missing_ok=True)
+        if isinstance(error, (OSError, SafetensorError, UnicodeError)):
             raise LoHaError(f"{self.path}: cannot be written ({error}); nothing was changed") from error
 
 
@@ -122,7 +136,7 @@ def _umask() -> int:
 
 
 def check_finite(tensor: Tensor, what: str) -> None:
-    if not tensor.is_floating_point() or tensor.numel() == 0:
+    if not tensor.is_floating_point() or tensor.numel() == 0 or tensor.is_meta:
         return
     wide = tensor.float() if tensor.element_size() == 1 else tensor
     if not bool(torch.isfinite(wide).all()):
@@ -131,23 +145,33 @@ def check_finite(tensor: Tensor, what: str) -> None:
 
 
 def check_is_safetensors(path: Path) -> None:
-    if os.path.isdir(path):
-        raise LoHaError(f"{path}: a folder without adapter_config.json; expected a .safetensors file or a PEFT folder")
-    if not os.path.isfile(path):
-        raise LoHaError(f"{path}: no such file")
-    if path.suffix.lower() not in SUFFIXES:
-        raise LoHaError(f"{path}: only {' and '.join(SUFFIXES)} files are read, since other formats can run code")
-    with open(path, "rb") as file:
-        size = os.fstat(file.fileno()).st_size
-        head = file.read(9)
-    if size == 0:
-        raise LoHaError(f"{path}: the file is empty; download or save it again")
-    header = int.from_bytes(head[:8], "little")
-    if size < 9 or header > size - 8 or head[8:9] != b"{":
+    """Look at a file's name, size and first bytes.
+
+    Raises:
+        LoHaError: not a file, not readable, or no safetensors file.
+    """
+    with about(path):
+        if os.path.isdir(path):
+            raise LoHaError("a folder without adapter_config.json; expected a .safetensors file or a PEFT folder")
+        if not os.path.isfile(path):
+            raise LoHaError("no such file, or none that may be looked at")
+        if path.suffix.lower() not in SUFFIXES:
+            raise LoHaError(f"only {' and '.join(SUFFIXES)} files are read, since other formats can run code")
+        try:
+            with open(path, "rb") as file:
+                size = os.fstat(file.fileno()).st_size
+                head = file.read(9)
+        except OSError as error:
+            raise LoHaError(f"cannot be read ({error.strerror})") from error
+        if size == 0:
+            raise LoHaError("the file is empty; download or save it again")
+        header = int.from_bytes(head[:8], "little")
+        if size >= 9 and header <= size - 8 and head[8:9] == b"{":
+            return
         # Not before: the length of a sound header may begin with the same two bytes.
         if head[:2] in (b"PK", b"\x80\x02", b"\x80\x04", b"\x80\x05"):
-            raise LoHaError(f"{path}: a pickle renamed to {path.suffix}; loading one can run code, so it is refused")
+            raise LoHaError(f"a pickle renamed to {path.suffix}; loading one can run code, so it is refused")
         raise LoHaError(
-            f"{path}: not a safetensors file: {size} bytes, of which its first 8 claim {header} as header. "
+            f"not a safetensors file: {size} bytes, of which its first 8 claim {header} as header. "
             "It may be truncated, or a web page saved by mistake: download it again."
         )

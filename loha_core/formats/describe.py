@@ -7,10 +7,10 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
 
-from ..adapter import Adapter, split_other
+from ..adapter import Adapter, split_key
 from ..factors import LoHaFactors
 from ..naming import names, recognise, spelling
-from ..naming.families import Family, Size
+from ..naming.families import Family
 
 # The width of cross-attention's context tells the family of Stable Diffusion.
 _CONTEXT = {768: "SD 1.x", 1024: "SD 2.x", 2048: "SDXL", 1280: "SDXL refiner"}
@@ -30,46 +30,39 @@ def base_model(adapter: Adapter) -> str:
     for key in ("modelspec.architecture", "ss_base_model_version"):
         if adapter.metadata.get(key):
             return adapter.metadata[key]
-    paths = {spelling.identity(name)[1]: f for name, f in adapter.layers.items() if not _of_text(name)}
-    if found := _transformer(paths):
-        return found
-    attention = [(p, f) for p, f in paths.items() if "attn2_to_k" in p or "attn2_to_v" in p]
-    for path, factors in attention:
-        if _UNET.match(path):
+    paths = {spelling.identity(name)[1]: f for name, f in adapter.layers.items() if not _is_text(name)}
+    if family := _transformer(paths):
+        return family
+    for path, factors in paths.items():
+        if _UNET.match(path) and ("attn2_to_k" in path or "attn2_to_v" in path):
             return _CONTEXT.get(factors.shape[1], f"cross-attention of width {factors.shape[1]}")
     return _text_encoders(adapter.layers) or "unknown"
 
 
-def _of_text(name: str) -> bool:
+def _is_text(name: str) -> bool:
     return name.startswith("text_encoders.") or spelling.identity(name)[0].startswith("te")
 
 
 def _transformer(paths: Mapping[str, LoHaFactors]) -> str | None:
     """The families of transformers that know these names, and their sizes where numbers and widths of blocks tell."""
     families = recognise.families_of(paths)
-    common = Counter(factors.shape[1] for factors in paths.values()).most_common(1)
+    inputs = Counter(factors.shape[1] for factors in paths.values()).most_common(1)
     # A model that is not in the tables may have a width of its own.
-    width = next((w for w, _ in common for f in families for size in f.sizes if size.width == w), None)
-    candidates = []
+    width = next((w for w, _ in inputs for f in families for size in f.sizes if size.width == w), None)
+    candidates: dict[int, dict[str, None]] = {}
     for family in families:
         counts = recognise.counts_of(family, paths)
         size = recognise.size_of(family, counts, width)
-        candidates.append((family, size, _doubts(family, counts, width)))
-    least = min((doubts for _, _, doubts in candidates), default=None)
-    found = dict.fromkeys(size.name if size else family.name for family, size, d in candidates if d == least)
-    return " or ".join(found) or None
+        candidates.setdefault(_distance(family, counts, width), {})[size.name if size else family.name] = None
+    return " or ".join(candidates[min(candidates)]) if candidates else None
 
 
-def _doubts(family: Family, counts: tuple[int, ...], width: int | None) -> int:
+def _distance(family: Family, counts: tuple[int, ...], width: int | None) -> int:
     """How badly the family's models fit: 0 one has just these blocks, 1 more of them, 2 fewer or another width."""
     sizes = [size for size in family.sizes if width is None or size.width in (None, width)]
     if any(size.blocks == counts for size in sizes):
         return 0
-    return 1 if any(_reaches(size, counts) for size in sizes) else 2
-
-
-def _reaches(size: Size, counts: tuple[int, ...]) -> bool:
-    return all(has >= least for has, least in zip(size.blocks, counts, strict=True))
+    return 1 if any(size.reaches(counts) for size in sizes) else 2
 
 
 def _text_encoders(layers: Iterable[str]) -> str | None:
@@ -101,15 +94,15 @@ def trigger_words(adapter: Adapter, limit: int = 20) -> list[str]:
 
 def suspicious(adapter: Adapter) -> list[str]:
     """What a user should know before trusting the file."""
-    found = list(adapter.notes)
+    remarks = list(adapter.notes)
     for name, factors in adapter.layers.items():
         if any(not t.float().any() for part, t in factors.tensors().items() if part != "dora_scale"):
-            found.append(f"{name}: a factor is all zero, so this layer does nothing (untrained?)")
+            remarks.append(f"{name}: a factor is all zero, so this layer does nothing (untrained?)")
         elif factors.rank >= min(factors.shape[:2]):
-            found.append(f"{name}: rank {factors.rank} is no smaller than the weight {factors.shape}")
+            remarks.append(f"{name}: rank {factors.rank} is no smaller than the weight {factors.shape}")
         elif abs(factors.scale) > 100:
-            found.append(f"{name}: alpha/rank is {factors.scale:g}")
-    return found
+            remarks.append(f"{name}: alpha/rank is {factors.scale:g}")
+    return remarks
 
 
 def describe(adapter: Adapter, limit: int = 10) -> str:
@@ -128,14 +121,14 @@ def describe(adapter: Adapter, limit: int = 10) -> str:
         f"DoRA          {sum(f.dora_scale is not None for f in layers)} layers",
     ]
     if adapter.extras:
-        kinds = Counter((split_other(key) or ("", "not an adapter's key"))[1] for key in adapter.extras)
+        kinds = Counter((split_key(key) or ("", "not an adapter's key"))[1] for key in adapter.extras)
         lines.append(f"other         {len(adapter.extras)} tensors: {_counts(kinds)}")
     if words := trigger_words(adapter):
         lines.append(f"trigger words {', '.join(words)}")
-    odd = suspicious(adapter)
-    lines += [f"suspicious    {line}" for line in odd[:limit]]
-    if len(odd) > limit:
-        lines.append(f"suspicious    … and {len(odd) - limit} more")
+    remarks = suspicious(adapter)
+    lines += [f"suspicious    {line}" for line in remarks[:limit]]
+    if len(remarks) > limit:
+        lines.append(f"suspicious    … and {len(remarks) - limit} more")
     return "\n".join(map(printable, lines))
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..adapter import Adapter
-from ..errors import LoHaError
+from ..errors import LoHaError, about
 from ..factors import LoHaFactors
 from .scales import AlphaOf
 
@@ -26,12 +26,11 @@ _NAMED = re.compile(rf"(.+\.hada_(?:{'|'.join((*_FACTORS, 't1', 't2'))}))\.([^.]
 
 def group(
     tensors: Mapping[str, Tensor],
-    source: str,
     *,
     name_of: Callable[[str], str] = lambda module: module,
     alpha_of: AlphaOf = lambda module, rank: None,
 ) -> Adapter:
-    """Sort tensors into LoHa layers and the rest. Layers of which nothing tells the alpha are noted.
+    """Sort tensors into LoHa layers and others. Layers of which nothing tells the alpha are noted.
 
     Args:
         name_of: module name in the file -> name of the layer.
@@ -40,7 +39,7 @@ def group(
     Raises:
         LoHaError: a factor is missing or has a wrong shape, or there are several adapters; names the key.
     """
-    tensors = _of_one_adapter(tensors, source)
+    tensors = _of_one_adapter(tensors)
     modules: dict[str, dict[str, Tensor]] = defaultdict(dict)
     for key, tensor in tensors.items():
         module, _, part = key.rpartition(".")
@@ -54,15 +53,13 @@ def group(
     for module, parts in modules.items():
         if not any(name in parts for name in (*_FACTORS, "t1", "t2")):
             continue  # an alpha or a dora_scale of some other adapter
-        try:
+        with about(module):
             factors = _factors(parts, _noting(alpha_of, module, guessed))
-        except LoHaError as error:
-            raise LoHaError(f"{source}: {module}: {error}") from None
         if "alpha" in parts and factors.alpha == 0 and "scalar" not in parts:
             notes.append(f"{module}: alpha is 0, so this layer does nothing")
         name = name_of(module)
         if name in layers:
-            raise LoHaError(f"{source}: two spellings of the module {name} in one file; which one counts is unknown")
+            raise LoHaError(f"two spellings of the module {name} in one file; which one counts is unknown")
         layers[name] = factors
         used.update(f"{module}.{part}" for part, field in _PARTS.items() if field in parts)
     if guessed:
@@ -74,22 +71,22 @@ def group(
             "scale 1 (alpha = rank) is assumed"
         )
     extras = {key: tensor for key, tensor in tensors.items() if key not in used}
-    return Adapter(layers, extras, source=source, notes=notes)
+    return Adapter(layers, extras, notes=notes)
 
 
-def _of_one_adapter(tensors: Mapping[str, Tensor], source: str) -> dict[str, Tensor]:
+def _of_one_adapter(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The tensors under keys without PEFT's adapter name."""
-    named = {key: found for key in tensors if (found := _NAMED.fullmatch(key))}
-    adapters = sorted({found[2] for found in named.values()})
+    named = {key: match for key in tensors if (match := _NAMED.fullmatch(key))}
+    adapters = sorted({match[2] for match in named.values()})
     if len(adapters) > 1:
         raise LoHaError(
-            f"{source}: holds {len(adapters)} adapters, {', '.join(adapters)}; expected one. Save each into a file of "
+            f"holds {len(adapters)} adapters, {', '.join(adapters)}; expected one. Save each into a file of "
             f"its own: save_pretrained(…, selected_adapters=[{adapters[0]!r}])"
         )
     plain = {named[key][1] if key in named else key: tensor for key, tensor in tensors.items()}
     if len(plain) < len(tensors):
-        twice = next(key for key, found in named.items() if found[1] in tensors)
-        raise LoHaError(f"{source}: {twice} is there with and without {adapters[0]}; which one counts is unknown")
+        twice = next(key for key, match in named.items() if match[1] in tensors)
+        raise LoHaError(f"{twice} is there with and without {adapters[0]}; which one counts is unknown")
     return plain
 
 
@@ -97,10 +94,10 @@ def _noting(alpha_of: AlphaOf, module: str, guessed: list[str]) -> Callable[[int
     """The alpha of a module by its rank; None is put down in ``guessed``."""
 
     def alpha(rank: int) -> float | None:
-        found = alpha_of(module, rank)
-        if found is None:
+        value = alpha_of(module, rank)
+        if value is None:
             guessed.append(module)
-        return found
+        return value
 
     return alpha
 

@@ -1,12 +1,11 @@
 """Single files: LyCORIS/kohya, LyCORIS standalone, diffusers or native dotted names, OneTrainer.
 
 They share one layout, ``<module>.hada_w1_a … hada_t2, .alpha, .dora_scale``, and differ in how they spell the
-module; `names` resolves that. What is left to each is data.
+module; `names` resolves that.
 """
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
@@ -15,10 +14,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..adapter import Adapter, modules, renamed
+from ..adapter import Adapter, module_names, renamed
 from ..errors import LoHaError
 from ..naming import spelling
-from .container import SUFFIXES, cast, write_tensors
+from . import metadata
+from .container import SUFFIXES, cast
 
 # Dialect -> what its keys begin with; the first that fits names the dialect.
 PREFIXES: dict[str, tuple[str, ...]] = {
@@ -39,27 +39,27 @@ def detect(tensors: Mapping[str, Tensor]) -> str:
 
 def _spelling_of(keys: Iterable[str]) -> str:
     keys = list(keys)
-    hits = (name for name, prefixes in PREFIXES.items() if any(key.startswith(prefixes) for key in keys))
-    return next(hits, "diffusers")
+    fitting = (name for name, prefixes in PREFIXES.items() if any(key.startswith(prefixes) for key in keys))
+    return next(fitting, "diffusers")
 
 
 def as_one_file(adapter: Adapter) -> Adapter:
     """The adapter under the names that a single file has: a single file's own, or those that PEFT's folders become."""
     if adapter.dialect != "peft":
         return adapter
-    found = renamed(adapter, spelling.in_one_file(modules(adapter)))
+    single = renamed(adapter, spelling.in_one_file(module_names(adapter)))
     # Hashes are of the tensors that the folder held.
-    metadata = {key: value for key, value in adapter.metadata.items() if not key.startswith("sshs_")}
-    return replace(found, dialect=_spelling_of(modules(found)), metadata=metadata)
+    kept = {key: value for key, value in adapter.metadata.items() if not key.startswith("sshs_")}
+    return replace(single, dialect=_spelling_of(module_names(single)), metadata=kept)
 
 
-def write(adapter: Adapter, path: Path, dtype: torch.dtype | None) -> None:
-    """Save as one file, laid out and with the metadata that kohya's, A1111's and ComfyUI's readers expect.
+def content(adapter: Adapter, path: Path, dtype: torch.dtype | None) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors and metadata of one file, laid out as kohya's, A1111's and ComfyUI's readers expect.
 
-    Modules keep their names: whoever found them in the file that was finds them in this one.
+    Modules keep their names, so that what could read the source file can read this one.
     """
     if path.suffix.lower() not in SUFFIXES or os.path.isdir(path):
-        raise LoHaError(f"{path}: a LyCORIS adapter is one file; give a name that ends in {' or '.join(SUFFIXES)}")
+        raise LoHaError(f"a LyCORIS adapter is one file; give a name that ends in {' or '.join(SUFFIXES)}")
     adapter = as_one_file(adapter)
     tensors, alphas = dict(adapter.extras), {}
     for module, factors in adapter.layers.items():
@@ -67,7 +67,7 @@ def write(adapter: Adapter, path: Path, dtype: torch.dtype | None) -> None:
             key = field if field == "dora_scale" else f"hada_{field}"
             tensors[f"{module}.{key}"] = tensor
         alphas[f"{module}.alpha"] = _alpha(factors.alpha, dtype or factors.dtype)
-    write_tensors(path, cast(tensors, dtype, path) | alphas, _metadata(adapter, dtype))
+    return cast(tensors, dtype) | alphas, _metadata(adapter, dtype)
 
 
 def _alpha(alpha: float, dtype: torch.dtype) -> Tensor:
@@ -82,16 +82,8 @@ def _metadata(adapter: Adapter, dtype: torch.dtype | None) -> dict[str, str]:
     """The file's own metadata, completed with what kohya's readers look for."""
     if not adapter.layers:
         return dict(adapter.metadata)
-    rank, alpha = adapter.ranks.most_common(1)[0][0], adapter.alphas.most_common(1)[0][0]
-    arguments = {"algo": "loha", "use_tucker": any(f.is_tucker for f in adapter.layers.values())}
-    wanted = {
-        "ss_network_module": "lycoris.kohya",
-        "ss_network_dim": str(rank),
-        "ss_network_alpha": f"{alpha:g}",
-        "ss_network_args": json.dumps(arguments),
-    }
     kept = dict(adapter.metadata)
     if dtype is not None:
         # Hashes of the tensors that the file held, not of those that it will hold.
         kept = {key: value for key, value in kept.items() if not key.startswith("sshs_")}
-    return wanted | kept
+    return metadata.network(adapter.layers.values()) | kept

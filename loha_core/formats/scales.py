@@ -5,21 +5,20 @@ writes into the header, or from kohya's metadata. Where none of them says, the r
 from __future__ import annotations
 
 import json
-import os
 import re
 from collections.abc import Callable, Mapping
-from pathlib import Path
+from functools import cache
+from time import monotonic
 from typing import Any
 
 from ..adapter import WRAPPER
-from ..errors import LoHaError
+from ..errors import LoHaError, about, check_number
 from ..naming import names
+from ..naming.patterns import path_end
 
-CONFIG = "adapter_config.json"
 DIFFUSERS = "lora_adapter_metadata"
-_MAX_CONFIG_BYTES = 10_000_000
-
 _UNSAID = object()
+_MAX_SECONDS = 20.0  # for all patterns of a file; those of thousands of layers take one or two
 
 AlphaOf = Callable[[str, int], float | None]
 """(module as the file spells it, rank) -> alpha, or None where nothing says."""
@@ -27,13 +26,14 @@ AlphaOf = Callable[[str, int], float | None]
 
 def alpha_of(metadata: Mapping[str, str], config: Mapping[str, Any] | None = None) -> AlphaOf:
     """Asks ``config`` (an adapter_config.json's content) first, then the header's metadata."""
-    packed = _object(metadata.get(DIFFUSERS))
+    configured = _configured(config or {}, "adapter_config.json")
+    diffusers = _packed(_object(metadata.get(DIFFUSERS)))
     kohya = _kohya(metadata)
 
     def alpha(module: str, rank: int) -> float | None:
-        found = None if config is None else _configured(config, module.removeprefix(WRAPPER))
-        found = _packed(packed, module) if found is None else found
-        return kohya(module, rank) if found is None else found
+        value = configured(module.removeprefix(WRAPPER))
+        value = diffusers(module) if value is None else value
+        return kohya(module, rank) if value is None else value
 
     return alpha
 
@@ -41,77 +41,62 @@ def alpha_of(metadata: Mapping[str, str], config: Mapping[str, Any] | None = Non
 # --- PEFT's configuration, as a file or in diffusers' metadata -------------------------------------------------------
 
 
-def read_config(path: Path) -> dict[str, Any]:
-    """The content of an adapter_config.json.
-
-    Raises:
-        LoHaError: it is no JSON object, or of another kind of adapter.
-    """
-    try:
-        if path.stat().st_size > _MAX_CONFIG_BYTES:
-            raise LoHaError(f"{path}: {path.stat().st_size} bytes is no adapter configuration")
-        # From bytes, json finds out the encoding: editors write byte-order marks, PowerShell UTF-16.
-        config = json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError) as error:
-        if isinstance(error, LoHaError):
-            raise
-        raise LoHaError(f"{path}: not readable as JSON ({error})") from error
-    if not isinstance(config, dict):
-        raise LoHaError(f"{path}: expected a JSON object, found {type(config).__name__}")
-    kind = config.get("peft_type", "LOHA")
-    if kind != "LOHA":
-        raise LoHaError(f"{path}: peft_type is {kind}, not LOHA; load it with a loader for that kind of adapter")
-    return config
-
-
-def config_beside(path: Path) -> dict[str, Any] | None:
-    """What adapter_config.json in the file's folder says, or None where there is none."""
-    return read_config(path.parent / CONFIG) if os.path.isfile(path.parent / CONFIG) else None
-
-
-def _configured(config: Mapping[str, Any], module: str, where: str = CONFIG) -> float | None:
+def _configured(config: Mapping[str, Any], where: str) -> Callable[[str], float | None]:
     """``alpha_pattern`` first, as PEFT's ``get_pattern_key``: the pattern that is the name or its end at a dot."""
-    patterns = config.get("alpha_pattern") or {}
-    if not isinstance(patterns, dict):
-        raise LoHaError(f"{where}: alpha_pattern is {type(patterns).__name__}; expected an object of pattern: number")
-    for pattern in patterns:
-        _check_terminates(pattern, where)
     default = config.get("alpha", config.get("lora_alpha", _UNSAID))
-    try:
-        value = next((v for p, v in patterns.items() if names.pattern_matches(p, module)), default)
-    except (re.error, RecursionError, OverflowError) as error:
-        raise LoHaError(f"{where}: alpha_pattern holds a pattern that is no regular expression ({error})") from error
-    if value is _UNSAID:
-        return None
-    try:
-        return float(value)
-    except (TypeError, ValueError, OverflowError) as error:
-        raise LoHaError(
-            f"{where}: alpha_pattern or alpha gives {module} a value that is no number ({error})"
-        ) from error
+    seconds = 0.0
+
+    @cache
+    def patterns() -> list[tuple[re.Pattern[str], Any]]:
+        given = config.get("alpha_pattern") or {}
+        if not isinstance(given, dict):
+            raise LoHaError(f"alpha_pattern is {type(given).__name__}; expected an object of pattern: number")
+        with about("alpha_pattern"):
+            return [(path_end(pattern), value) for pattern, value in given.items()]
+
+    def alpha(module: str) -> float | None:
+        nonlocal seconds
+        with about(where):
+            value, start = default, monotonic()
+            for pattern, number in patterns():
+                if pattern.match(module):
+                    value = number
+                    break
+                if seconds + monotonic() - start > _MAX_SECONDS:
+                    raise LoHaError("alpha_pattern takes too long to match; use fewer or simpler patterns")
+            seconds += monotonic() - start
+            if value is _UNSAID:
+                return None
+            try:
+                number = float(value)
+            except (TypeError, ValueError, OverflowError) as error:
+                raise LoHaError(f"alpha_pattern or alpha gives {module} a value that is no number ({error})") from error
+            check_number("alpha", number)
+            return number
+
+    return alpha
 
 
-def _check_terminates(pattern: str, where: str) -> None:
-    """Refuse patterns whose matching can take forever: a file must not hang the reader.
-
-    Repeated groups backtrack exponentially, and k repetitions of single characters take up to n^k steps.
-    """
-    if len(pattern) > 1000 or re.search(r"\)\s*[*+?{]", pattern) or len(re.findall(r"[*+{]", pattern)) > 4:
-        raise LoHaError(f"{where}: the pattern {pattern[:80]!r} is too long or repeats too much to be matched safely")
-
-
-def _packed(packed: Mapping[str, Any], module: str) -> float | None:
+def _packed(config: Mapping[str, Any]) -> Callable[[str], float | None]:
     """diffusers packs the configuration of each network under its name: ``transformer.alpha``, ``unet.r``, …
 
     ``save_lora_adapter``, which saves one network, writes them without a name in front.
     """
-    leads = {key.rpartition(".")[0] for key in packed if key.rpartition(".")[2] in ("alpha", "lora_alpha")}
-    lead = max((lead for lead in leads if not lead or module.startswith(f"{lead}.")), key=len, default=None)
-    if lead is None:
-        return None
-    start = f"{lead}." if lead else ""
-    config = {key.removeprefix(start): value for key, value in packed.items() if key.startswith(start)}
-    return _configured(config, module.removeprefix(start).removeprefix(WRAPPER), DIFFUSERS)
+    parts: dict[str, dict[str, Any]] = {}
+    for key, value in config.items():
+        network, dot, field = key.rpartition(".")
+        parts.setdefault(network + dot, {})[field] = value
+    networks = {
+        network: _configured(part, DIFFUSERS)
+        for network, part in sorted(parts.items(), key=lambda item: -len(item[0]))
+        if "alpha" in part or "lora_alpha" in part
+    }
+
+    def alpha(module: str) -> float | None:
+        network = next((network for network in networks if module.startswith(network)), None)
+        return None if network is None else networks[network](module.removeprefix(network).removeprefix(WRAPPER))
+
+    return alpha
 
 
 # --- kohya's metadata ------------------------------------------------------------------------------------------------
@@ -134,10 +119,10 @@ def _kohya(metadata: Mapping[str, str]) -> AlphaOf:
 def _object(text: str | None) -> dict[str, Any]:
     """A JSON object in metadata; {} for what is none: metadata is free text, and may be anything."""
     try:
-        found = json.loads(text or "{}")
+        value = json.loads(text or "{}")
     except (ValueError, RecursionError):
         return {}
-    return found if isinstance(found, dict) else {}
+    return value if isinstance(value, dict) else {}
 
 
 def _number(value: Any) -> float | None:

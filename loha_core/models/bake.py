@@ -3,30 +3,32 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 import shutil
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import partial
+from functools import cached_property, partial
 from itertools import count
 from pathlib import Path
 
 from torch import Tensor
 
-from ..adapter import DIFFERENCES, Adapter, split, split_other
+from ..adapter import DIFFERENCES, Adapter, split_key, split_layers
 from ..bind import Network, Report, Target, bind, weight_key
 from ..blocks import BlockStrength
-from ..errors import LoHaError
-from ..factors import LoHaFactors, LoRAFactors
-from ..formats import metadata as provenance
+from ..errors import LoHaError, about, check_number
+from ..factors import LoHaFactors
+from ..formats import metadata
 from ..formats.container import SUFFIXES, check_finite
+from ..naming.parts import as_loha
 from ..naming.recognise import diffusion_paths
 from ..naming.respell import like
 from ..ops.apply import add_delta_
-from ..transform.merge import Progress, block_strength
-from .tensor_file import Change, Weights, network, part_of
+from ..transform.merge import block_strength
+from ..transform.report import Progress
+from .keys import network, part_of
+from .tensor_file import Change, TensorFile
 
 
 def apply_to_checkpoint(
@@ -42,8 +44,8 @@ def apply_to_checkpoint(
 ) -> list[Report]:
     """Bake adapters into a copy of a checkpoint: W + Σ strength·ΔW in each weight's own dtype; DoRA as it is trained.
 
-    A quantised weight (see `quantised`) is changed as what it means, in float32, and stored in its own format again,
-    with new scales and rounded once; a note of the report says how many were.
+    To a quantised weight (see `quantised`) the update is added in float32; it is stored in the format that it had, with
+    new scales and rounded once. A note of the report says how many were.
 
     One tensor is in memory at a time. Names of every family in `naming`, of diffusers' files and of bare model
     files are understood. LoRA layers and ``.diff`` tensors of mixed files are applied, too.
@@ -66,115 +68,126 @@ def apply_to_checkpoint(
             known, ``out`` is the input or exists, values that are not finite, a disk that is full. ``out`` is then
             as it was.
     """
-    weights, out = Weights(checkpoint), Path(out)
+    file, out = TensorFile(checkpoint), Path(out)
     each = list(strengths) if isinstance(strengths, Sequence) else [strengths] * len(adapters)
-    _check(weights, adapters, each, out, overwrite)
+    if not adapters or len(adapters) != len(each):
+        raise LoHaError(f"{len(adapters)} adapters and {len(each)} strengths; give one strength for each adapter")
+    for adapter, strength in zip(adapters, each, strict=True):
+        with about(adapter.source):
+            check_number("strength", strength)
+    try:
+        _check_output(file.path, adapters, out, overwrite)
+    except OSError as error:
+        raise LoHaError(f"{out}: cannot be checked ({error})") from error
     by_adapter = [blocks] * len(adapters) if blocks is None or isinstance(blocks, BlockStrength) else list(blocks)
-    known = network(weights.shapes())
-    modules = [key.removesuffix(".weight") for key in diffusion_paths(known.shapes)]
-    adapters = [like(adapter, modules, joining=False) for adapter in adapters]
-    changes: dict[str, list[Change]] = defaultdict(list)
-    reports = []
+    plan, reports = _Plan(file), []
     for adapter, strength, block in zip(adapters, each, by_adapter, strict=True):
-        reports.append(_planned(adapter, strength, block, weights, known, changes))
+        reports.append(plan.add(adapter, strength, block))
         if not any(reports[-1].matched.values()):
-            raise LoHaError(f"nothing in this adapter fits {weights.path}:\n{reports[-1].text(limit=5)}")
+            raise LoHaError(f"nothing in this adapter fits {file.path}:\n{reports[-1].text(limit=5)}")
     if dry_run:
         return reports
-    history = provenance.entry(adapters, "bake", checkpoint=weights.path.name, strengths=each)
-    metadata = {k: v for k, v in weights.metadata.items() if not provenance.is_hash(k)}
-    metadata[provenance.HISTORY] = json.dumps([*provenance.history(weights.metadata), history], ensure_ascii=False)
-    ready = {key: partial(_changed, f"{weights.path}: {key}", steps) for key, steps in changes.items()}
-    done = count()
-
-    def change(key: str) -> Change | None:
-        if key in ready and progress is not None:
-            progress(next(done), len(ready), key)
-        return ready.get(key)
-
-    weights.rewritten(out, change, metadata)
-    if progress is not None:
-        progress(len(ready), len(ready), "")
+    entry = metadata.history_entry(adapters, "bake", checkpoint=file.path.name, strengths=each)
+    kept = {k: v for k, v in file.metadata.items() if not metadata.is_hash(k)}
+    kept[metadata.HISTORY] = json.dumps([*metadata.history(file.metadata), entry], ensure_ascii=False)
+    plan.carry_out(out, kept, progress)
     return reports
 
 
-def _check(
-    weights: Weights, adapters: Sequence[Adapter], strengths: Sequence[float], out: Path, overwrite: bool
-) -> None:
-    if not adapters or len(adapters) != len(strengths):
-        raise LoHaError(f"{len(adapters)} adapters and {len(strengths)} strengths; give one strength for each adapter")
-    for adapter, strength in zip(adapters, strengths, strict=True):
-        if not isinstance(strength, (int, float)) or not math.isfinite(strength):
-            raise LoHaError(f"{adapter.source}: its strength is {strength!r}; expected a finite number")
+def _check_output(checkpoint: Path, adapters: Sequence[Adapter], out: Path, overwrite: bool) -> None:
+    """Refuse a file that may not be written, or has no room."""
     if out.suffix.lower() not in SUFFIXES:
         raise LoHaError(f"{out}: a checkpoint is one file; give a name that ends in {' or '.join(SUFFIXES)}")
-    if out.exists() and os.path.samefile(out, weights.path):
+    if out.exists() and os.path.samefile(out, checkpoint):
         raise LoHaError(f"{out}: is the checkpoint itself, which is never changed; choose another name")
     if any(a.source and out.exists() and Path(a.source).exists() and os.path.samefile(out, a.source) for a in adapters):
         raise LoHaError(f"{out}: is one of the adapters, which are never changed; choose another name")
     if out.exists() and not overwrite:
         raise LoHaError(f"{out}: exists already; choose another name, or allow overwriting (--force)")
     folder = next(parent for parent in out.absolute().parents if parent.exists())
-    needed, free = weights.path.stat().st_size, shutil.disk_usage(folder).free
+    needed, free = checkpoint.stat().st_size, shutil.disk_usage(folder).free
     if needed > free:
         raise LoHaError(f"{out}: needs {needed / 1e9:.1f} GB, and {folder} has {free / 1e9:.1f} GB left; make room")
 
 
-def _planned(
-    adapter: Adapter,
-    strength: float,
-    blocks: BlockStrength | None,
-    weights: Weights,
-    known: Network,
-    changes: dict[str, list[Change]],
-) -> Report:
-    """Find what this adapter does to which weight, and add it to ``changes``."""
-    layers, rest = split(adapter)
-    multiplier = block_strength(blocks, adapter)
-    for name in layers:
-        if (found := known.find(name)) is not None:
-            weights.survey.check(weights.path, weight_key(found))
-    acting: dict[str, list[Change]] = defaultdict(list)
-    whole = replace(adapter, layers={name: _as_loha(layer) for name, layer in layers.items()}, extras={})
-    binding = bind(whole, {"checkpoint": known})
-    for name, target, factors in binding.layers["checkpoint"]:
-        if own := strength * multiplier(name):  # none at all leaves the weight as it is, and is no reason to round it
-            acting[weight_key(target)].append(partial(_add, target, factors, own))
-    for key, tensor in rest.items():
-        module, suffix = split_other(key) or ("", "")
-        found = _difference_target(known.shapes, module, suffix)
-        if found is not None:
-            weights.survey.check(weights.path, found)
-        if found is None:
-            binding.report.unmatched[key] = "not a kind that can be baked, or no such layer"
-        elif tuple(tensor.shape) != known.shapes[found]:
-            raise LoHaError(f"{adapter.source}: {key} is {tuple(tensor.shape)}; {found} is {known.shapes[found]}")
-        else:
-            if own := strength * multiplier(module):
-                acting[found].append(partial(_add_difference, tensor, own))
+class _Plan:
+    """What adapters do to which of a checkpoint's weights."""
+
+    def __init__(self, file: TensorFile) -> None:
+        self.file = file
+        self.shapes = file.shapes()
+        self.layers = network(self.shapes)
+        self.diffusion_modules = [key.removesuffix(".weight") for key in diffusion_paths(self.shapes)]
+        self.changes: dict[str, list[Change]] = defaultdict(list)
+
+    def add(self, adapter: Adapter, strength: float, blocks: BlockStrength | None) -> Report:
+        """Find the weights that an adapter changes.
+
+        Raises:
+            LoHaError: shapes that do not fit, or a weight that cannot be read.
+        """
+        adapter = like(adapter, self.diffusion_modules, joining=False)
+        layers, tensors = split_layers(adapter)
+        multiplier = block_strength(blocks, adapter)
+        for name in layers:
+            if (target := self.layers.find(name)) is not None:
+                self.file.check(weight_key(target))
+        changes: dict[str, list[Change]] = defaultdict(list)
+        lohas = replace(adapter, layers={name: as_loha(layer) for name, layer in layers.items()}, extras={})
+        binding = bind(lohas, {"checkpoint": self.layers})
+        for name, target, factors in binding.layers["checkpoint"]:
+            # At strength 0 a weight stays as it is, rather than being rounded again.
+            if layer_strength := strength * multiplier(name):
+                changes[weight_key(target)].append(partial(_add, target, factors, layer_strength))
+        for key, tensor in tensors.items():
+            module, suffix = split_key(key) or ("", "")
+            weight = self._changed_by(module, suffix)
+            if weight is None:
+                binding.report.unmatched[key] = "not a kind that can be baked, or no such layer"
+                continue
+            self.file.check(weight)
+            if tuple(tensor.shape) != self.shapes[weight]:
+                raise LoHaError(f"{adapter.source}: {key} is {tuple(tensor.shape)}; {weight} is {self.shapes[weight]}")
+            if layer_strength := strength * multiplier(module):
+                changes[weight].append(partial(_add_difference, tensor, layer_strength))
             binding.report.matched["checkpoint"].append(key)
-    for key, steps in acting.items():
-        changes[key] += steps
-    if formats := weights.survey.formats(acting):
-        binding.report.notes.append(f"weights re-quantised in their own format: {formats}")
-    return binding.report
+        for key, steps in changes.items():
+            self.changes[key] += steps
+        if formats := self.file.formats.summary(changes):
+            binding.report.notes.append(f"weights re-quantised in their own format: {formats}")
+        return binding.report
 
+    @cached_property
+    def with_norms(self) -> Network:
+        return network(self.shapes, min_axes=1)
 
-def _as_loha(layer: LoHaFactors | LoRAFactors) -> LoHaFactors:
-    if isinstance(layer, LoHaFactors):
-        return layer
-    return replace(LoHaFactors.from_product(*layer.product()), dora_scale=layer.dora_scale)
+    def _changed_by(self, module: str, suffix: str) -> str | None:
+        """The weight or bias that a ``.diff``, ``.diff_b``, ``.w_norm`` or ``.b_norm`` belongs to."""
+        target = self.with_norms.find(module) if suffix in DIFFERENCES else None
+        if not isinstance(target, str):
+            return None
+        key = target.removesuffix("weight") + ("bias" if suffix in ("diff_b", "b_norm") else "weight")
+        return key if key in self.shapes else None
 
+    def carry_out(self, out: Path, metadata: dict[str, str], progress: Progress | None) -> None:
+        """Write the changed copy.
 
-def _difference_target(shapes: dict[str, tuple[int, ...]], module: str, suffix: str) -> str | None:
-    """The weight or bias that a ``.diff``, ``.diff_b``, ``.w_norm`` or ``.b_norm`` belongs to."""
-    if suffix not in DIFFERENCES:
-        return None
-    target = network(shapes, least_axes=1).find(module)  # norms, too
-    if not isinstance(target, str):
-        return None
-    key = target.removesuffix("weight") + ("bias" if suffix in ("diff_b", "b_norm") else "weight")
-    return key if key in shapes else None
+        Raises:
+            LoHaError: values that are not finite, or a file that cannot be written; ``out`` is then as it was.
+        """
+        done = count()
+
+        def apply(key: str, steps: Sequence[Change], weight: Tensor) -> None:
+            if progress is not None:
+                progress(next(done), len(self.changes), key)
+            for step in steps:
+                step(weight)
+            check_finite(weight, f"{self.file.path}: {key}")
+
+        changes = {key: partial(apply, key, steps) for key, steps in self.changes.items()}
+        self.file.rewrite(out, changes, metadata)
+        if progress is not None:
+            progress(len(changes), len(changes), "")
 
 
 def _add(target: Target, factors: LoHaFactors, strength: float, weight: Tensor) -> None:
@@ -183,10 +196,3 @@ def _add(target: Target, factors: LoHaFactors, strength: float, weight: Tensor) 
 
 def _add_difference(difference: Tensor, strength: float, weight: Tensor) -> None:
     weight.copy_(weight.float() + strength * difference.float())
-
-
-def _changed(what: str, steps: Sequence[Change], weight: Tensor) -> None:
-    """All changes of one weight, in their order."""
-    for step in steps:
-        step(weight)
-    check_finite(weight, what)

@@ -3,7 +3,7 @@
 The formats are ComfyUI's (QUANTIZATION.md in its repository; comfy-kitchen's layouts). Beside ``layer.weight`` lie
 
 - ``scale_weight`` (its older scaled fp8, told by a tensor ``scaled_fp8``) or ``weight_scale``: one number, or one for
-  each output, of 8-bit floats or integers; of integers the columns may have been turned (ConvRot);
+  each output, of 8-bit floats or integers; of integers the columns may have been rotated (ConvRot);
 - ``weight_scale`` for blocks of 16 numbers of 4 bits, and ``weight_scale_2`` for all (nvfp4); or for blocks of 32
   8-bit floats (mxfp8). Blocks' scales lie in the order that cuBLAS reads them in;
 - ``comfy_quant``, the format as JSON in bytes; or the metadata's ``_quantization_metadata`` says it of every layer.
@@ -19,13 +19,10 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import prod
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-
-from ..errors import LoHaError
 
 # A tensor's dtype, as safetensors names it, and its shape.
 Kind = tuple[str, tuple[int, ...]]
@@ -61,9 +58,9 @@ _FOREIGN = {
     "quanto": re.compile(r"(.+)\.weight\._data"),
     "compressed-tensors": re.compile(r"(.+)\.weight_(?:packed|zero_point)"),
 }
-_UNKNOWN = (1 << 30, 1)  # the shape of a weight that is refused: any part of it may be asked for
-_GROUPS = tuple(4**k for k in range(1, 8))
-_LARGEST = {torch.float8_e4m3fn: 448.0, torch.float8_e5m2: 57344.0, torch.int8: 127.0}
+_UNKNOWN_SHAPE = (1 << 30, 1)  # of a weight that cannot be read: any part of it may be asked for
+_CONVROT_GROUPS = tuple(4**k for k in range(1, 8))
+_MAX = {torch.float8_e4m3fn: 448.0, torch.float8_e5m2: 57344.0, torch.int8: 127.0}
 
 
 @dataclass(frozen=True)
@@ -74,7 +71,7 @@ class Storage:
         format: as ComfyUI names it.
         keys: of the weight, of its scale, and for nvfp4 of the scale of all.
         shape: of the weight that is meant, (o, i) or (o, i, *k). Of nvfp4 and mxfp8 with their padding, if any.
-        group: columns that were turned together (ConvRot); 0 for none.
+        group: columns that were rotated together (ConvRot); 0 for none.
     """
 
     format: str
@@ -89,7 +86,7 @@ class Storage:
         if self.format == "mxfp8":
             return _from_mxfp8(*parts)
         weight = parts[0].float() * _by_rows(parts[1], parts[0].dim())
-        return _turned(weight, self.group) if self.group else weight
+        return _rotated(weight, self.group) if self.group else weight
 
     def store_(self, dense: Tensor, parts: Sequence[Tensor]) -> None:
         """Write a weight into the tensors under ``keys``: new scales, then each number rounded once, to the nearest.
@@ -102,52 +99,30 @@ class Storage:
         elif self.format == "mxfp8":
             _into_mxfp8_(dense, *parts)
         else:
-            _into_scaled_(_turned(dense, self.group) if self.group else dense, *parts)
+            _into_scaled_(_rotated(dense, self.group) if self.group else dense, *parts)
 
 
 @dataclass(frozen=True)
-class Survey:
-    """What a checkpoint's keys say of its weights.
+class WeightFormats:
+    """How a checkpoint stores its weights.
 
     Attributes:
-        storages: quantised weights, by key.
-        refused: weights that cannot be read, and why, by key.
+        quantised: key -> storage, of quantised weights.
+        unreadable: key -> why the weight cannot be read.
         shapes: of all tensors of floating point and of the above, as layers see them.
     """
 
-    storages: dict[str, Storage] = field(default_factory=dict)
-    refused: dict[str, str] = field(default_factory=dict)
+    quantised: dict[str, Storage] = field(default_factory=dict)
+    unreadable: dict[str, str] = field(default_factory=dict)
     shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
 
-    def check(self, path: str | Path, key: str) -> None:
-        """Refuse a weight that cannot be read.
-
-        Raises:
-            LoHaError: names file, key, format, and what to do.
-        """
-        if why := self.refused.get(key):
-            raise LoHaError(
-                f"{path}: {key} {why}. Use an fp16, bf16 or fp8 checkpoint of this model, or ComfyUI's Load LoHa and "
-                "a save node"
-            )
-
-    def dense(self, path: str | Path, key: str, read: Read) -> Tensor:
-        """A weight as its layer multiplies by it, float32; any tensor that is not quantised as it is.
-
-        Raises:
-            LoHaError: a weight that is refused.
-        """
-        self.check(path, key)
-        storage = self.storages.get(key)
-        return read(key) if storage is None else storage.dense([read(part) for part in storage.keys])
-
-    def formats(self, keys: Iterable[str]) -> str:
+    def summary(self, keys: Iterable[str]) -> str:
         """How many of the weights are quantised in which format, such as "3 × nvfp4"; "" for none."""
-        found = Counter(self.storages[key].format for key in keys if key in self.storages)
-        return ", ".join(f"{count} × {name}" for name, count in sorted(found.items()))
+        counts = Counter(self.quantised[key].format for key in keys if key in self.quantised)
+        return ", ".join(f"{count} × {name}" for name, count in sorted(counts.items()))
 
 
-def survey(kinds: Mapping[str, Kind], read: Read, metadata: Mapping[str, str] | None = None) -> Survey:
+def find_formats(kinds: Mapping[str, Kind], read: Read, metadata: Mapping[str, str] | None = None) -> WeightFormats:
     """Find each weight's storage.
 
     Args:
@@ -155,75 +130,78 @@ def survey(kinds: Mapping[str, Kind], read: Read, metadata: Mapping[str, str] | 
         read: gives a tensor as it is stored; asked for ``comfy_quant`` only.
         metadata: the file's.
     """
-    found = Survey(shapes={key: shape for key, (dtype, shape) in kinds.items() if dtype in FLOATS})
-    said = _declared(kinds, read, metadata or {})
-    marked = tuple(key.removesuffix("scaled_fp8") for key in kinds if f".{key}".endswith(".scaled_fp8"))
+    formats = WeightFormats(shapes={key: shape for key, (dtype, shape) in kinds.items() if dtype in FLOATS})
+    declared = _declarations(kinds, read, metadata or {})
+    scaled_fp8 = tuple(key.removesuffix("scaled_fp8") for key in kinds if f".{key}".endswith(".scaled_fp8"))
     for key in kinds:
         if key.endswith(".weight"):
             layer = key.removesuffix(".weight")
-            storage = _storage(layer, kinds, said.get(layer), key.startswith(marked))
+            storage = _storage(layer, kinds, declared.get(layer), key.startswith(scaled_fp8))
         else:
             storage = _undeclared(kinds[key]) if key.endswith(("in_proj_weight", "text_projection")) else None
         if isinstance(storage, Storage):
-            found.storages[key] = storage
-            found.shapes[key] = storage.shape
+            formats.quantised[key] = storage
+            formats.shapes[key] = storage.shape
         elif storage is not None:
-            found.refused[key] = storage
+            formats.unreadable[key] = storage
     for key in kinds:
         for name, pattern in _FOREIGN.items():
-            if foreign := pattern.fullmatch(key):
-                found.refused[f"{foreign[1]}.weight"] = f"is packed by {name}, which cannot be read here"
-    for key in found.refused:
-        found.storages.pop(key, None)
-        found.shapes[key] = _UNKNOWN
-    return found
+            if match := pattern.fullmatch(key):
+                formats.unreadable[f"{match[1]}.weight"] = f"is packed by {name}, which cannot be read here"
+    for key in formats.unreadable:
+        formats.quantised.pop(key, None)
+        formats.shapes[key] = _UNKNOWN_SHAPE
+    return formats
 
 
 def kind_of(tensor: Tensor) -> Kind:
+    """A tensor's dtype, as safetensors names it, and shape."""
     # torch's name of the powers of two is float8_e8m0fnu.
     other = "F8_E8M0" if "e8m0" in str(tensor.dtype) else str(tensor.dtype)
     return _NAMES.get(tensor.dtype, other), tuple(tensor.shape)
 
 
-def _declared(kinds: Mapping[str, Kind], read: Read, metadata: Mapping[str, str]) -> dict[str, dict[str, Any]]:
-    """What is said of each layer; as in ComfyUI the metadata win."""
-    end = ".comfy_quant"
-    said = {
-        key.removesuffix(end): _object(bytes(read(key).flatten().tolist()) if dtype == "U8" else "")
+def _declarations(kinds: Mapping[str, Kind], read: Read, metadata: Mapping[str, str]) -> dict[str, dict[str, Any]]:
+    """Layer -> what the file declares of it; as in ComfyUI the metadata win."""
+    suffix = ".comfy_quant"
+    declared = {
+        key.removesuffix(suffix): _object(bytes(read(key).flatten().tolist()) if dtype == "U8" else "")
         for key, (dtype, shape) in kinds.items()
-        if key.endswith(end) and prod(shape) < 1 << 16
+        if key.endswith(suffix) and prod(shape) < 1 << 16
     }
     layers = _object(metadata.get("_quantization_metadata", "")).get("layers")
     for name, entry in layers.items() if isinstance(layers, dict) else ():
         # Today's ComfyUI names them as the file does, 0.3.75 as the diffusion model does.
         layer = name if f"{name}.weight" in kinds else f"model.diffusion_model.{name}"
-        said[layer] = entry if isinstance(entry, dict) else {}
-    return said
+        declared[layer] = entry if isinstance(entry, dict) else {}
+    return declared
 
 
 def _object(text: str | bytes) -> dict[str, Any]:
     try:
-        found = json.loads(text)
+        parsed = json.loads(text)
     except (ValueError, RecursionError):
         return {}
-    return found if isinstance(found, dict) else {}
+    return parsed if isinstance(parsed, dict) else {}
 
 
 def _undeclared(kind: Kind) -> str | None:
-    """Why a weight of which nothing is said cannot be read, or None for a plain one."""
+    """Why a weight of which nothing is declared cannot be read, or None for a plain one."""
     dtype, shape = kind
     if dtype in FLOATS or len(shape) < 2:
         return None
     return f"is stored as {dtype}, and nothing says in which format; expected a comfy_quant beside it"
 
 
-def _storage(layer: str, kinds: Mapping[str, Kind], said: dict[str, Any] | None, marked: bool) -> Storage | str | None:
+def _storage(
+    layer: str, kinds: Mapping[str, Kind], declared: dict[str, Any] | None, is_scaled_fp8: bool
+) -> Storage | str | None:
     """How a layer's weight is stored, or why it cannot be read, or None for a plain one."""
     dtype, shape = kinds[f"{layer}.weight"]
     scales = [key for key in (f"{layer}.scale_weight", f"{layer}.weight_scale") if key in kinds]
-    if said is not None:
-        form = said.get("format")
-    elif dtype in _FP8 and (scales or (marked and len(shape) == 2)):
+    if declared is not None:
+        form = declared.get("format")
+    elif dtype in _FP8 and (scales or (is_scaled_fp8 and len(shape) == 2)):
         form = _FP8[dtype]
     elif dtype in FLOATS and scales:
         return f"has a scale, {scales[0]}, but is stored as {dtype}; expected an 8-bit type"
@@ -239,22 +217,22 @@ def _storage(layer: str, kinds: Mapping[str, Kind], said: dict[str, Any] | None,
         return f"is {form}, but has {len(scales)} scales; expected one, {layer}.weight_scale or {layer}.scale_weight"
     if form in _BLOCKS:
         return _in_blocks(layer, form, scales[0], kinds)
-    return _scaled(layer, form, scales[0], kinds, said if said and form == "int8_tensorwise" else {})
+    return _scaled(layer, form, scales[0], kinds, declared if declared and form == "int8_tensorwise" else {})
 
 
-def _scaled(layer: str, form: str, scale: str, kinds: Mapping[str, Kind], said: dict[str, Any]) -> Storage | str:
+def _scaled(layer: str, form: str, scale: str, kinds: Mapping[str, Kind], declared: dict[str, Any]) -> Storage | str:
     shape = kinds[f"{layer}.weight"][1]
-    dtype, found = kinds[scale]
-    by_rows = found[:1] == shape[:1] and prod(found[1:]) == 1
-    if dtype not in FLOATS or dtype in _FP8 or not (prod(found) == 1 or by_rows):
-        return f"is {form}, but {scale} is {found} of {dtype}; expected a number, or one for each row of {shape}"
+    dtype, scale_shape = kinds[scale]
+    by_rows = scale_shape[:1] == shape[:1] and prod(scale_shape[1:]) == 1
+    if dtype not in FLOATS or dtype in _FP8 or not (prod(scale_shape) == 1 or by_rows):
+        return f"is {form}, but {scale} is {scale_shape} of {dtype}; expected a number, or one for each row of {shape}"
     # ComfyUI has these options here or in ``params``.
-    params = said.get("params")
-    options: dict[str, Any] = (params if isinstance(params, dict) else {}) | said
+    params = declared.get("params")
+    options: dict[str, Any] = (params if isinstance(params, dict) else {}) | declared
     if not options.get("convrot"):
         return Storage(form, (f"{layer}.weight", scale), shape)
     group = options.get("convrot_groupsize", 256)
-    if group not in _GROUPS or len(shape) != 2 or shape[1] % group:
+    if group not in _CONVROT_GROUPS or len(shape) != 2 or shape[1] % group:
         return f"is {form} of shape {shape}, turned by {group!r} columns; expected a power of 4 that divides them"
     return Storage(form, (f"{layer}.weight", scale), shape, group)
 
@@ -265,16 +243,16 @@ def _in_blocks(layer: str, form: str, scale: str, kinds: Mapping[str, Kind]) -> 
     rows, columns = shape[0], prod(shape[1:]) * (2 if form == "nvfp4" else 1)
     if len(shape) != 2 or columns % size:
         return f"is {form} of shape {shape}; expected a matrix of whole blocks of {size}"
-    dtype, found = kinds[scale]
-    wanted = _tiled(rows, columns // size)
-    if dtype not in dtypes or found != wanted:
-        return f"is {form}, but {scale} is {found} of {dtype}; expected {wanted} of {dtypes[0]}"
+    dtype, scale_shape = kinds[scale]
+    expected = _tiled(rows, columns // size)
+    if dtype not in dtypes or scale_shape != expected:
+        return f"is {form}, but {scale} is {scale_shape} of {dtype}; expected {expected} of {dtypes[0]}"
     keys: tuple[str, ...] = (f"{layer}.weight", scale)
     if form == "nvfp4":
         keys = (*keys, f"{layer}.weight_scale_2")
-        dtype, found = kinds.get(keys[2], ("nothing", ()))
-        if dtype not in FLOATS or prod(found) != 1:
-            return f"is {form}, but {keys[2]} is {found} of {dtype}; expected one number, F32"
+        dtype, scale_shape = kinds.get(keys[2], ("nothing", ()))
+        if dtype not in FLOATS or prod(scale_shape) != 1:
+            return f"is {form}, but {keys[2]} is {scale_shape} of {dtype}; expected one number, F32"
     return Storage(form, keys, (rows, columns))
 
 
@@ -287,24 +265,23 @@ def _by_rows(scale: Tensor, axes: int) -> Tensor:
 
 
 def _into_scaled_(dense: Tensor, weight: Tensor, scale: Tensor) -> None:
-    largest = _LARGEST[weight.dtype]
+    largest = _MAX[weight.dtype]
     over = tuple(range(0 if scale.numel() == 1 else 1, dense.dim()))
     size = torch.linalg.vector_norm(dense, torch.inf, over)
     # Zeros have any scale. No other may vanish in its dtype: the least of half precision is not far away.
     least = max(1e-30, torch.finfo(scale.dtype).tiny * torch.finfo(scale.dtype).eps)
-    wanted = torch.where(size > 0, size / largest, 1.0).clamp_(min=least)
-    scale.copy_(wanted.reshape(scale.shape))
+    scale.copy_(torch.where(size > 0, size / largest, 1.0).clamp_(min=least).reshape(scale.shape))
     # By the scale as it is stored, which may have been rounded.
     dense.div_(_by_rows(scale, dense.dim())).clamp_(-largest, largest)
     weight.copy_(dense if weight.is_floating_point() else dense.round_())
 
 
-def _turned(weight: Tensor, group: int) -> Tensor:
+def _rotated(weight: Tensor, group: int) -> Tensor:
     """Each group of columns times the regular Hadamard matrix, which undoes itself (ConvRot)."""
-    smallest = (1 - 2 * torch.eye(4).flip(0)) / 2
+    hadamard4 = (1 - 2 * torch.eye(4).flip(0)) / 2
     matrix = torch.ones(1, 1)
     while len(matrix) < group:
-        matrix = torch.kron(matrix, smallest)
+        matrix = torch.kron(matrix, hadamard4)
     return (weight.reshape(-1, group) @ matrix.to(weight.device)).reshape(weight.shape)
 
 
@@ -314,24 +291,24 @@ _TIES = torch.tensor([0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5])
 _EDGES = torch.where(torch.arange(7) % 2 == 1, torch.nextafter(_TIES, torch.zeros(7)), _TIES)
 
 
-def _from_nvfp4(weight: Tensor, scale: Tensor, whole: Tensor) -> Tensor:
+def _from_nvfp4(weight: Tensor, scale: Tensor, global_scale: Tensor) -> Tensor:
     """Two numbers a byte, the first in the higher half; each times its block's scale and that of all."""
     numbers = _E2M1.to(weight.device)
     pairs = torch.stack((numbers.repeat_interleave(16), numbers.repeat(16)), 1)
     dense = torch.nn.functional.embedding(weight.int(), pairs).reshape(len(weight), -1, 16)
     blocks = _untiled(scale.view(torch.float8_e4m3fn), *dense.shape[:2])
-    return dense.mul_((blocks.float() * whole.float()).unsqueeze(-1)).flatten(1)
+    return dense.mul_((blocks.float() * global_scale.float()).unsqueeze(-1)).flatten(1)
 
 
-def _into_nvfp4_(dense: Tensor, weight: Tensor, scale: Tensor, whole: Tensor) -> None:
+def _into_nvfp4_(dense: Tensor, weight: Tensor, scale: Tensor, global_scale: Tensor) -> None:
     size = torch.linalg.vector_norm(dense, torch.inf)
-    whole.copy_(torch.where(size > 0, size / (448 * 6), 1.0).clamp_(min=1e-30).reshape(whole.shape))
+    global_scale.copy_(torch.where(size > 0, size / (448 * 6), 1.0).clamp_(min=1e-30).reshape(global_scale.shape))
     blocks = dense.reshape(len(dense), -1, 16)
-    wanted = torch.linalg.vector_norm(blocks, torch.inf, -1) / 6 / whole.float()
-    stored = wanted.clamp_(max=448).to(torch.float8_e4m3fn)
-    each = stored.float() * whole.float()
+    block_scale = torch.linalg.vector_norm(blocks, torch.inf, -1) / 6 / global_scale.float()
+    stored = block_scale.clamp_(max=448).to(torch.float8_e4m3fn)
+    step = (stored.float() * global_scale.float()).unsqueeze(-1)
     # A block that is too small for a scale is a block of zeros.
-    values = torch.where((each > 0).unsqueeze(-1), blocks / each.unsqueeze(-1), 0.0).flatten(1)
+    values = torch.where(step > 0, blocks / step, 0.0).flatten(1)
     codes = torch.bucketize(values.abs(), _EDGES.to(dense.device), out_int32=True).byte()
     codes += values.signbit().byte() * 8
     weight.copy_(codes[:, 0::2] * 16 + codes[:, 1::2])
@@ -363,13 +340,13 @@ def _tiled(rows: int, columns: int) -> tuple[int, int]:
 def _tiles(scales: Tensor) -> Tensor:
     """Blocks' scales, padded by zeros, as cuBLAS reads them: in a tile, the four of rows r, r + 32, r + 64, r + 96."""
     rows, columns = _tiled(*scales.shape)
-    whole = scales.new_zeros(rows, columns)
-    whole[: scales.shape[0], : scales.shape[1]] = scales
-    return whole.view(rows // 128, 4, 32, columns // 4, 4).permute(0, 3, 2, 1, 4).reshape(rows, columns)
+    padded = scales.new_zeros(rows, columns)
+    padded[: scales.shape[0], : scales.shape[1]] = scales
+    return padded.view(rows // 128, 4, 32, columns // 4, 4).permute(0, 3, 2, 1, 4).reshape(rows, columns)
 
 
 def _untiled(tiles: Tensor, rows: int, columns: int) -> Tensor:
     """The inverse."""
     high, wide = _tiled(rows, columns)
-    whole = tiles.reshape(high // 128, wide // 4, 32, 4, 4).permute(0, 3, 2, 1, 4).reshape(high, wide)
-    return whole[:rows, :columns]
+    padded = tiles.reshape(high // 128, wide // 4, 32, 4, 4).permute(0, 3, 2, 1, 4).reshape(high, wide)
+    return padded[:rows, :columns]

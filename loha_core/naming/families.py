@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Literal, NamedTuple
@@ -102,6 +102,10 @@ class Size:
     blocks: tuple[int, ...]
     width: int | None = None
 
+    def reaches(self, counts: tuple[int, ...]) -> bool:
+        """Whether no list has fewer blocks than these."""
+        return all(has >= needed for has, needed in zip(self.blocks, counts, strict=True))
+
 
 class _Row(NamedTuple):
     diffusers: str
@@ -139,33 +143,31 @@ class Family:
         return tuple(_rows(self.also))
 
     @cached_property
-    def _by_native(self) -> dict[str, list[_Row]]:
+    def _by_native(self) -> _Index:
         return _indexed((row.native, row) for row in self.rows)
 
     @cached_property
-    def _others_by_native(self) -> dict[str, list[_Row]]:
+    def _others_by_native(self) -> _Index:
         return _indexed((row.native, row) for row in self.other_rows)
 
     @cached_property
-    def _by_part(self) -> dict[str, list[_Row]]:
+    def _by_part(self) -> _Index:
         return _indexed((row.diffusers, row) for row in (*self.rows, *self.other_rows))
 
     def weight(self, path: str) -> Weight | None:
         """The weight that the original calls ``path``, dotted or as `names.split` gives it."""
-        found = list(_matching(self._by_native, path, lambda row: row.native))
-        return Weight(_filled(found[0][0].native, found[0][1]), _parts(found)) if found else None
+        matches = list(_matching(self._by_native, path))
+        return Weight(_filled(matches[0][0].native, matches[0][1]), _parts(matches)) if matches else None
 
     def others(self, path: str) -> tuple[Part, ...]:
         """What others call the weight that the original calls ``path``."""
-        return _parts(_matching(self._others_by_native, path, lambda row: row.native))
+        return _parts(_matching(self._others_by_native, path))
 
     def part(self, path: str) -> tuple[str, Part] | None:
         """(the original's name, the part) that diffusers, or others, call ``path``."""
-        found = next(_matching(self._by_part, path, lambda row: row.diffusers), None)
-        if found is None:
-            return None
-        row, numbers = found
-        return _filled(row.native, numbers), Part(_filled(row.diffusers, numbers), row.span)
+        for row, numbers in _matching(self._by_part, path):
+            return _filled(row.native, numbers), Part(_filled(row.diffusers, numbers), row.span)
+        return None
 
     def knows(self, path: str) -> bool:
         return self.weight(path) is not None or self.part(path) is not None
@@ -179,11 +181,11 @@ class Family:
         """Whether an update of this shape (o, i, …) can be of what ``path`` means, where its rows go by its columns."""
         if (place := self.place(path, side)) is None:
             return False
-        weight, span = place
+        name, span = place
         if span is None:
-            whole = self.weight(weight)
-            spans = [part.span for part in whole.parts if part.span] if whole else []
-            span = Span((0.0, 0.0), max((each.stop for each in spans), key=lambda stop: stop[::-1], default=(0.0, 1.0)))
+            weight = self.weight(name)
+            stops = [part.span.stop for part in weight.parts if part.span] if weight else []
+            span = Span((0.0, 0.0), max(stops, key=lambda stop: stop[::-1], default=(0.0, 1.0)))
         return span.height(shape[1], shape[0]) is not None or span.rows(0, shape[1])[1] == shape[0]
 
     def place(self, path: str, side: Side | None) -> tuple[str, Span | None] | None:
@@ -198,9 +200,14 @@ class Family:
         counts = [0] * len(self.blocks)
         for path in paths:
             for n, (_, module) in enumerate(self.blocks):
-                if found := re.match(rf"{flat(module)}_(\d+)(?:_|$)", path):
-                    counts[n] = max(counts[n], int(found[1]) + 1)
+                if match := re.match(rf"{flat(module)}_(\d+)(?:_|$)", path):
+                    counts[n] = max(counts[n], int(match[1]) + 1)
         return tuple(counts)
+
+
+def each(lists: Iterable[str], block: str) -> str:
+    """A table's lines for a block of each of these lists, which ``block`` calls LIST."""
+    return "".join(block.replace("LIST", name) for name in lists)
 
 
 def _rows(table: str) -> Iterator[_Row]:
@@ -212,6 +219,8 @@ def _rows(table: str) -> Iterator[_Row]:
 
 
 _NUMBER = re.compile(r"(?<=_)(?:\d+|N)(?=_|$)")
+# A name with # for its numbers -> rows, and the numbers of each.
+_Index = dict[str, list[tuple[_Row, list[str]]]]
 
 
 def _template(name: str) -> tuple[str, list[str]]:
@@ -220,27 +229,27 @@ def _template(name: str) -> tuple[str, list[str]]:
     return _NUMBER.sub("#", path), _NUMBER.findall(path)
 
 
-def _indexed(rows: Iterable[tuple[str, _Row]]) -> dict[str, list[_Row]]:
-    found: dict[str, list[_Row]] = defaultdict(list)
+def _indexed(rows: Iterable[tuple[str, _Row]]) -> _Index:
+    index: _Index = defaultdict(list)
     for name, row in rows:
-        found[_template(name)[0]].append(row)
-    return found
+        template, numbers = _template(name)
+        index[template].append((row, numbers))
+    return index
 
 
-def _matching(index: dict[str, list[_Row]], path: str, side: Callable[[_Row], str]) -> Iterator[tuple[_Row, list[str]]]:
+def _matching(index: _Index, path: str) -> Iterator[tuple[_Row, list[str]]]:
     """The rows that ``path`` is of, each with the numbers that stand for its N."""
     template, numbers = _template(path)
-    for row in index.get(template, ()):
-        places = list(zip(_template(side(row))[1], numbers, strict=True))
-        if all(place in ("N", number) for place, number in places):
-            yield row, [number for place, number in places if place == "N"]
+    for row, places in index.get(template, ()):
+        if all(place in ("N", number) for place, number in zip(places, numbers, strict=True)):
+            yield row, [number for place, number in zip(places, numbers, strict=True) if place == "N"]
 
 
-def _parts(found: Iterable[tuple[_Row, list[str]]]) -> tuple[Part, ...]:
-    return tuple(Part(_filled(row.diffusers, numbers), row.span) for row, numbers in found)
+def _parts(rows: Iterable[tuple[_Row, list[str]]]) -> tuple[Part, ...]:
+    return tuple(Part(_filled(row.diffusers, numbers), row.span) for row, numbers in rows)
 
 
 def _filled(name: str, numbers: Iterable[str]) -> str:
     """A row's name with the numbers of its blocks."""
-    left = iter(numbers)
-    return re.sub(r"\bN\b", lambda _: next(left), name)
+    remaining = iter(numbers)
+    return re.sub(r"\bN\b", lambda _: next(remaining), name)

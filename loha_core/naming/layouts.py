@@ -14,8 +14,8 @@ from functools import cached_property, lru_cache
 
 from ..errors import LoHaError
 from .families import Family
-from .names import flat, split
-from .recognise import families_of
+from .names import flat
+from .recognise import diffusion_paths, families_of
 from .tables import FAMILIES as TABLES
 
 BASE, ALL = "BASE", "ALL"
@@ -28,7 +28,7 @@ PARTS = {
     "double_blocks": "D",
     "single_blocks": "S",
 }
-_LISTS = r"middle_block|\w*blocks|\w*layers"
+_MODULE_LISTS = r"middle_block|\w*blocks|\w*layers"
 THIRDS = ("EARLY", "MIDDLE", "LATE")
 
 
@@ -48,19 +48,10 @@ def block_of_key(key: str, layout: Layout | None = None) -> tuple[str, int] | No
     >>> block_of_key("diffusion_model.time_embed.0.weight") is None
     True
     """
-    if layout and (found := layout.pattern.match(key)):
-        return layout.lists[found[1]], int(found[2])
-    found = _pattern(_LISTS).match(key)
-    return (PARTS.get(found[1], found[1]), int(found[2])) if found else None
-
-
-def block_of(name: str, family: Family | None = None) -> tuple[str, int] | None:
-    """The same for the original's dotted name of a weight, or of the module that has it.
-
-    >>> block_of("blocks.7.self_attn.q"), block_of("double_blocks.3.img_attn.qkv.weight")
-    (('blocks', 7), ('D', 3))
-    """
-    return block_of_key(f"diffusion_model.{name}.", _whole(family) if family else None)
+    if layout and (match := layout.pattern.match(key)):
+        return layout.lists[match[1]], int(match[2])
+    match = _pattern(_MODULE_LISTS).match(key)
+    return (PARTS.get(match[1], match[1]), int(match[2])) if match else None
 
 
 @dataclass(frozen=True)
@@ -99,20 +90,20 @@ class Layout:
         """
         keys = list(keys)
         counts = _counted(keys, None)
-        known = [] if "IN" in counts else [cls._of_table(family, keys) for family in families_of(_paths(keys))]
-        known = [layout for layout in known if layout.parts]
-        if known:
-            return next((layout for layout in known if layout.family in LAYOUTS), known[0])
+        families = [] if "IN" in counts else families_of(diffusion_paths(keys).values())
+        layouts = [layout for family in families if (layout := cls._of_table(family, keys)).parts]
+        if layouts:
+            return next((layout for layout in layouts if layout.family in LAYOUTS), layouts[0])
         if not counts:
             raise LoHaError("the connected model has no numbered blocks; leave the vector and the preset at ALL")
         return cls.of_parts(counts.items())
 
     @classmethod
     def _of_table(cls, family: Family, keys: list[str]) -> Layout:
-        """A family's, and after its own the lists that the table does not speak of."""
-        counts = _counted(keys, _whole(family))
-        own = {label: counts.pop(label) for label, _ in family.blocks if label in counts}
-        return cls.of_parts((own | counts).items(), family.name)
+        """The parts in the table's order, and after them the lists that the table does not have."""
+        counts = _counted(keys, cls(family.name, _parts(family, (1,) * len(family.blocks))))
+        in_table = {label: counts.pop(label) for label, _ in family.blocks if label in counts}
+        return cls.of_parts((in_table | counts).items(), family.name)
 
     @classmethod
     def of_parts(cls, counts: Iterable[tuple[str, int]], family: str = "") -> Layout:
@@ -122,11 +113,11 @@ class Layout:
             family: one of the tables'. The name is that of its one model that has these, if there is one.
         """
         parts = tuple(counts)
-        fitting = [layout for layout in LAYOUTS.values() if layout.parts == parts]
+        known = [layout for layout in LAYOUTS.values() if layout.parts == parts]
         if family:
-            fitting = [layout for layout in fitting if _TABLE_OF.get(layout.family) == family]
-        if fitting and (len(fitting) == 1 or fitting[0].family in FIRST_GUESSES):
-            return fitting[0]
+            known = [layout for layout in known if _TABLE_OF.get(layout.family) == family]
+        if known and (len(known) == 1 or known[0].family in DEFAULT_FAMILIES):
+            return known[0]
         return cls(family or "this model", parts)
 
     def labels(self) -> list[str]:
@@ -136,30 +127,29 @@ class Layout:
         """EARLY, MIDDLE and LATE -> (part, first, last) of each part's stretch in that third of the model's run."""
         blocks = [(part, number) for part, count in self.parts for number in range(count)]
         edges = [round(n * len(blocks) / 3) for n in range(4)]
-        found: dict[str, list[tuple[str, int, int]]] = {}
+        thirds: dict[str, list[tuple[str, int, int]]] = {}
         for name, start, stop in zip(THIRDS, edges, edges[1:], strict=False):
             within = blocks[start:stop]
             numbers = {part: [n for p, n in within if p == part] for part, _ in within}
-            found[name] = [(part, each[0], each[-1]) for part, each in numbers.items()]
-        return found
+            thirds[name] = [(part, each[0], each[-1]) for part, each in numbers.items()]
+        return thirds
 
     def side_parts(self) -> set[str]:
-        """Parts that count as BASE for those who know only of lists called blocks or layers: refiners before them."""
-        return {part for module, part in self.lists.items() if not re.fullmatch(_LISTS, module)}
+        """Parts that count as BASE for tools that know only lists called blocks or layers: refiners before them."""
+        return {part for module, part in self.lists.items() if not re.fullmatch(_MODULE_LISTS, module)}
 
     def vectors(self) -> list[tuple[str, ...]]:
-        """What each value of a vector stands for, for every length that is in use; no two have one length."""
-        every = (*self.labels(),)
-        side = self.side_parts()
+        """The labels that a vector's numbers are for, one tuple for every length in use; no two have one length."""
+        labels, side = (*self.labels(),), self.side_parts()
         main = tuple(f"{part}{number:02d}" for part, n in self.parts if part not in side for number in range(n))
-        unet = "input_blocks" in self.lists  # where as many numbers as blocks have long meant something else
-        wanted = [*_circulating(self), (BASE, *every), *([] if unet else [every])]
+        is_unet = "input_blocks" in self.lists  # where as many numbers as blocks have long meant something else
+        candidates = [*_circulating(self), (BASE, *labels), *([] if is_unet else [labels])]
         if side and main:
-            wanted += [(BASE, *main), main]
-        found: dict[int, tuple[str, ...]] = {}
-        for labels in wanted:
-            found.setdefault(len(labels), labels)
-        return list(found.values())
+            candidates += [(BASE, *main), main]
+        by_length: dict[int, tuple[str, ...]] = {}
+        for candidate in candidates:
+            by_length.setdefault(len(candidate), candidate)
+        return list(by_length.values())
 
     def __str__(self) -> str:
         return ", ".join(f"{part}00…{part}{count - 1:02d}" if count > 1 else f"{part}00" for part, count in self.parts)
@@ -167,12 +157,6 @@ class Layout:
 
 def _parts(family: Family, counts: Iterable[int]) -> tuple[tuple[str, int], ...]:
     return tuple((label, n) for (label, _), n in zip(family.blocks, counts, strict=True) if n)
-
-
-@lru_cache(maxsize=64)
-def _whole(family: Family) -> Layout:
-    """With all lists of a family, which some of its models may lack, and none of its counts."""
-    return Layout(family.name, _parts(family, (1,) * len(family.blocks)))
 
 
 def _counted(keys: Iterable[str], layout: Layout | None) -> dict[str, int]:
@@ -184,16 +168,8 @@ def _counted(keys: Iterable[str], layout: Layout | None) -> dict[str, int]:
     return counts
 
 
-def _paths(keys: Iterable[str]) -> Iterator[str]:
-    """Flat names of the weights that an adapter may change: the tables say nothing of norms."""
-    for key in keys:
-        name = key.removesuffix(".weight")
-        if name != key and "diffusion_model." in key and "norm" not in name.rpartition(".")[2]:
-            yield split(name)[1]
-
-
-# What saved workflows call their families comes first, and stays.
-_OLDER = (
+# The names that saved workflows have for their families come first, and stay.
+_DEFAULT_LAYOUTS = (
     Layout("SD1.5", (("IN", 12), ("M", 3), ("OUT", 12))),
     Layout("SDXL", (("IN", 9), ("M", 3), ("OUT", 9))),
     Layout("SD3", (("J", 24),)),
@@ -201,12 +177,12 @@ _OLDER = (
     Layout("Flux", (("D", 19), ("S", 38))),
 )
 _TABLE_OF = {size.name: family.name for family in TABLES.values() for size in family.sizes}
-LAYOUTS = {layout.family: layout for layout in _OLDER} | {
+LAYOUTS = {layout.family: layout for layout in _DEFAULT_LAYOUTS} | {
     size.name: Layout(size.name, _parts(family, size.blocks)) for family in TABLES.values() for size in family.sizes
 }
 FAMILIES = tuple(LAYOUTS)
-# A vector's length alone speaks of these, and of the others where it means none of these.
-FIRST_GUESSES = tuple(layout.family for layout in _OLDER)
+# Whose vector it is, if only its length is known; of the others where it is none of these.
+DEFAULT_FAMILIES = tuple(layout.family for layout in _DEFAULT_LAYOUTS)
 
 # The vectors in circulation, besides those that simply list all: LoRAs without convolutions (17, 12), LyCORIS as
 # sd-webui-lora-block-weight counts (26, 20) and as Inspire counts (27, 21), and Flux's.
@@ -223,8 +199,8 @@ _VECTORS = {
 
 def _circulating(layout: Layout) -> list[tuple[str, ...]]:
     """Those of the family that has these blocks: Chroma's are Flux's."""
-    alike = (family for family in _VECTORS if LAYOUTS[family].parts == layout.parts)
-    return [tuple(_expand(text)) for text in _VECTORS.get(next(alike, ""), ())]
+    family = next((name for name in _VECTORS if LAYOUTS[name].parts == layout.parts), "")
+    return [tuple(_expand(text)) for text in _VECTORS.get(family, ())]
 
 
 def _expand(text: str) -> Iterator[str]:
@@ -236,9 +212,9 @@ def _expand(text: str) -> Iterator[str]:
         yield from [first] if numbers is None else [f"{part}{number:02d}" for number in numbers]
 
 
-def spelling_of(text: str, layout: Layout) -> str | None:
+def part_named(text: str, layout: Layout) -> str | None:
     """The part that a user means by its name or its module list, in any case; None if the model has none such."""
-    own = {PARTS[module]: part for module, part in layout.lists.items() if module in PARTS}
-    own |= {flat(module).upper(): part for module, part in layout.lists.items()}
-    own |= {part.upper(): part for part, _ in layout.parts}
-    return own.get(text.upper())
+    parts = {PARTS[module]: part for module, part in layout.lists.items() if module in PARTS}
+    parts |= {flat(module).upper(): part for module, part in layout.lists.items()}
+    parts |= {part.upper(): part for part, _ in layout.parts}
+    return parts.get(text.upper())

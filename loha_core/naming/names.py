@@ -117,10 +117,14 @@ def split(name: str) -> tuple[str, str]:
     return component, path.removesuffix("_0" if path.endswith("_to_out_0") else "").removeprefix("text_model_")
 
 
-_BLOCKS = (
-    (r"(?:down_blocks|input_blocks|up_blocks|output_blocks|double_blocks|single_blocks|joint_blocks)_\d+", None),
-    (r"(?:single_transformer_blocks|transformer_blocks|blocks|layers)_\d+", None),
-    (r"(?:mid_block|middle_block)", "middle"),
+def path_of(name: str) -> str:
+    """The flat path alone; the tables of families know it."""
+    return split(name)[1]
+
+
+_BLOCK = re.compile(
+    r"(?:encoder_)?(?:mid_block|middle_block|((?:(?:down|up|input|output|double|single|joint|transformer"
+    r"|single_transformer)_)?blocks|layers)_(\d+))(?:_|$)"
 )
 _KINDS = (
     ("cross-attention", r"attn2|cross_attn|add_[qkv]_proj"),
@@ -132,22 +136,18 @@ _KINDS = (
 )
 
 
-def block_of(name: str) -> str:
-    """The top-level block that a module lies in, such as 'down_blocks 1', 'middle' or 'te1 layers 3'."""
+def block_label(name: str) -> str:
+    """The block that a module's name itself speaks of, such as 'down_blocks 1', 'middle' or 'te1 layers 3'.
+
+    For charts of a file whose model is unknown; a model's weights are in the blocks that `layouts.block_of_key` says.
+    """
     component, path = split(name)
     lead = f"{component} " if component.startswith("te") else ""
-    for pattern, label in _BLOCKS:
-        if found := re.match(rf"(?:encoder_)?({pattern})(?:_|$)", path):
-            return lead + (label or " ".join(found.group(1).rsplit("_", 1)))
-    return lead + "other"
+    match = _BLOCK.match(path)
+    return lead + ("other" if match is None else f"{match[1]} {match[2]}" if match[1] else "middle")
 
 
 def kind_of(name: str) -> str:
     """What sort of layer a module is: 'attention', 'cross-attention', 'feed-forward', 'convolution', …"""
-    path = split(name)[1]
+    path = path_of(name)
     return next((kind for kind, pattern in _KINDS if re.search(pattern, path)), "other")
-
-
-def pattern_matches(pattern: str, module: str) -> bool:
-    """Whether one of PEFT's patterns, a regular expression, means ``module`` or the end of its dotted path."""
-    return re.match(rf"(.*\.)?({pattern})$", module) is not None

@@ -84,7 +84,7 @@ def joined(name: str, parts: Sequence[tuple[int, Layer]], height: int) -> Layer:
         ends = start + layer.shape[0]
     magnitude = _magnitudes(name, parts, height)
     if any(isinstance(layer, LoHaFactors) for layer in layers):
-        return _joined_loha(name, [(start, _as_loha(layer)) for start, layer in parts], height, magnitude)
+        return _joined_loha(name, [(start, as_loha(layer)) for start, layer in parts], height, magnitude)
     loras = [(start, layer) for start, layer in parts if isinstance(layer, LoRAFactors)]
     if any(lora.mid is not None for _, lora in loras):
         raise LoHaError(f"{name}: parts with a Tucker core can't be made one layer; keep the names as they are")
@@ -115,8 +115,11 @@ def _joined_loha(
     return LoHaFactors(w1_a, w1_b, w2_a, w2_b, scale * w1_b.shape[0], dora_scale=magnitude)
 
 
-def _as_loha(layer: Layer) -> LoHaFactors:
-    return layer if isinstance(layer, LoHaFactors) else LoHaFactors.from_product(*layer.product())
+def as_loha(layer: Layer) -> LoHaFactors:
+    """The same update as a LoHa whose second half is ones; a LoHa as it is."""
+    if isinstance(layer, LoHaFactors):
+        return layer
+    return replace(LoHaFactors.from_product(*layer.product()), dora_scale=layer.dora_scale)
 
 
 def _magnitudes(name: str, parts: Sequence[tuple[int, Layer]], height: int) -> Tensor | None:
@@ -155,18 +158,18 @@ def _cat(tensors: Sequence[Tensor]) -> Tensor:
 def _block_columns(parts: Sequence[tuple[int, Tensor]], height: int) -> Tensor:
     """Each part in rows and columns of its own."""
     like = _cat([tensor.flatten() for _, tensor in parts])
-    found = like.new_zeros(height, sum(tensor.shape[1] for _, tensor in parts))
+    columns = like.new_zeros(height, sum(tensor.shape[1] for _, tensor in parts))
     column = 0
     for start, tensor in parts:
-        found[start : start + len(tensor), column : column + tensor.shape[1]] = tensor
+        columns[start : start + len(tensor), column : column + tensor.shape[1]] = tensor
         column += tensor.shape[1]
-    return found
+    return columns
 
 
 def _stacked(parts: Sequence[tuple[int, Tensor]], height: int) -> Tensor:
     """Each part in rows of its own."""
     like = _cat([tensor.flatten() for _, tensor in parts])
-    found = like.new_zeros(height, parts[0][1].shape[1])
+    rows = like.new_zeros(height, parts[0][1].shape[1])
     for start, tensor in parts:
-        found[start : start + len(tensor)] = tensor
-    return found
+        rows[start : start + len(tensor)] = tensor
+    return rows

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from .families import Family
-from .names import WRAPPER, flat, prefix_of, split
+from .names import WRAPPER, flat, path_of, prefix_of
 from .recognise import family_of
 from .spelling import bare, is_dit
 
@@ -24,9 +24,9 @@ _IN_COMFYUI: dict[str, tuple[str, ...]] = {
 
 
 def unread(names: Iterable[str]) -> str | None:
-    """What to tell who writes a DiT's layers under these names; None if ComfyUI's loader and kohya's find them all.
+    """A warning for the author of a file with a DiT's layers under these names; None if all readers find them.
 
-    Of models that have no table, and of U-Nets and text encoders, it says nothing.
+    None also for models that have no table, U-Nets and text encoders.
 
     >>> unread(["lora_unet_double_blocks_0_img_mod_lin"]) is None
     True
@@ -34,21 +34,21 @@ def unread(names: Iterable[str]) -> str | None:
     ComfyUI's own loader and kohya's scripts may not find 1 of 1 layers by these
     """
     dit = [name for name in names if is_dit(name)]
-    family = family_of(split(name)[1] for name in dit)
+    family = family_of(map(path_of, dit))
     if family is None:
         return None
     readers = {name: _readers(name, family) for name in dit}
-    lost = {who: [name for name, by in readers.items() if who not in by] for who in (COMFYUI, KOHYA)}
-    lost = {who: missing for who, missing in lost.items() if missing}
-    if not lost:
+    missed = {who: [name for name in dit if who not in readers[name]] for who in (COMFYUI, KOHYA)}
+    missed = {who: layers for who, layers in missed.items() if layers}
+    if not missed:
         return None
-    count, example = max(map(len, lost.values())), next(iter(lost.values()))[0]
-    return f"{' and '.join(lost)} may not find {count} of {len(readers)} layers by these names ({example}, …)"
+    count, example = max(map(len, missed.values())), next(iter(missed.values()))[0]
+    return f"{' and '.join(missed)} may not find {count} of {len(dit)} layers by these names ({example}, …)"
 
 
 def _readers(name: str, family: Family) -> set[str]:
-    """Who finds it."""
-    path = split(name)[1]
+    """Which of the two programs find a name."""
+    path = path_of(name)
     prefix = WRAPPER if name.startswith(WRAPPER) else prefix_of(name) or ""
     spelled = flat if prefix.endswith("_") else str
     weight, part = family.weight(path), family.part(path)

@@ -3,8 +3,8 @@
 Two Functions, one for each way to apply the update. Neither saves anything of the weight's size, and both take the
 frozen base weight along, so that the update is accumulated into the base's result instead of being added to it.
 
-Raw tensors throughout: ``functional`` is the public face. ``factors`` are w1_a, w1_b, w2_a, w2_b, t1, t2 in that
-order, shaped as in `LoHaFactors`.
+Raw tensors throughout: ``functional`` is the public face. Gradients reach x, the factors and DoRA's magnitudes; weight
+and bias are frozen. Autograd sees tensors only among a Function's own arguments, so the factors come last, one by one.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ..algebra import columnwise, dora_axis, dora_norm, tucker
+from ..algebra import Factors, columnwise, dora_axis, dora_norm, tucker
 from . import gemm
 
-Factors = tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor | None]
+Gradients = tuple[Tensor | None, ...]
 
 
 class Geometry(NamedTuple):
-    """How a convolution walks: one entry per kernel axis. A linear layer has none (``None``)."""
+    """A convolution's options, one entry per kernel axis; None stands for a linear layer's."""
 
     stride: tuple[int, ...]
     padding: tuple[int, ...]
@@ -30,15 +30,44 @@ class Geometry(NamedTuple):
     groups: int
 
 
+class LayerSpec(NamedTuple):
+    """A layer and how its update acts: what a Function needs to know beside tensors.
+
+    Attributes:
+        shape: of the weight, (o, i, *k).
+        geometry: None for a linear layer.
+        scale: s, of the update.
+        apply_base: whether W∗x + b is part of the result.
+    """
+
+    shape: tuple[int, ...]
+    geometry: Geometry | None
+    scale: float
+    apply_base: bool = True
+
+    @property
+    def kernel(self) -> tuple[int, ...]:
+        return self.shape[2:]
+
+
+def _reshaped(new: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """As torch's own products reshape: a Function that gives out a view forbids writing into its result."""
+    return torch.ops.aten._unsafe_view(new, shape)  # type: ignore[no-any-return]
+
+
 def apply_weight(x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry | None) -> Tensor:
-    """weight ∗ x + bias."""
+    """weight ∗ x + bias, in x's dtype."""
+    weight, bias = weight.to(x.dtype), None if bias is None else bias.to(x.dtype)
+    if geometry is None and x.dim() == 2:
+        return gemm.linear(x, weight, bias)
     if geometry is None:
-        return gemm.linear(x.reshape(-1, x.shape[-1]), weight, bias).view(*x.shape[:-1], -1)
+        y = gemm.linear(x.reshape(-1, x.shape[-1]), weight, bias)
+        return _reshaped(y, (*x.shape[:-1], weight.shape[0]))
     if _is_product(x, weight, geometry):
         y = gemm.matmul(weight.flatten(1), x.flatten(2)[0])
         if bias is not None:
             y.add_(bias.unsqueeze(1))
-        return y.view(1, -1, *x.shape[2:])
+        return _reshaped(y, (1, weight.shape[0], *x.shape[2:]))
     stride, padding, dilation, groups = geometry
     return torch.convolution(x, weight, bias, stride, padding, dilation, False, [0] * len(stride), groups)
 
@@ -46,7 +75,8 @@ def apply_weight(x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geome
 def apply_weight_backward(
     g: Tensor, x: Tensor, weight: Tensor, geometry: Geometry | None, need_x: bool, need_weight: bool
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Gradients of `apply_weight` with respect to x and weight, from g = ∂L/∂y."""
+    """Gradients of `apply_weight` with respect to x and weight, from g = ∂L/∂y, in x's dtype."""
+    weight = weight.to(x.dtype)
     if geometry is None:
         g2, x2 = g.reshape(-1, g.shape[-1]), x.reshape(-1, x.shape[-1])
         gx = gemm.matmul(g2, weight).view(x.shape) if need_x else None
@@ -64,8 +94,15 @@ def apply_weight_backward(
     return gx, gw
 
 
+def input_gradient(g: Tensor, x: Tensor, weight: Tensor, geometry: Geometry | None) -> Tensor:
+    """∂L/∂x alone."""
+    gx, _ = apply_weight_backward(g, x, weight, geometry, True, False)
+    assert gx is not None
+    return gx
+
+
 def _is_product(x: Tensor, weight: Tensor, geometry: Geometry) -> bool:
-    """A 1×1 convolution of one picture is a matrix product, and torch is slow to see it. Not where autograd looks."""
+    """A 1×1 convolution of one picture is a matrix product, which torch computes slowly. Not where autograd records."""
     pointwise = x.shape[0] == 1 and weight[0, 0].numel() == 1 and geometry.groups == 1
     plain = all(s == 1 for s in geometry.stride) and not any(geometry.padding)
     return pointwise and plain and x.is_contiguous() and not torch.is_grad_enabled()
@@ -77,94 +114,87 @@ def columnwise_backward(gv: Tensor, b1: Tensor, b2: Tensor) -> tuple[Tensor, Ten
     return (gv * b2.unsqueeze(0)).sum(1), (gv * b1.unsqueeze(1)).sum(0)
 
 
-def _uv(a1: Tensor, b1: Tensor, a2: Tensor, b2: Tensor, scale: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def _uv(f: Factors, scale: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Uᵀ (r², o), which holds the scale, and V (r², n). Uᵀ, since its rows are then contiguous like V's."""
-    ut = columnwise((a1 * scale).T.contiguous(), a2.T.contiguous())
-    return ut.to(dtype), columnwise(b1, b2).to(dtype)
+    ut = columnwise((f.w1_a * scale).T.contiguous(), f.w2_a.T.contiguous())
+    return ut.to(dtype), columnwise(f.w1_b, f.w2_b).to(dtype)
 
 
-def _uv_backward(
-    gut: Tensor, gv: Tensor, a1: Tensor, b1: Tensor, a2: Tensor, b2: Tensor, scale: float
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of `_uv` with respect to a1, b1, a2, b2."""
-    gut = gut.to(a1.dtype).mul_(scale)
-    ga1, ga2 = columnwise_backward(gut, a1.T.contiguous(), a2.T.contiguous())
-    gb1, gb2 = columnwise_backward(gv.to(b1.dtype), b1, b2)
-    return ga1.T, gb1, ga2.T, gb2
+def _uv_backward(gut: Tensor, gv: Tensor, f: Factors, scale: float) -> Gradients:
+    """Gradients of `_uv` with respect to the factors."""
+    gut = gut.to(f.w1_a.dtype).mul_(scale)
+    ga1, ga2 = columnwise_backward(gut, f.w1_a.T.contiguous(), f.w2_a.T.contiguous())
+    gb1, gb2 = columnwise_backward(gv.to(f.w1_b.dtype), f.w1_b, f.w2_b)
+    return ga1.T, gb1, ga2.T, gb2, None, None
 
 
 class KhatriRaoLinear(torch.autograd.Function):
     """y = x·Wᵀ + b + (x·Vᵀ)·Uᵀ with U = s·A₁ ⊙ A₂, V = B₁ ⊙ B₂; U and V are rebuilt in the backward.
 
-    x (n, i); weight (o, i) and bias (o,), both frozen, or None. Saved: the inputs and x·Vᵀ (n, r²).
+    x (n, i); weight (o, i) and bias (o,), or None for the update alone. Saved: the inputs and x·Vᵀ (n, r²).
     """
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, a1: Tensor, b1: Tensor, a2: Tensor, b2: Tensor, scale: float,
-        weight: Tensor | None, bias: Tensor | None,
-    ) -> Tensor:  # fmt: skip
-        ut, v = _uv(a1, b1, a2, b2, scale, x.dtype)
+        ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, spec: LayerSpec, *factors: Tensor
+    ) -> Tensor:
+        ut, v = _uv(Factors(*factors), spec.scale, x.dtype)
         h = gemm.linear(x, v)
-        ctx.save_for_backward(x, h, a1, b1, a2, b2, weight)
-        ctx.scale = scale
+        ctx.save_for_backward(x, h, weight, *factors)
+        ctx.scale = spec.scale
         if weight is None:
             return gemm.matmul(h, ut)
-        y = gemm.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
-        return gemm.addmm_(y, h, ut)
+        return gemm.addmm_(apply_weight(x, weight, bias, None), h, ut)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
-        x, h, a1, b1, a2, b2, weight = ctx.saved_tensors
-        ut, v = _uv(a1, b1, a2, b2, ctx.scale, x.dtype)
+    def backward(ctx: Any, g: Tensor) -> Gradients:
+        x, h, weight, *tensors = ctx.saved_tensors
+        factors = Factors(*tensors)
+        ut, v = _uv(factors, ctx.scale, x.dtype)
         gh, gx = gemm.linear(g, ut), None
         if ctx.needs_input_grad[0]:
             if weight is None:
                 gx = gemm.matmul(gh, v)
             else:
                 gx = gemm.addmm_(gemm.matmul(g, weight.to(x.dtype)), gh, v)
-        grads = _uv_backward(gemm.matmul(h.T, g), gemm.matmul(gh.T, x), a1, b1, a2, b2, ctx.scale)
-        return gx, *grads, *[None] * 3
+        return gx, None, None, None, *_uv_backward(gemm.matmul(h.T, g), gemm.matmul(gh.T, x), factors, ctx.scale)
 
 
 class KhatriRaoConv(torch.autograd.Function):
     """y = W∗x + b + U·(V∗x): V is an r²-channel convolution of W's kernel, U a 1×1 one.
 
-    x (n, g·i, *size); b1, b2 (r, i·∏k); weight (o, i, *k). With groups, each has its own copy of V's channels.
+    x (n, g·i, *size); flat factors; weight (o, i, *k). With groups, each has its own copy of V's channels.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, a1: Tensor, b1: Tensor, a2: Tensor, b2: Tensor, scale: float,
-        weight: Tensor | None, bias: Tensor | None, kernel: tuple[int, ...], geometry: Geometry,
-    ) -> Tensor:  # fmt: skip
-        ut, v = _uv(a1, b1, a2, b2, scale, x.dtype)
-        h = apply_weight(x, _filters(v, kernel, geometry), None, geometry)
-        ctx.save_for_backward(x, h, a1, b1, a2, b2, weight)
-        ctx.scale, ctx.kernel, ctx.geometry = scale, kernel, geometry
+        ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, spec: LayerSpec, *factors: Tensor
+    ) -> Tensor:
+        geometry = spec.geometry
+        assert geometry is not None
+        ut, v = _uv(Factors(*factors), spec.scale, x.dtype)
+        h = apply_weight(x, _filters(v, spec.kernel, geometry), None, geometry)
+        ctx.save_for_backward(x, h, weight, *factors)
+        ctx.spec = spec
         if weight is None:
             return mix_channels(h, ut.T, geometry.groups)
-        y = apply_weight(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype), geometry)
-        return add_mixed_(y, h, ut.T, geometry.groups)
+        return add_mixed_(apply_weight(x, weight, bias, geometry), h, ut.T, geometry.groups)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
-        x, h, a1, b1, a2, b2, weight = ctx.saved_tensors
-        geometry, need_x = ctx.geometry, ctx.needs_input_grad[0]
-        ut, v = _uv(a1, b1, a2, b2, ctx.scale, x.dtype)
+    def backward(ctx: Any, g: Tensor) -> Gradients:
+        x, h, weight, *tensors = ctx.saved_tensors
+        factors, spec, geometry, need_x = Factors(*tensors), ctx.spec, ctx.spec.geometry, ctx.needs_input_grad[0]
+        ut, v = _uv(factors, spec.scale, x.dtype)
         gh, gut = _mixed_backward(g, h, ut, geometry.groups)
-        gx, gv = apply_weight_backward(gh, x, _filters(v, ctx.kernel, geometry), geometry, need_x, True)
-        if need_x and weight is not None:
-            base, _ = apply_weight_backward(g, x, weight.to(x.dtype), geometry, True, False)
-            assert base is not None and gx is not None
-            gx = base.add_(gx)
+        gx, gv = apply_weight_backward(gh, x, _filters(v, spec.kernel, geometry), geometry, need_x, True)
+        if gx is not None and weight is not None:
+            gx = input_gradient(g, x, weight, geometry).add_(gx)
         assert gv is not None
         if geometry.groups > 1:
             gv = gv.unflatten(0, (geometry.groups, -1)).sum(0)
-        grads = _uv_backward(gut, gv.flatten(1), a1, b1, a2, b2, ctx.scale)
-        return gx, *grads, *[None] * 5
+        return gx, None, None, None, *_uv_backward(gut, gv.flatten(1), factors, spec.scale)
 
 
 def _filters(v: Tensor, kernel: tuple[int, ...], geometry: Geometry) -> Tensor:
@@ -213,88 +243,95 @@ class Rebuilt(torch.autograd.Function):
     ΔW is built in the forward, dropped, and built again in the backward. In half precision ΔW is not added to W,
     where it would drown in the rounding, but applied beside it.
 
-    x (n, i) or (n, g·i, *size); weight (o, i, *k), frozen; None gives ΔW∗x alone.
+    x (n, i) or (n, g·i, *size); weight (o, i, *k): without ``spec.apply_base`` for DoRA's norm alone.
     """
 
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, magnitude: Tensor | None,
-        apply_base: bool, shape: tuple[int, ...], geometry: Geometry | None, scale: float, *factors: Tensor | None,
+        spec: LayerSpec, *factors: Tensor,
     ) -> Tensor:  # fmt: skip
         ctx.save_for_backward(x, weight, magnitude, *factors)
-        ctx.apply_base, ctx.shape, ctx.geometry, ctx.scale = apply_base, shape, geometry, scale
-        update = _update(factors, scale, shape, weight, magnitude)
-        if not apply_base:
-            return apply_weight(x, update.to(x.dtype), None, geometry)
+        ctx.spec, geometry = spec, spec.geometry
+        update = _update(Factors(*factors), spec.scale, spec.shape)
+        if magnitude is not None:
+            assert weight is not None
+            update = _dora(weight, update, magnitude).sub_(weight)
+        if not spec.apply_base:
+            return apply_weight(x, update, None, geometry)
         assert weight is not None
-        bias = None if bias is None else bias.to(x.dtype)
         if _fusable(x, weight):
             return apply_weight(x, update.to(x.dtype).add_(weight), bias, geometry)
-        y = apply_weight(x, weight.to(x.dtype), bias, geometry)
-        return y.add_(apply_weight(x, update.to(x.dtype), None, geometry))
+        return apply_weight(x, weight, bias, geometry).add_(apply_weight(x, update, None, geometry))
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, magnitude, *factors = ctx.saved_tensors
-        need_x = ctx.needs_input_grad[0]
-        m1, m2 = _halves(factors, ctx.shape)
-        update = (m1 * m2).mul_(ctx.scale)
+    def backward(ctx: Any, g: Tensor) -> Gradients:
+        x, weight, magnitude, *tensors = ctx.saved_tensors
+        factors, spec, geometry, need_x = Factors(*tensors), ctx.spec, ctx.spec.geometry, ctx.needs_input_grad[0]
+        m1, m2 = _halves(factors, spec.shape)
+        update = (m1 * m2).mul_(spec.scale)
         if magnitude is not None:
             update = _dora(weight, update, magnitude) - weight
-        fused = ctx.apply_base and _fusable(x, weight)
+        fused = spec.apply_base and _fusable(x, weight)
         applied = update.to(x.dtype)
         if fused:
             applied = applied.add_(weight)
-        gx, gw = apply_weight_backward(g, x, applied, ctx.geometry, need_x, True)
+        gx, gw = apply_weight_backward(g, x, applied, geometry, need_x, True)
         del update, applied
-        if need_x and ctx.apply_base and not fused:
-            base, _ = apply_weight_backward(g, x, weight.to(x.dtype), ctx.geometry, True, False)
-            gx = base.add_(gx)  # type: ignore[union-attr,arg-type]
+        if gx is not None and spec.apply_base and not fused:
+            gx = input_gradient(g, x, weight, geometry).add_(gx)
         assert gw is not None
         gw = gw.to(m1.dtype)
         gm = None
         if magnitude is not None:
-            gw, gm = _dora_backward(gw, weight.to(gw.dtype) + (m1 * m2).mul_(ctx.scale), magnitude)
-        grads = _halves_backward(gw.mul_(ctx.scale), m1, m2, factors)
-        return gx, None, None, gm, None, None, None, None, *grads
+            gw, gm = _dora_backward(gw, weight.to(gw.dtype) + (m1 * m2).mul_(spec.scale), magnitude)
+        return gx, None, None, gm, None, *_halves_backward(gw.mul_(spec.scale), m1, m2, factors)
+
+
+class Delta(torch.autograd.Function):
+    """s·ΔW of a shape from its factors; saves the factors only."""
+
+    @staticmethod
+    def forward(ctx: Any, scale: float, shape: tuple[int, ...], *factors: Tensor) -> Tensor:
+        ctx.save_for_backward(*factors)
+        ctx.scale, ctx.shape = scale, shape
+        return _reshaped(_update(Factors(*factors), scale, shape), shape)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, g: Tensor) -> Gradients:
+        factors = Factors(*ctx.saved_tensors)
+        return None, None, *_halves_backward(g * ctx.scale, *_halves(factors, ctx.shape), factors)
 
 
 def _fusable(x: Tensor, weight: Tensor) -> bool:
     return x.dtype == weight.dtype and x.dtype in (torch.float32, torch.float64)
 
 
-def _update(
-    factors: tuple[Tensor | None, ...], scale: float, shape: tuple[int, ...],
-    weight: Tensor | None, magnitude: Tensor | None,
-) -> Tensor:  # fmt: skip
-    """ΔW, or what DoRA adds to W, in the factors' dtype."""
-    m1, m2 = _halves(factors, shape)
-    update = m1.mul_(m2).mul_(scale)
-    if magnitude is None:
-        return update
-    assert weight is not None
-    return _dora(weight, update, magnitude).sub_(weight)
+def _update(f: Factors, scale: float, shape: tuple[int, ...]) -> Tensor:
+    """s·ΔW in the factors' dtype."""
+    m1, m2 = _halves(f, shape)
+    return m1.mul_(m2).mul_(scale)
 
 
-def _halves(factors: Any, shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:
-    a1, b1, a2, b2, t1, t2 = factors
-    if t1 is None:
-        return gemm.matmul(a1, b1).view(shape), gemm.matmul(a2, b2).view(shape)
-    return tucker(t1, a1, b1).reshape(shape), tucker(t2, a2, b2).reshape(shape)
+def _halves(f: Factors, shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+    """As `algebra.halves`, in the weight's shape, by `gemm`."""
+    if f.t1 is None or f.t2 is None:
+        return gemm.matmul(f.w1_a, f.w1_b).view(shape), gemm.matmul(f.w2_a, f.w2_b).view(shape)
+    return tucker(f.t1, f.w1_a, f.w1_b).reshape(shape), tucker(f.t2, f.w2_a, f.w2_b).reshape(shape)
 
 
-def _halves_backward(g: Tensor, m1: Tensor, m2: Tensor, factors: Any) -> list[Tensor | None]:
+def _halves_backward(g: Tensor, m1: Tensor, m2: Tensor, f: Factors) -> Gradients:
     """Gradients of the factors from g = ∂L/∂(M₁∘M₂). Overwrites g, m1 and m2: they are the largest tensors here."""
-    a1, b1, a2, b2, t1, t2 = factors
     g1, g2 = m2.mul_(g), m1.mul_(g)
-    if t1 is None:
+    if f.t1 is None or f.t2 is None:
         g1, g2 = g1.flatten(1), g2.flatten(1)
-        sides = gemm.matmul(g1, b1.T), gemm.matmul(a1.T, g1), gemm.matmul(g2, b2.T), gemm.matmul(a2.T, g2)
-        return [*sides, None, None]
-    ga1, gb1, gt1 = tucker_backward(g1, t1, a1, b1)
-    ga2, gb2, gt2 = tucker_backward(g2, t2, a2, b2)
-    return [ga1, gb1, ga2, gb2, gt1, gt2]
+        ga1, gb1 = gemm.matmul(g1, f.w1_b.T), gemm.matmul(f.w1_a.T, g1)
+        return ga1, gb1, gemm.matmul(g2, f.w2_b.T), gemm.matmul(f.w2_a.T, g2), None, None
+    ga1, gb1, gt1 = tucker_backward(g1, f.t1, f.w1_a, f.w1_b)
+    ga2, gb2, gt2 = tucker_backward(g2, f.t2, f.w2_a, f.w2_b)
+    return ga1, gb1, ga2, gb2, gt1, gt2
 
 
 def tucker_backward(g: Tensor, t: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -20,18 +20,17 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from ..algebra import columnwise, compute_dtype, dora_axis
+from ..algebra import Factors, compute_dtype, dora_axis, khatri_rao
 from ..errors import LoHaError
 from ..factors import LoHaFactors
 from . import autograd, half
-from .autograd import Factors, Geometry
-from .paths import Path, check_path, estimate
+from .autograd import Geometry, LayerSpec
+from .cost import Strategy, check_strategy, estimate
 
 __all__ = ["loha_conv", "loha_delta", "loha_linear"]
 
-Choice = Literal["auto"] | Path
+StrategyChoice = Literal["auto"] | Strategy
 
 
 def loha_delta(factors: LoHaFactors, strength: float = 1.0, *, shape: Sequence[int] | None = None) -> Tensor:
@@ -45,8 +44,9 @@ def loha_delta(factors: LoHaFactors, strength: float = 1.0, *, shape: Sequence[i
     """
     shape = tuple(factors.shape if shape is None else shape)
     _check_shape(factors, shape)
-    tensors = _alike(_tuple(factors), compute_dtype(*factors.tensors().values()))
-    return _Delta.apply(strength * factors.scale, shape, *tensors).to(_promoted(_tuple(factors)))
+    raw = factors.raw
+    dtype = reduce(torch.promote_types, (t.dtype for t in raw if t is not None))
+    return autograd.Delta.apply(strength * factors.scale, shape, *raw.to(compute_dtype(*raw))).to(dtype)
 
 
 def loha_linear(
@@ -56,7 +56,7 @@ def loha_linear(
     weight: Tensor | None = None,
     bias: Tensor | None = None,
     strength: float = 1.0,
-    path: Choice = "auto",
+    strategy: StrategyChoice = "auto",
 ) -> Tensor:
     """x·(W + ΔW)ᵀ + b, or x·ΔWᵀ when no weight is given.
 
@@ -66,18 +66,16 @@ def loha_linear(
             dtypes of their own; what is made of the factors is made in float32 or float64.
         weight: (o, i), the base. Frozen, it is fused with the update and gets no gradient.
         bias: (o,), only with a weight.
-        path: "khatri-rao", "rebuild", or "auto": the cheaper by `paths.estimate`.
+        strategy: "khatri-rao", "rebuild", or "auto": the cheaper by `cost.estimate`.
 
     Raises:
-        LoHaError: shapes that do not fit, an unknown path, or DoRA by the Khatri–Rao path or without a weight.
+        LoHaError: shapes that do not fit, an unknown strategy, or DoRA by Khatri–Rao or without a weight.
     """
     shape = tuple(factors.shape)
-    _check(x, x.shape[-1:], factors, shape, weight, bias, path)
+    _check(x, x.shape[-1:], factors, shape, weight, bias, strategy)
     if factors.is_tucker:
         raise LoHaError("Tucker factors belong to a convolution; use loha_conv")
-    return adapted(
-        x, _tuple(factors), strength * factors.scale, shape, None, weight, bias, factors.dora_scale, path=path
-    )
+    return _forward(x, factors, LayerSpec(shape, None, strength * factors.scale), weight, bias, strategy)
 
 
 def loha_conv(
@@ -92,7 +90,7 @@ def loha_conv(
     dilation: int | Sequence[int] = 1,
     groups: int = 1,
     strength: float = 1.0,
-    path: Choice = "auto",
+    strategy: StrategyChoice = "auto",
 ) -> Tensor:
     """(W + ΔW) ∗ x + b for a convolution over one, two or three axes, or ΔW ∗ x when no weight is given.
 
@@ -112,147 +110,102 @@ def loha_conv(
     axes = len(kernel)
     inner = factors.shape[1] if factors.is_tucker else factors.shape[1] // torch.Size(kernel).numel()
     shape = (factors.shape[0], inner, *kernel)
-    _check(x, x.shape[1:2], factors, shape, weight, bias, path, groups)
+    _check(x, x.shape[1:2], factors, shape, weight, bias, strategy, groups)
     if x.dim() != axes + 2:
         raise LoHaError(f"x is {tuple(x.shape)}; expected (batch, {inner * groups}, and {axes} axes)")
     geometry = Geometry(_each(stride, axes), _each(padding, axes), _each(dilation, axes), groups)
-    return adapted(
-        x, _tuple(factors), strength * factors.scale, shape, geometry, weight, bias, factors.dora_scale, path=path
-    )
+    return _forward(x, factors, LayerSpec(shape, geometry, strength * factors.scale), weight, bias, strategy)
 
 
-def adapted(
-    x: Tensor,
-    factors: Factors,
-    scale: float,
-    shape: tuple[int, ...],
-    geometry: Geometry | None,
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
-    magnitude: Tensor | None = None,
-    *,
-    apply_base: bool | None = None,
-    path: Choice = "auto",
-) -> Tensor:
-    """What both public functions and the layers come down to; nothing is checked.
-
-    Args:
-        shape: of the weight, (o, i, *k).
-        geometry: None for a linear layer.
-        apply_base: whether W∗x + b is part of the result; by default, when there is a weight. DoRA looks at the
-            weight either way.
-    """
-    x = _autocast(x)
-    factors = _alike(factors, compute_dtype(x, *(t for t in factors if t is not None)))
-    apply_base = weight is not None if apply_base is None else apply_base
-    if apply_base and any(t is not None and t.requires_grad for t in (weight, bias)):
-        # A base in training needs its own gradients, which autograd knows how to make.
-        assert weight is not None
-        base = autograd.apply_weight(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype), geometry)
-        frozen = weight.detach()
-        return base + adapted(x, factors, scale, shape, geometry, frozen, None, magnitude, apply_base=False, path=path)
-    if magnitude is not None:
-        path = "rebuild"
-    elif path == "auto":
-        path = choose(x, factors, shape, geometry, fused=apply_base)
-    base_weight, base_bias = (weight, bias) if apply_base else (None, None)
-    with _no_autocast(x):
-        if path == "rebuild":
-            kept = weight if apply_base or magnitude is not None else None
-            return autograd.Rebuilt.apply(x, kept, base_bias, magnitude, apply_base, shape, geometry, scale, *factors)
-        return _khatri_rao(x, factors, scale, shape, geometry, base_weight, base_bias)
-
-
-def _khatri_rao(
-    x: Tensor, factors: Factors, scale: float, shape: tuple[int, ...], geometry: Geometry | None,
-    weight: Tensor | None, bias: Tensor | None,
+def _forward(
+    x: Tensor, factors: LoHaFactors, spec: LayerSpec,
+    weight: Tensor | None, bias: Tensor | None, strategy: StrategyChoice,
 ) -> Tensor:  # fmt: skip
-    if geometry is None and x.dim() != 2:
-        y = _khatri_rao(x.reshape(-1, x.shape[-1]), factors, scale, shape, None, weight, bias)
-        return y.view(*x.shape[:-1], shape[0])
-    kernel = tuple(shape[2:])
+    if weight is None:
+        return update_forward(x, factors.raw, spec, strategy=strategy)
+    return adapted_forward(x, factors.raw, spec, weight, bias, factors.dora_scale, strategy=strategy)
+
+
+def adapted_forward(
+    x: Tensor, factors: Factors, spec: LayerSpec, weight: Tensor,
+    bias: Tensor | None = None, magnitude: Tensor | None = None, *, strategy: StrategyChoice = "auto",
+) -> Tensor:  # fmt: skip
+    """(W + ΔW) ∗ x + b, or W' ∗ x + b with DoRA's magnitudes. Nothing is checked."""
+    if weight.requires_grad or (bias is not None and bias.requires_grad):
+        # A base in training needs gradients of its own, which autograd makes.
+        x = _autocast(x)
+        update = update_forward(x, factors, spec, magnitude, weight.detach(), strategy=strategy)
+        return autograd.apply_weight(x, weight, bias, spec.geometry) + update
+    return _applied(x, factors, spec, weight, bias, magnitude, strategy)
+
+
+def update_forward(
+    x: Tensor, factors: Factors, spec: LayerSpec,
+    magnitude: Tensor | None = None, weight: Tensor | None = None, *, strategy: StrategyChoice = "auto",
+) -> Tensor:  # fmt: skip
+    """ΔW ∗ x, or (W' − W) ∗ x with DoRA's magnitudes and the weight that they belong to. Nothing is checked."""
+    weight = None if magnitude is None else weight
+    return _applied(x, factors, spec._replace(apply_base=False), weight, None, magnitude, strategy)
+
+
+def _applied(
+    x: Tensor, factors: Factors, spec: LayerSpec,
+    weight: Tensor | None, bias: Tensor | None, magnitude: Tensor | None, strategy: StrategyChoice,
+) -> Tensor:  # fmt: skip
+    x = _autocast(x)
+    factors = factors.to(compute_dtype(x, *factors))  # their gradients come back in each one's own dtype
+    if magnitude is not None:
+        strategy = "rebuild"
+    elif strategy == "auto":
+        strategy = _cheaper(x, factors, spec)
+    with _no_autocast(x):
+        if strategy == "rebuild":
+            return autograd.Rebuilt.apply(x, weight, bias, magnitude, spec, *factors)
+        if spec.geometry is None:
+            y = _khatri_rao(x.reshape(-1, x.shape[-1]), factors, spec, weight, bias)
+            return y.view(*x.shape[:-1], spec.shape[0])
+        return _khatri_rao(x, factors, spec, weight, bias)
+
+
+def _khatri_rao(x: Tensor, factors: Factors, spec: LayerSpec, weight: Tensor | None, bias: Tensor | None) -> Tensor:
     if x.dtype == torch.float16:
-        return half.KhatriRao.apply(x, scale, weight, bias, kernel, geometry, *factors)
-    a1, b1, a2, b2, t1, _ = factors
-    if geometry is None:
-        return autograd.KhatriRaoLinear.apply(x, a1, b1, a2, b2, scale, weight, bias)
-    if t1 is not None:
-        return _tucker(x, factors, scale, geometry, weight, bias)
-    return autograd.KhatriRaoConv.apply(x, a1, b1, a2, b2, scale, weight, bias, kernel, geometry)
+        return half.KhatriRao.apply(x, weight, bias, spec, *factors)
+    if spec.geometry is None:
+        return autograd.KhatriRaoLinear.apply(x, weight, bias, spec, *factors)
+    if factors.t1 is None:
+        return autograd.KhatriRaoConv.apply(x, weight, bias, spec, *factors)
+    return _tucker(x, factors, spec.scale, spec.geometry, weight, bias)
 
 
-def choose(
-    x: Tensor, factors: Factors, shape: tuple[int, ...], geometry: Geometry | None, *, fused: bool = True
-) -> Path:
-    """The cheaper path for this input, by `paths.estimate`."""
-    kernel, groups = tuple(shape[2:]), 1
+def _cheaper(x: Tensor, factors: Factors, spec: LayerSpec) -> Strategy:
+    """The strategy for this input, by `cost.estimate`."""
+    shape, geometry = spec.shape, spec.geometry
     if geometry is None:
         tokens = x.numel() // x.shape[-1]
     else:
-        groups = geometry.groups
         tokens = x.shape[0]
-        for size, k, s, p, d in zip(x.shape[2:], kernel, *geometry[:3], strict=True):
+        for size, k, s, p, d in zip(x.shape[2:], spec.kernel, *geometry[:3], strict=True):
             tokens *= (size + 2 * p - d * (k - 1) - 1) // s + 1
-    training = torch.is_grad_enabled() and factors[0].requires_grad
     return estimate(
-        shape[0], shape[1], factors[1].shape[0], tokens, kernel,
-        groups=groups, tucker=factors[4] is not None, training=training,
-        fused=fused and _full_precision(x), itemsize=x.element_size(), device=x.device.type,
+        shape[0], shape[1], factors.rank, tokens, spec.kernel,
+        groups=1 if geometry is None else geometry.groups, tucker=factors.t1 is not None,
+        training=torch.is_grad_enabled() and factors.w1_a.requires_grad,
+        fused=spec.apply_base and x.dtype in (torch.float32, torch.float64),
+        itemsize=x.element_size(), device=x.device.type,
     ).best  # fmt: skip
-
-
-def _full_precision(x: Tensor) -> bool:
-    return x.dtype in (torch.float32, torch.float64)
 
 
 def _tucker(
     x: Tensor, factors: Factors, scale: float, geometry: Geometry, weight: Tensor | None, bias: Tensor | None
 ) -> Tensor:
-    """1×1 (V), the core's convolution, 1×1 (U). Everything here is r² wide, so autograd may keep what it likes."""
-    a1, b1, a2, b2, t1, t2 = factors
-    assert t1 is not None and t2 is not None
-    groups, axes = geometry.groups, x.dim() - 2
-    v = columnwise(b1, b2).to(x.dtype).repeat(groups, 1)
-    core = torch.einsum("pq...,xy...->pxqy...", t1, t2).flatten(0, 1).flatten(1, 2).to(x.dtype)
-    u = columnwise(a1 * scale, a2).T.to(x.dtype)
-    h = autograd.mix_channels(x, v, groups)
-    h = autograd.apply_weight(h, core.repeat(groups, *[1] * (axes + 1)), None, geometry)
+    """1×1 (V), the core's convolution, 1×1 (U). Each is r² wide, so what autograd keeps of them is small."""
+    u, v, core = khatri_rao(factors, scale)
+    assert core is not None
+    groups = geometry.groups
+    h = autograd.mix_channels(x, v.repeat(groups, 1), groups)
+    h = autograd.apply_weight(h, core.repeat(groups, *[1] * (core.dim() - 1)), None, geometry)
     y = autograd.mix_channels(h, u, groups)
-    if weight is None:
-        return y
-    bias = None if bias is None else bias.to(x.dtype)
-    return autograd.apply_weight(x, weight.to(x.dtype), bias, geometry) + y
-
-
-class _Delta(torch.autograd.Function):
-    """ΔW from its factors; saves the factors only."""
-
-    @staticmethod
-    def forward(ctx: Any, scale: float, shape: tuple[int, ...], *factors: Tensor | None) -> Tensor:
-        ctx.save_for_backward(*factors)
-        ctx.scale, ctx.shape = scale, shape
-        return autograd._update(factors, scale, shape, None, None)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
-        m1, m2 = autograd._halves(ctx.saved_tensors, ctx.shape)
-        return None, None, *autograd._halves_backward(g * ctx.scale, m1, m2, ctx.saved_tensors)
-
-
-def _tuple(f: LoHaFactors) -> Factors:
-    return f.w1_a, f.w1_b, f.w2_a, f.w2_b, f.t1, f.t2
-
-
-def _alike(factors: Factors, dtype: torch.dtype) -> Factors:
-    """All in one dtype; their gradients come back in each one's own."""
-    a1, b1, a2, b2, t1, t2 = (t if t is None else t.to(dtype) for t in factors)
-    assert a1 is not None and b1 is not None and a2 is not None and b2 is not None
-    return a1, b1, a2, b2, t1, t2
-
-
-def _promoted(factors: Factors) -> torch.dtype:
-    return reduce(torch.promote_types, (t.dtype for t in factors if t is not None))
+    return y if weight is None else autograd.apply_weight(x, weight, bias, geometry) + y
 
 
 def _each(value: int | Sequence[int], axes: int) -> tuple[int, ...]:
@@ -260,7 +213,7 @@ def _each(value: int | Sequence[int], axes: int) -> tuple[int, ...]:
 
 
 def _autocast(x: Tensor) -> Tensor:
-    """x as autocast wants it. Done here, since a Function's inside is out of its reach."""
+    """x in autocast's dtype. Cast here, since autocast does not reach the inside of a Function."""
     device = x.device.type
     if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
         return x.to(torch.get_autocast_dtype(device))
@@ -279,9 +232,9 @@ def _check_shape(factors: LoHaFactors, shape: tuple[int, ...]) -> None:
 
 def _check(
     x: Tensor, channels: torch.Size, factors: LoHaFactors, shape: tuple[int, ...],
-    weight: Tensor | None, bias: Tensor | None, path: str, groups: int = 1,
+    weight: Tensor | None, bias: Tensor | None, strategy: str, groups: int = 1,
 ) -> None:  # fmt: skip
-    check_path(path)
+    check_strategy(strategy)
     _check_shape(factors, shape)
     if not x.is_floating_point():
         raise LoHaError(f"x has dtype {x.dtype}; expected a floating one")
@@ -294,9 +247,6 @@ def _check(
     if factors.dora_scale is not None:
         if weight is None:
             raise LoHaError("DoRA normalises W + ΔW; pass weight")
-        if path == "khatri-rao":
-            raise LoHaError("DoRA needs ‖W + ΔW‖, which the khatri-rao path never makes; use 'auto' or 'rebuild'")
-        try:
-            dora_axis(factors.dora_scale, shape)
-        except ValueError as error:
-            raise LoHaError(str(error)) from error
+        if strategy == "khatri-rao":
+            raise LoHaError("DoRA needs ‖W + ΔW‖, which khatri-rao never makes; use 'auto' or 'rebuild'")
+        dora_axis(factors.dora_scale, shape)

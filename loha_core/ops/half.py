@@ -1,4 +1,4 @@
-"""The Khatri–Rao path in float16, whose range is narrow: 6·10⁻⁵ to 65504 at full precision.
+"""Khatri–Rao in float16, whose range is narrow: 6·10⁻⁵ to 65504 at full precision.
 
 y = W∗x + b + U·(V∗x), with Tucker factors U·(core∗(V·x)): the update is a chain of layers. W∗x and ΔW∗x may well be
 within float16's range while V∗x, or an entry of U, is not. So each layer's weight gives a power of two per channel to
@@ -19,12 +19,22 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ..algebra import columnwise
+from ..algebra import Factors, khatri_rao
 from . import gemm
-from .autograd import Geometry, add_mixed_, apply_weight, apply_weight_backward, columnwise_backward, pointwise
+from .autograd import (
+    Geometry,
+    Gradients,
+    LayerSpec,
+    add_mixed_,
+    apply_weight,
+    apply_weight_backward,
+    columnwise_backward,
+    input_gradient,
+    pointwise,
+)
 
-_TOP = 2.0**14
-_MOST = torch.finfo(torch.float16).max
+_MAX_BETWEEN = 2.0**14  # half of what lies between two layers at most
+_MAX_FLOAT16 = torch.finfo(torch.float16).max
 
 
 class _Stage(NamedTuple):
@@ -44,100 +54,93 @@ class KhatriRao(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, scale: float, weight: Tensor | None, bias: Tensor | None,
-        kernel: tuple[int, ...], geometry: Geometry | None, *factors: Tensor | None,
-    ) -> Tensor:  # fmt: skip
-        h, inputs, owed = x, [x], torch.ones((), device=x.device)
-        *inner, last = _stages(factors, scale, kernel, geometry)
-        given = []
+        ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, spec: LayerSpec, *factors: Tensor
+    ) -> Tensor:
+        h, inputs, carried = x, [x], torch.ones((), device=x.device)
+        *inner, last = _stages(Factors(*factors), spec)
+        powers = []
         for stage in inner:
-            w = stage.weight * owed
+            w = stage.weight * carried
             size = _size(w, h, 0)
             h = apply_weight(h, _cast(w / size, stage, x.dtype), None, stage.geometry)
-            owed = size.transpose(0, 1)  # by output channel; the next layer takes it up by input channel
+            carried = size.transpose(0, 1)  # by output channel; the next layer's weight takes it up by input channel
             inputs.append(h)
-            given.append(owed)
-        ctx.save_for_backward(*inputs, *given, weight, *factors)
-        ctx.scale, ctx.kernel, ctx.geometry, ctx.layers = scale, kernel, geometry, len(inner) + 1
-        w = last.weight * owed
+            powers.append(carried)
+        ctx.save_for_backward(*inputs, *powers, weight, *factors)
+        ctx.spec, ctx.layers, geometry = spec, len(inner) + 1, spec.geometry
+        w = last.weight * carried
         size = _largest(w, 1)
         h, u = _by_channel(h, size, geometry), (w / size).to(x.dtype)
         if weight is None:
             return apply_weight(h, u, None, last.geometry)
-        y = apply_weight(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype), geometry)
+        y = apply_weight(x, weight, bias, geometry)
         return gemm.addmm_(y, h, u.T) if geometry is None else add_mixed_(y, h, u.flatten(1), geometry.groups)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
-        n = ctx.layers
-        inputs, given = ctx.saved_tensors[:n], ctx.saved_tensors[n : 2 * n - 1]
-        weight, *factors = ctx.saved_tensors[2 * n - 1 :]
-        x, need_x = inputs[0], ctx.needs_input_grad[0]
-        stages = _stages(factors, ctx.scale, ctx.kernel, ctx.geometry)
+    def backward(ctx: Any, g: Tensor) -> Gradients:
+        n, geometry = ctx.layers, ctx.spec.geometry
+        inputs, powers = ctx.saved_tensors[:n], ctx.saved_tensors[n : 2 * n - 1]
+        weight, *tensors = ctx.saved_tensors[2 * n - 1 :]
+        factors, x = Factors(*tensors), inputs[0]
+        stages = _stages(factors, ctx.spec)
         grads: list[Tensor] = []
-        gx, gh, owed = None, g, torch.ones((), device=x.device)
+        gx, gh, carried = None, g, torch.ones((), device=x.device)
         for number in reversed(range(n)):
             stage = stages[number]
-            gw = _weight_gradient(gh, inputs[number], stage) * owed
-            grads.insert(0, gw * given[number - 1] if number else gw)
-            w = stage.weight * owed
+            gw = _weight_gradient(gh, inputs[number], stage) * carried
+            grads.insert(0, gw * powers[number - 1] if number else gw)
+            w = stage.weight * carried
             if number:
                 size = _size(w, gh, 1)
-                gh = _backwards(gh, inputs[number], _cast(w / size, stage, x.dtype), stage.geometry)
-                owed = size.transpose(0, 1)
-            elif need_x:
+                gh = input_gradient(gh, inputs[number], _cast(w / size, stage, x.dtype), stage.geometry)
+                carried = size.transpose(0, 1)
+            elif ctx.needs_input_grad[0]:
                 size = _largest(w, 0)
-                gh = _by_channel(gh, size, ctx.geometry)
-                gx = _backwards(gh, x, _cast(w / size, stage, x.dtype), stage.geometry)
+                gh = _by_channel(gh, size, geometry)
+                gx = input_gradient(gh, x, _cast(w / size, stage, x.dtype), stage.geometry)
         if gx is not None and weight is not None:
-            gx = _backwards(g, x, weight.to(x.dtype), ctx.geometry).add_(gx)
-        return gx, *[None] * 5, *_stages_backward(grads, factors, ctx.scale)
+            gx = input_gradient(g, x, weight, geometry).add_(gx)
+        return gx, None, None, None, *_stages_backward(grads, factors, ctx.spec.scale)
 
 
-def _stages(factors: Any, scale: float, kernel: tuple[int, ...], geometry: Geometry | None) -> list[_Stage]:
-    a1, b1, a2, b2, t1, t2 = factors
-    v = columnwise(b1, b2)
-    if t1 is None:
-        u = columnwise((a1 * scale).T.contiguous(), a2.T.contiguous()).T
-        if geometry is None:
-            return [_Stage(v, None, 1), _Stage(u, None, 1)]
-        first, middle = _Stage(v.unflatten(1, (-1, *kernel)), geometry, geometry.groups), []
-    else:
-        assert geometry is not None
-        u = columnwise(a1 * scale, a2).T
-        core = torch.einsum("pq...,xy...->pxqy...", t1, t2).flatten(0, 1).flatten(1, 2)
-        first = _pointwise_stage(v, len(kernel), geometry.groups, geometry.groups)
-        middle = [_Stage(core, geometry, geometry.groups)]
-    return [first, *middle, _pointwise_stage(u, len(kernel), geometry.groups, 1)]
+def _stages(factors: Factors, spec: LayerSpec) -> list[_Stage]:
+    u, v, core = khatri_rao(factors, spec.scale)
+    geometry, axes = spec.geometry, len(spec.kernel)
+    if geometry is None:
+        return [_Stage(v, None, 1), _Stage(u, None, 1)]
+    groups = geometry.groups
+    last = _pointwise_stage(u, axes, groups, 1)
+    if core is None:
+        return [_Stage(v.unflatten(1, (-1, *spec.kernel)), geometry, groups), last]
+    return [_pointwise_stage(v, axes, groups, groups), _Stage(core, geometry, groups), last]
 
 
 def _pointwise_stage(weight: Tensor, axes: int, groups: int, copies: int) -> _Stage:
     return _Stage(weight.reshape(*weight.shape, *[1] * axes), pointwise(axes, groups), copies)
 
 
-def _stages_backward(grads: list[Tensor], factors: Any, scale: float) -> tuple[Tensor | None, ...]:
+def _stages_backward(grads: list[Tensor], f: Factors, scale: float) -> Gradients:
     """Gradients of `_stages` with respect to the factors."""
-    a1, b1, a2, b2, t1, t2 = factors
-    gb1, gb2 = columnwise_backward(grads[0].flatten(1), b1, b2)
+    gb1, gb2 = columnwise_backward(grads[0].flatten(1), f.w1_b, f.w2_b)
     gut = grads[-1].flatten(1).T * scale
-    if t1 is None:
-        ga1, ga2 = columnwise_backward(gut, a1.T, a2.T)
+    if f.t1 is None or f.t2 is None:
+        ga1, ga2 = columnwise_backward(gut, f.w1_a.T, f.w2_a.T)
         return ga1.T, gb1, ga2.T, gb2, None, None
-    ga1, ga2 = columnwise_backward(gut, a1, a2)
-    r = t1.shape[0]
-    core = grads[1].unflatten(1, (r, r)).unflatten(0, (r, r))  # p, x, q, y, *k
-    gt1 = torch.einsum("pxqy...,xy...->pq...", core, t2)
-    gt2 = torch.einsum("pxqy...,pq...->xy...", core, t1)
+    ga1, ga2 = columnwise_backward(gut, f.w1_a, f.w2_a)
+    core = grads[1].unflatten(1, (f.rank, f.rank)).unflatten(0, (f.rank, f.rank))  # p, x, q, y, *k
+    gt1 = torch.einsum("pxqy...,xy...->pq...", core, f.t2)
+    gt2 = torch.einsum("pxqy...,pq...->xy...", core, f.t1)
     return ga1, gb1, ga2, gb2, gt1, gt2
 
 
 def _size(weight: Tensor, argument: Tensor, channel: int) -> Tensor:
-    """By channel of the result: dividing the weight by it keeps weight ∗ argument below 2·`_TOP`."""
+    """By channel of the result: dividing the weight by it keeps weight ∗ argument below 2·`_MAX_BETWEEN`."""
     others = [d for d in range(weight.dim()) if d != channel]
-    # What is not finite already must not reach the rest of the batch by way of the maximum.
-    most = torch.linalg.vector_norm(argument, torch.inf).float().nan_to_num(_MOST, _MOST).clamp(1.0, _MOST)
-    return _power_of_two(torch.linalg.vector_norm(weight, 1, others, keepdim=True) * (most / _TOP))
+    # What is not finite already must not reach the other samples by way of the maximum.
+    largest = torch.linalg.vector_norm(argument, torch.inf).float()
+    largest = largest.nan_to_num(_MAX_FLOAT16, _MAX_FLOAT16).clamp(1.0, _MAX_FLOAT16)
+    return _power_of_two(torch.linalg.vector_norm(weight, 1, others, keepdim=True) * (largest / _MAX_BETWEEN))
 
 
 def _largest(weight: Tensor, channel: int) -> Tensor:
@@ -163,13 +166,6 @@ def _by_channel(h: Tensor, size: Tensor, geometry: Geometry | None) -> Tensor:
         return (h * size).to(h.dtype)
     groups = h.shape[1] // size.numel()
     return (h * size.repeat(groups).view(-1, *[1] * (h.dim() - 2))).to(h.dtype)
-
-
-def _backwards(g: Tensor, x: Tensor, weight: Tensor, geometry: Geometry | None) -> Tensor:
-    """∂L/∂x."""
-    gx, _ = apply_weight_backward(g, x, weight, geometry, True, False)
-    assert gx is not None
-    return gx
 
 
 def _weight_gradient(g: Tensor, x: Tensor, stage: _Stage) -> Tensor:

@@ -118,9 +118,9 @@ def merge(weight: Tensor, source: Tensor, stack: Sequence[tuple[LoHaFactors, flo
     """weight ← source + Σ strength·ΔW, or source with one DoRA. Every tensor is on the weight's device.
 
     Raises:
-        LoHaError: a dtype, strides or a stack that this kernel doesn't take, see ``refusal``.
+        LoHaError: a dtype, strides or a stack that this kernel doesn't take, see ``why_unsupported``.
     """
-    if problem := refusal(weight, source, [f for f, _ in stack]):
+    if problem := why_unsupported(weight, source, [f for f, _ in stack]):
         raise LoHaError(f"the back end 'triton' does not take {problem}; 'tiles' does")
     f, strength = stack[0]
     if f.dora_scale is None:
@@ -131,7 +131,7 @@ def merge(weight: Tensor, source: Tensor, stack: Sequence[tuple[LoHaFactors, flo
         torch.autograd.graph.increment_version(weight)  # autograd doesn't see what a kernel writes
 
 
-def refusal(weight: Tensor, source: Tensor, stack: Sequence[LoHaFactors]) -> str | None:
+def why_unsupported(weight: Tensor, source: Tensor, stack: Sequence[LoHaFactors]) -> str | None:
     """What of this merge the kernel cannot do, or None."""
     if weight.dtype not in DTYPES or source.dtype not in (*DTYPES, torch.float64):
         return f"a weight of {weight.dtype}"
@@ -143,7 +143,7 @@ def refusal(weight: Tensor, source: Tensor, stack: Sequence[LoHaFactors]) -> str
 
 
 @cache
-def works(device: torch.device) -> bool:
+def is_available(device: torch.device) -> bool:
     """Whether a kernel can be built and run here: Triton also needs a C compiler and a GPU that it knows."""
     tiny = torch.ones(2, 2, device=device)
     try:

@@ -1,4 +1,4 @@
-"""LoHa layers on a model that must not notice: its module tree, names and weights stay as they are."""
+"""LoHa layers on a model whose module tree, names and weights stay as they are."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ..tuner.forwards import acting_as
 from ..tuner.layer import LoHaLayer
-from .data.dataset import digest
+from .digest import digest
 
 
 @contextmanager
@@ -40,15 +40,15 @@ def _recomputed(forward: Any, *args: Any, **kwargs: Any) -> Any:
 
 
 def fingerprint(model: nn.Module) -> str:
-    """Which weights a model has, by those of its norms and biases: few, moved by any fine-tuning, and by no adapter.
+    """A hash of a model's norms and biases: few numbers, which any fine-tuning moves, and no adapter.
 
-    To bfloat16's precision, so that it does not matter in which one they were loaded.
+    They are rounded to bfloat16, so that the dtype in which the model was loaded does not matter.
     """
     vectors = ((name, p) for name, p in model.named_parameters() if p.dim() == 1 and p.is_floating_point())
     return digest([(name, p.detach().to(torch.bfloat16)) for name, p in vectors])
 
 
 def blocks_of(model: nn.Module) -> list[nn.Module]:
-    """The blocks that a model is a list of: the entries of its own lists of modules."""
+    """A model's blocks: the entries of its direct lists of modules."""
     lists = [child for child in model.children() if isinstance(child, nn.ModuleList | nn.Sequential)]
     return [block for entries in lists for block in entries if any(True for _ in block.parameters())]

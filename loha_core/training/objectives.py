@@ -1,4 +1,4 @@
-"""What a diffusion model is trained on: how noisy, what to predict, and how an error counts.
+"""Training objectives of diffusion models: noise levels, prediction targets, and weights of the error.
 
 A clean x₀ and noise ε make x = α·x₀ + σ·ε, with α² + σ² = 1 for the models that know a thousand timesteps and
 α = 1 − σ for rectified flow. A model's output is one of `PREDICTIONS`; each gives x₀ linearly, x₀ = … + gain·output,
@@ -11,7 +11,6 @@ so that an error of the output is |gain| times as large in x₀. With SNR = α²
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, NamedTuple, get_args
@@ -20,14 +19,15 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..errors import LoHaError
+from ..errors import LoHaError, check_number
+from .config import check_choice
 
 Timesteps = Literal["uniform", "logit-normal", "shifted"]
-Distance = Literal["mse", "huber", "l1"]
+LossType = Literal["mse", "huber", "l1"]
 
 
 class Prediction(NamedTuple):
-    """What the output means: target(x₀, ε, α, σ), and gain(α, σ) = ∂x₀/∂output at a given x."""
+    """The meaning of a model's output: target(x₀, ε, α, σ), and gain(α, σ) = ∂x₀/∂output at a given x."""
 
     target: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
     gain: Callable[[Tensor, Tensor], Tensor]
@@ -43,14 +43,14 @@ PREDICTIONS: dict[str, Prediction] = {
 
 @dataclass(frozen=True)
 class Objective:
-    """How a run draws noise and weighs errors.
+    """Noise levels of a run, and its loss.
 
     Attributes:
         timesteps: "uniform"; "logit-normal", the logit of a normal with ``logit_mean`` and ``logit_std`` (SD3, arXiv
             2403.03206, eq. 19); "shifted", uniform moved towards noise by ``shift`` (eq. 23 there).
-        distance: "mse", "huber" (squared within ``huber_delta``, linear beyond) or "l1".
+        loss_type: "mse", "huber" (squared within ``huber_delta``, linear beyond) or "l1".
         min_snr_gamma: γ of min-SNR; 0 is off. 5 is usual.
-        debiased: weigh by |gain|; not together with min-SNR.
+        debiased: weight errors by |gain|; not together with min-SNR.
         noise_offset: strength of noise that is one number per channel; 0.03 to 0.1 lets pictures get dark or bright.
 
     Raises:
@@ -61,27 +61,25 @@ class Objective:
     logit_mean: float = 0.0
     logit_std: float = 1.0
     shift: float = 3.0
-    distance: Distance = "mse"
+    loss_type: LossType = "mse"
     huber_delta: float = 0.1
     min_snr_gamma: float = 0.0
     debiased: bool = False
     noise_offset: float = 0.0
 
     def __post_init__(self) -> None:
-        for name, kind in (("timesteps", Timesteps), ("distance", Distance)):
-            if getattr(self, name) not in get_args(kind):
-                raise LoHaError(f"{name} is {getattr(self, name)!r}; expected one of {', '.join(get_args(kind))}")
-        for name, positive in (("logit_std", True), ("shift", True), ("huber_delta", True), ("min_snr_gamma", False)):
-            value = getattr(self, name)
-            if not math.isfinite(value) or value < 0 or (positive and value == 0):
-                raise LoHaError(f"{name} is {value}; expected a number {'above' if positive else 'from'} 0")
-        if not (math.isfinite(self.logit_mean) and math.isfinite(self.noise_offset)):
-            raise LoHaError("logit_mean and noise_offset must be finite numbers")
+        check_choice("timesteps", self.timesteps, get_args(Timesteps))
+        check_choice("loss_type", self.loss_type, get_args(LossType))
+        for name in ("logit_std", "shift", "huber_delta"):
+            check_number(name, getattr(self, name), above=0)
+        for name in ("logit_mean", "noise_offset"):
+            check_number(name, getattr(self, name))
+        check_number("min_snr_gamma", self.min_snr_gamma, minimum=0)
         if self.debiased and self.min_snr_gamma:
             raise LoHaError("debiased and min_snr_gamma are two weightings of the same error; choose one")
 
     def time(self, generator: torch.Generator) -> float:
-        """One draw in (0, 1): the share of the way from the clean picture to noise."""
+        """A random time in (0, 1), from the clean picture to noise."""
         u = float(torch.rand((), generator=generator, dtype=torch.float64))
         if self.timesteps == "logit-normal":
             z = float(torch.randn((), generator=generator, dtype=torch.float64))
@@ -98,10 +96,10 @@ class Objective:
         return noise
 
     def weight(self, gain: Tensor, snr: Tensor) -> Tensor:
-        """How much an output's squared error counts, per sample."""
+        """The factor of an output's squared error, per sample."""
         if self.min_snr_gamma:
             return snr.clamp(max=self.min_snr_gamma) * gain.square()
-        # At the very end of the noise 1/√SNR is unbounded; diffusion trainers cut it there, too.
+        # At pure noise 1/√SNR is unbounded; diffusion trainers limit it to the same value.
         return gain.abs().clamp(max=1000.0) if self.debiased else torch.ones_like(gain)
 
     def loss(
@@ -112,29 +110,29 @@ class Objective:
         snr: Tensor,
         *,
         mask: Tensor | None = None,
-        share: Tensor | None = None,
+        sample_weight: Tensor | None = None,
     ) -> Tensor:
         """The mean error of a batch, in float32.
 
         Args:
             output, target: (n, c, *size).
             gain, snr: (n,).
-            mask: (n, 1, *size) in 0…1; what it covers with 0 does not count, and the rest counts as if it were all.
-            share: (n,), how much each sample counts: prior preservation.
+            mask: (n, 1, *size) in 0…1, the weight of each place in a sample's mean.
+            sample_weight: (n,), factor of each sample's error: prior preservation.
         """
         error = self._error(output.float(), target.float())
         if mask is None:
             errors = error.flatten(1).mean(1)
         else:
-            counted = mask.expand_as(error)
-            errors = (error * counted).flatten(1).sum(1) / counted.flatten(1).sum(1).clamp_min(1e-6)
+            mask = mask.expand_as(error)
+            errors = (error * mask).flatten(1).sum(1) / mask.flatten(1).sum(1).clamp_min(1e-6)
         errors = errors * self.weight(gain, snr)
-        return (errors if share is None else errors * share).mean()
+        return (errors if sample_weight is None else errors * sample_weight).mean()
 
     def _error(self, output: Tensor, target: Tensor) -> Tensor:
-        if self.distance == "mse":
+        if self.loss_type == "mse":
             return F.mse_loss(output, target, reduction="none")
-        if self.distance == "l1":
+        if self.loss_type == "l1":
             return F.l1_loss(output, target, reduction="none")
         # Twice torch's: equal to the squared error where that is small.
         return 2 * F.huber_loss(output, target, reduction="none", delta=self.huber_delta)

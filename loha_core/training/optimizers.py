@@ -1,4 +1,4 @@
-"""Optimizers by name, each from a library that keeps it well, and learning rates over the run."""
+"""Optimizers by name, and learning rates over the run."""
 
 from __future__ import annotations
 
@@ -10,19 +10,20 @@ from typing import Any, Literal, NamedTuple, get_args
 import torch
 from torch import nn
 
-from ..errors import LoHaError
+from ..errors import LoHaError, check_number
+from .config import check_choice
 
 Curve = Literal["constant", "linear", "cosine", "restarts"]
 
 
 class Source(NamedTuple):
-    """Where an optimizer comes from, and what it needs to be told."""
+    """An optimizer's class, and the options that it needs."""
 
-    find: Callable[[], Any]  # its class
-    extra: str = ""  # of our package; empty: torch itself has it
+    load: Callable[[], Any]  # its class
+    extra: str = ""  # of our package, which installs it; empty for torch's own
     options: Mapping[str, Any] = {}
-    one_rate: bool = False  # it finds the learning rate itself, the same for all groups
-    fused: bool = False  # it has one kernel for all parameters on CPU and CUDA, if not told otherwise
+    one_rate: bool = False  # it estimates one learning rate for all groups
+    fused: bool = False  # by default, use its kernel for all parameters at once on CPU and CUDA
 
 
 def _adamw8bit() -> Any:
@@ -69,7 +70,7 @@ class OptimizerConfig:
         lr_text: for text encoders; None is ``lr``.
         lora_plus: LoRA+ (arXiv 2402.12354): the factor that begins at zero learns this much faster than the others.
         schedule: "constant", "linear" or "cosine" down to ``lr_end`` · lr, or "restarts", ``cycles`` cosines.
-        warmup: optimizer steps over which the rate rises from 0.
+        warmup_steps: optimizer steps over which the rate rises from 0.
         options: further arguments of the optimizer's own, such as {"betas": [0.9, 0.99]}.
 
     Raises:
@@ -82,7 +83,7 @@ class OptimizerConfig:
     weight_decay: float = 0.0
     lora_plus: float = 1.0
     schedule: Curve = "constant"
-    warmup: int = 0
+    warmup_steps: int = 0
     cycles: int = 1
     lr_end: float = 0.0
     options: Mapping[str, Any] = field(default_factory=dict)
@@ -90,22 +91,19 @@ class OptimizerConfig:
     def __post_init__(self) -> None:
         if self.name not in SOURCES:
             raise LoHaError(f"no optimizer {self.name!r}; there are {', '.join(SOURCES)}")
-        if self.schedule not in get_args(Curve):
-            raise LoHaError(f"schedule is {self.schedule!r}; expected one of {', '.join(get_args(Curve))}")
-        for name in ("lr", "lr_text", "lora_plus", "weight_decay", "lr_end"):
-            value = getattr(self, name)
-            if value is not None and not (math.isfinite(value) and value >= 0):
-                raise LoHaError(f"{name} is {value}; expected a number from 0")
-        for name, least in (("warmup", 0), ("cycles", 1)):
-            value = getattr(self, name)
-            if not isinstance(value, int) or value < least:
-                raise LoHaError(f"{name} is {value}; expected a whole number from {least}")
+        check_choice("schedule", self.schedule, get_args(Curve))
+        for name in ("lr", "lora_plus", "weight_decay", "lr_end"):
+            check_number(name, getattr(self, name), minimum=0)
+        if self.lr_text is not None:
+            check_number("lr_text", self.lr_text, minimum=0)
+        check_number("warmup_steps", self.warmup_steps, minimum=0, integer=True)
+        check_number("cycles", self.cycles, minimum=1, integer=True)
 
     def factor(self, step: int, steps: int) -> float:
-        """What the rates are multiplied by at optimizer step ``step``, from 0, of ``steps``."""
-        if step < self.warmup:
-            return (step + 1) / (self.warmup + 1)
-        progress = (step - self.warmup) / max(1, steps - self.warmup)
+        """The factor of all learning rates at optimizer step ``step``, from 0, of ``steps``."""
+        if step < self.warmup_steps:
+            return (step + 1) / (self.warmup_steps + 1)
+        progress = (step - self.warmup_steps) / max(1, steps - self.warmup_steps)
         if self.schedule == "constant":
             return 1.0
         if self.schedule == "linear":
@@ -123,7 +121,7 @@ class OptimizerConfig:
         """
         source = SOURCES[self.name]
         try:
-            kind = source.find()
+            kind = source.load()
         except (ImportError, AttributeError) as error:
             how = f"pip install 'comfyui-loha[{source.extra}]'" if source.extra else "update torch"
             raise LoHaError(f"the optimizer {self.name} needs a library that is not here ({error}): {how}") from error
@@ -135,13 +133,13 @@ class OptimizerConfig:
         if source.one_rate and len({group["lr"] for group in groups}) > 1:
             raise LoHaError(f"the optimizer {self.name} has one learning rate: leave out lr_text and lora_plus")
         try:
-            made: torch.optim.Optimizer = kind(groups, lr=self.lr, weight_decay=self.weight_decay, **options)
+            optimizer: torch.optim.Optimizer = kind(groups, lr=self.lr, weight_decay=self.weight_decay, **options)
         except (AssertionError, RuntimeError, TypeError, ValueError) as error:
             raise LoHaError(f"the optimizer {self.name} does not take these options: {error}") from error
-        return made
+        return optimizer
 
 
-# What begins at zero, by the name of the init, unless a scalar does.
+# The factor that begins at zero, by the name of the init, unless a scalar does.
 _ZERO = {"lycoris": "hada_w2_a"}
 
 
@@ -157,15 +155,13 @@ def parameter_groups(
     groups = []
     for network, module in networks.items():
         lr = config.lr_text if network == "text" and config.lr_text is not None else config.lr
-        found = [(f".{name}.", p) for name, p in module.named_parameters()]
-        trained = [(name, p) for name, p in found if p.requires_grad and ".base_layer." not in name]
+        named = [(f".{name}.", p) for name, p in module.named_parameters()]
+        trained = [(name, p) for name, p in named if p.requires_grad and ".base_layer." not in name]
         zero = "scalar" if any(".scalar." in name for name, _ in trained) else _ZERO.get(str(init), "hada_w2_b")
         faster = [p for name, p in trained if f".{zero}." in name and config.lora_plus != 1]
-        chosen = {id(p) for p in faster}
-        for parameters, rate in (
-            ([p for _, p in trained if id(p) not in chosen], lr),
-            (faster, lr * config.lora_plus),
-        ):
+        faster_ids = {id(p) for p in faster}
+        others = [p for _, p in trained if id(p) not in faster_ids]
+        for parameters, rate in ((others, lr), (faster, lr * config.lora_plus)):
             if parameters:
                 groups.append({"params": parameters, "lr": rate, "base_lr": rate})
     if not groups:

@@ -8,7 +8,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -16,123 +15,138 @@ from typing import Any
 
 import torch
 
-from ..adapter import DIFFERENCES, Adapter, join, split, split_other
+from ..adapter import DIFFERENCES, Adapter, split_key, split_layers
 from ..blocks import BlockStrength
-from ..errors import LoHaError
-from ..factors import Layer, LoHaFactors, LoRAFactors
-from ..formats import metadata as provenance
+from ..errors import LoHaError, about, check_number
+from ..factors import Layer, LoHaFactors
 from ..naming import names, spelling
 from ..naming.respell import respelled
-from . import lowrank
-from .compress import Factoring, Method, cast
-from .lowrank import product, scaled, size_of
-from .merge import Made, Progress, block_strength
-from .report import ErrorReport, LayerError
+from .compress import EXACT, Compression, Kind, cast, check_dtype, kind_of
+from .lowrank import product, scaled
+from .merge import block_strength
+from .report import ErrorReport, LayerError, Progress, Result, each_layer, result_of, rounded, unchanged
 
 Shapes = Mapping[str, tuple[int, ...]]
+Change = Callable[[str, Layer], tuple[Layer, LayerError]]
 
 
-def resize(
+def convert(
     adapter: Adapter,
     *,
-    rank: int | None = None,
-    energy: float | None = None,
-    max_error: float | None = None,
-    method: Method = "svd",
-    seed: int = 0,
+    blocks: BlockStrength | None = None,
+    compression: Compression | None = None,
+    alpha: float | None = None,
+    scale: float | None = None,
+    dtype: torch.dtype | None = None,
+    names: str = "keep",
+    unet: spelling.UNet = "keep",
     progress: Progress | None = None,
-) -> Made:
-    """Every LoHa and LoRA layer at a lower rank; a layer that the bound does not make smaller stays bit for bit.
-
-    DoRA's magnitudes stay, and the error is that of ΔW.
+) -> Result:
+    """The steps that are asked for, in this order; the report is that of the step of the largest error.
 
     Args:
-        rank, energy, max_error: one of them: the rank, the share of ‖ΔW‖² to keep, or the largest relative error.
-        method: "svd" (the update's best approximation of that matrix rank) or "fit" (a true LoHa of ``rank``, which
-            is never worse, and takes longer; LoRA layers are truncated in any case).
+        blocks: see `bake_blocks`.
+        compression: of the kind to which layers of the other kind are converted (`to_lora`, `from_lora`).
+        alpha, scale: see `change_alpha`.
+        dtype: see `to_dtype`.
+        names, unet: see `respell`; "peft" is `to_peft`.
 
     Raises:
-        LoHaError: bounds that make no sense.
+        LoHaError: as the steps do.
     """
-    forms = {"loha": Factoring(method, rank, energy, max_error, "loha", seed=seed)}
-    forms["lora"] = replace(forms["loha"], method="svd", kind="lora")
+    steps: list[Callable[[Adapter], Result]] = []
+    if blocks is not None:
+        steps.append(lambda a: bake_blocks(a, blocks))
+    if compression is not None:
+        steps.append(lambda a: _to_kind(a, compression, progress=progress))
+    if alpha is not None or scale is not None:
+        steps.append(lambda a: change_alpha(a, alpha=alpha, scale=scale))
+    if dtype is not None:
+        steps.append(lambda a: to_dtype(a, dtype))
+    if names == "peft":
+        steps.append(to_peft)
+    elif (names, unet) != ("keep", "keep"):
+        steps.append(lambda a: respell(a, names, unet))
+    result = Result(adapter, ErrorReport())
+    for step in steps:
+        result = result.then(step)
+    return result
+
+
+def resize(adapter: Adapter, compression: Compression, *, progress: Progress | None = None) -> Result:
+    """Every LoHa and LoRA layer at a lower rank; a layer that the bound does not make smaller stays bit for bit.
+
+    Layers keep their kind. DoRA's magnitudes stay, and the error is that of ΔW.
+
+    Args:
+        compression: "svd" (the update's best approximation of that matrix rank) or "fit" (a true LoHa of its rank,
+            which is never worse, and takes longer; LoRA layers are truncated in any case).
+    """
+    forms: dict[Kind, Compression] = {"loha": compression, "lora": replace(compression, method="svd", kind="lora")}
 
     def smaller(name: str, layer: Layer) -> tuple[Layer, LayerError]:
-        if rank is not None and layer.rank <= rank:
-            return layer, _exactly(name, layer)
-        new, entry = _formed(name, layer, forms["lora" if isinstance(layer, LoRAFactors) else "loha"])
-        return (new, entry) if new.rank < layer.rank else (layer, _exactly(name, layer))
+        if compression.rank is None or layer.rank > compression.rank:
+            compressed, error = _compressed(name, layer, forms[kind_of(layer)])
+            if compressed.rank < layer.rank:
+                return compressed, error
+        return layer, unchanged(name, layer)
 
-    details = {"rank": rank, "energy": energy, "max_error": max_error, "method": method}
-    return _each(adapter, "resize", smaller, progress, **details)
+    return _each(adapter, "resize", smaller, progress, **compression.details())
 
 
 def to_lora(
     adapter: Adapter,
+    compression: Compression = EXACT,
     *,
-    rank: int | None = None,
-    energy: float | None = None,
-    max_error: float | None = None,
     shapes: Shapes | None = None,
     progress: Progress | None = None,
-) -> Made:
+) -> Result:
     """Every LoHa layer as a LoRA layer: exactly, of rank r², or truncated to a bound. DoRA's magnitudes stay.
 
     Args:
         shapes: layer name -> shape of its weight (o, i, *k). Flat LoHa factors don't tell the kernel; without shapes
             it is 3×3 where the layer's name says so and the size allows it.
     """
-    bound = rank is not None or energy is not None or max_error is not None
-    form = Factoring("svd" if bound else "exact", rank, energy, max_error, "lora")
-
-    def converted(name: str, layer: Layer) -> tuple[Layer, LayerError]:
-        if isinstance(layer, LoRAFactors):
-            return layer, _exactly(name, layer)
-        return _formed(name, layer, form, (shapes or {}).get(name))
-
-    return _each(adapter, "to LoRA", converted, progress, rank=rank, energy=energy, max_error=max_error)
+    return _to_kind(adapter, replace(compression, kind="lora"), shapes, progress)
 
 
-def from_lora(
-    adapter: Adapter,
-    *,
-    rank: int | None = None,
-    energy: float | None = None,
-    max_error: float | None = None,
-    method: Method = "exact",
-    seed: int = 0,
-    progress: Progress | None = None,
-) -> Made:
+def from_lora(adapter: Adapter, compression: Compression = EXACT, *, progress: Progress | None = None) -> Result:
     """Every LoRA layer as a LoHa layer: exactly (its second half is ones, the rank is the LoRA's), by svd, or fit."""
-    form = Factoring(method, rank, energy, max_error, "loha", seed=seed)
+    return _to_kind(adapter, replace(compression, kind="loha"), progress=progress)
+
+
+def _to_kind(
+    adapter: Adapter, compression: Compression, shapes: Shapes | None = None, progress: Progress | None = None
+) -> Result:
+    """Layers of the other kind in the compression's."""
 
     def converted(name: str, layer: Layer) -> tuple[Layer, LayerError]:
-        if isinstance(layer, LoHaFactors):
-            return layer, _exactly(name, layer)
-        return _formed(name, layer, form)
+        if kind_of(layer) == compression.kind:
+            return layer, unchanged(name, layer)
+        return _compressed(name, layer, compression, (shapes or {}).get(name))
 
-    details = {"rank": rank, "energy": energy, "max_error": max_error, "method": method}
-    return _each(adapter, "from LoRA", converted, progress, **details)
+    operation = "to LoRA" if compression.kind == "lora" else "from LoRA"
+    return _each(adapter, operation, converted, progress, **compression.details())
 
 
-def to_dtype(adapter: Adapter, dtype: torch.dtype) -> Made:
-    """Factors in another dtype, with what rounding costs.
+def to_dtype(adapter: Adapter, dtype: torch.dtype) -> Result:
+    """Factors in another dtype, and the error of rounding to it.
 
     Raises:
         LoHaError: no floating dtype, or a value is too large for it.
     """
-    if not dtype.is_floating_point:
-        raise LoHaError(f"factors are floating point; they cannot be {dtype}")
+    check_dtype(dtype)
 
     def converted(name: str, layer: Layer) -> tuple[Layer, LayerError]:
         if layer.dtype == dtype:
-            return layer, _exactly(name, layer)
-        return _compared(name, layer, cast(name, layer, dtype))
+            return layer, unchanged(name, layer)
+        after = cast(name, layer, dtype)
+        return after, rounded(name, layer, after)
 
     return _each(adapter, "dtype", converted, dtype=str(dtype).removeprefix("torch."))
 
 
-def change_alpha(adapter: Adapter, *, alpha: float | None = None, scale: float | None = None) -> Made:
+def change_alpha(adapter: Adapter, *, alpha: float | None = None, scale: float | None = None) -> Result:
     """The same update under another alpha, for trainers that hold alpha (or alpha/rank, the scale) fixed.
 
     What alpha gains, w1_a (a LoRA's up) loses; by a power of two without any rounding.
@@ -142,60 +156,64 @@ def change_alpha(adapter: Adapter, *, alpha: float | None = None, scale: float |
     """
     if (alpha is None) == (scale is None):
         raise LoHaError("give either alpha or scale (alpha/rank)")
-    wanted = alpha if alpha is not None else scale
-    if wanted is None or not math.isfinite(wanted) or wanted == 0:
-        raise LoHaError(f"alpha or scale is {wanted}; expected a finite number that is not 0")
+    for name, value in (("alpha", alpha), ("scale", scale)):
+        if value is not None:
+            check_number(name, value)
+        if value == 0:
+            raise LoHaError(f"{name} is 0; expected a finite number that is not 0")
 
     def changed(name: str, layer: Layer) -> tuple[Layer, LayerError]:
-        new = wanted if alpha is not None else wanted * layer.rank
+        new = alpha if alpha is not None else (scale or 0.0) * layer.rank
         factor = layer.alpha / new
         if factor == 1:
-            return layer, _exactly(name, layer)
+            return layer, unchanged(name, layer)
+        after: Layer
         if isinstance(layer, LoHaFactors):
-            return _compared(name, layer, replace(layer, w1_a=layer.w1_a * factor, alpha=new))
-        return _compared(name, layer, replace(layer, up=layer.up * factor, alpha=new))
+            after = replace(layer, w1_a=layer.w1_a * factor, alpha=new)
+        else:
+            after = replace(layer, up=layer.up * factor, alpha=new)
+        return after, rounded(name, layer, after)
 
     return _each(adapter, "alpha", changed, alpha=alpha, scale=scale)
 
 
-def bake_blocks(adapter: Adapter, blocks: BlockStrength, family: str | None = None) -> Made:
+def bake_blocks(adapter: Adapter, blocks: BlockStrength) -> Result:
     """Block strengths written into the layers, for loaders that know none. Layers of strength 0 are left out.
 
     Only alpha changes, so that factors stay bit for bit.
 
-    Args:
-        family: "SD1.5", "SDXL", "Flux" … where names alone don't tell blocks apart; guessed by default.
-
     Raises:
         LoHaError: DoRA or another kind that a number cannot scale, or every layer at strength 0.
     """
-    strength = block_strength(blocks, adapter, family)
-    layers, rest = split(adapter)
-    kept = {name: layer for name, layer in layers.items() if strength(name) != 0}
-    if not kept:
-        raise LoHaError(f"{adapter.source}: every layer has strength 0 in these blocks, so nothing would be left")
-    for name, layer in kept.items():
-        if layer.dora_scale is not None and strength(name) != 1:
-            raise LoHaError(
-                f"{adapter.source}: {name} is DoRA, which no factor can scale; its blocks' strength is "
-                f"{strength(name):g}, expected 0 or 1. Bake it into a checkpoint instead (loha bake)"
-            )
-    others = {}
-    for key, tensor in rest.items():
-        module, suffix = split_other(key) or (key, "")
-        by = strength(module) if suffix else 1.0
-        if by not in (0.0, 1.0) and suffix not in DIFFERENCES:
-            raise LoHaError(f"{adapter.source}: {key} is of a kind that no factor can scale by {by:g}; use 0 or 1")
-        if by != 0:
-            others[key] = tensor if by == 1 else tensor.float() * by
+    strength = block_strength(blocks, adapter)
+    layers, others = split_layers(adapter)
+    acting = {name: layer for name, layer in layers.items() if strength(name) != 0}
+    with about(adapter.source):
+        if not acting:
+            raise LoHaError("every layer has strength 0 in these blocks, so nothing would be left")
+        for name, layer in acting.items():
+            if layer.dora_scale is not None and strength(name) != 1:
+                raise LoHaError(
+                    f"{name} is DoRA, which no factor can scale; its blocks' strength is "
+                    f"{strength(name):g}, expected 0 or 1. Bake it into a checkpoint instead (loha bake)"
+                )
+        scaled_others = {}
+        for key, tensor in others.items():
+            module, suffix = split_key(key) or (key, "")
+            factor = strength(module) if suffix else 1.0
+            if factor not in (0.0, 1.0) and suffix not in DIFFERENCES:
+                raise LoHaError(f"{key} is of a kind that no factor can scale by {factor:g}; use 0 or 1")
+            if factor != 0:
+                scaled_others[key] = tensor if factor == 1 else tensor.float() * factor
 
-    def acting(name: str, layer: Layer) -> tuple[Layer, LayerError]:
-        return scaled(layer, strength(name)), _exactly(name, layer)
+    def with_strength(name: str, layer: Layer) -> tuple[Layer, LayerError]:
+        return scaled(layer, strength(name)), unchanged(name, layer)
 
-    return _each(join(kept, others, adapter), "bake blocks", acting)
+    baked, errors = each_layer(acting, with_strength)
+    return result_of(baked, scaled_others, [adapter], ErrorReport(errors, list(adapter.notes)), "bake blocks")
 
 
-def respell(adapter: Adapter, style: str, unet: spelling.UNet = "keep") -> Made:
+def respell(adapter: Adapter, style: str, unet: spelling.UNet = "keep") -> Result:
     """Other module names, the same update: a DiT's fused layers are cut or joined where the names mean other weights.
 
     Args:
@@ -206,83 +224,52 @@ def respell(adapter: Adapter, style: str, unet: spelling.UNet = "keep") -> Made:
     Raises:
         LoHaError: a module whose name in that style is not known, or a layer that can't be cut or joined.
     """
-    made = respelled(adapter, style, unet)
-    report = ErrorReport([_exactly(name, layer) for name, layer in split(made)[0].items()], list(made.notes))
-    return Made(made, report)
+    renamed = respelled(adapter, style, unet)
+    layers = [unchanged(name, layer) for name, layer in split_layers(renamed)[0].items()]
+    return Result(renamed, ErrorReport(layers, list(renamed.notes)))
 
 
-def to_lycoris(adapter: Adapter, unet: spelling.UNet = "keep") -> Made:
+def to_lycoris(adapter: Adapter, unet: spelling.UNet = "keep") -> Result:
     """Names as kohya's and LyCORIS' files have them; ``save_adapter`` writes them as one file."""
     return respell(adapter, "kohya", unet)
 
 
-def to_peft(adapter: Adapter) -> Made:
+def to_peft(adapter: Adapter) -> Result:
     """Names as diffusers' models have them; ``save_adapter(format="peft")`` writes folders that PEFT loads.
 
     Raises:
         LoHaError: what PEFT's LoHa cannot hold: DoRA, LoRA layers and other tensors.
     """
-    for name, layer in adapter.layers.items():
-        if layer.dora_scale is not None:
-            raise LoHaError(f"{adapter.source}: {name} is DoRA, which PEFT's LoHa cannot hold; stay with LyCORIS")
-    if adapter.extras:
-        key = next(iter(adapter.extras))
-        raise LoHaError(f"{adapter.source}: PEFT's LoHa cannot hold {key}; convert LoRA layers with from_lora first")
+    with about(adapter.source):
+        for name, layer in adapter.layers.items():
+            if layer.dora_scale is not None:
+                raise LoHaError(f"{name} is DoRA, which PEFT's LoHa cannot hold; stay with LyCORIS")
+        if adapter.extras:
+            key = next(iter(adapter.extras))
+            raise LoHaError(f"PEFT's LoHa cannot hold {key}; convert LoRA layers with from_lora first")
     # PEFT's own names may be of any model.
-    made = respell(adapter, "keep" if adapter.dialect == "peft" else "diffusers")
-    made.adapter.dialect = "peft"
-    return made
+    result = respell(adapter, "keep" if adapter.dialect == "peft" else "diffusers")
+    result.adapter.dialect = "peft"
+    return result
 
 
-def _each(
-    adapter: Adapter,
-    operation: str,
-    change: Callable[[str, Layer], tuple[Layer, LayerError]],
-    progress: Progress | None = None,
-    **details: Any,
-) -> Made:
-    """Change every layer; what is no low-rank layer is carried over."""
-    layers, rest = split(adapter)
+def _each(adapter: Adapter, operation: str, change: Change, progress: Progress | None = None, **details: Any) -> Result:
+    """Change every layer; tensors that are no low-rank layer are carried over."""
+    layers, others = split_layers(adapter)
     if not layers:
         raise LoHaError(f"{adapter.source}: holds no LoHa or LoRA layer to convert")
-    found: dict[str, Layer] = {}
-    report = ErrorReport(notes=list(adapter.notes))
-    for done, (name, layer) in enumerate(layers.items()):
-        if progress is not None:
-            progress(done, len(layers), name)
-        found[name], entry = change(name, layer)
-        report.layers.append(entry)
-    if progress is not None:
-        progress(len(layers), len(layers), "")
-    made = join(found, rest, adapter)
-    made.metadata = provenance.metadata([adapter], operation, error=report.error, **details)
-    if not made.layers:
-        ranks, alphas = [layer.rank for layer in found.values()], [layer.alpha for layer in found.values()]
-        made.metadata = provenance.lora_metadata(made.metadata, ranks, alphas)
-    return Made(made, report)
+    changed, errors = each_layer(layers, change, progress)
+    report = ErrorReport(errors, list(adapter.notes))
+    return result_of(changed, others, [adapter], report, operation, **details)
 
 
-def _exactly(name: str, layer: Layer) -> LayerError:
-    """The entry of a layer whose update did not change."""
-    u, v = product(layer)
-    return LayerError(name, layer.rank, u.shape[1], size_of(name, u, v), 0.0)
-
-
-def _compared(name: str, before: Layer, after: Layer) -> tuple[Layer, LayerError]:
-    """The entry of a layer that rounding changed."""
-    x, y = product(before), product(after)
-    size = size_of(name, *x)
-    size_of(name, *y)
-    error = lowrank.distance(x, y) / size if size else 0.0
-    return after, LayerError(name, after.rank, x[0].shape[1], size, error)
-
-
-def _formed(name: str, layer: Layer, form: Factoring, shape: tuple[int, ...] | None = None) -> tuple[Layer, LayerError]:
-    """The layer through a factoring, in its own dtype, with DoRA's magnitudes."""
-    u, v = product(layer)
+def _compressed(
+    name: str, layer: Layer, form: Compression, shape: tuple[int, ...] | None = None
+) -> tuple[Layer, LayerError]:
+    """The layer compressed, in its own dtype unless another is asked for, with DoRA's magnitudes."""
     form = replace(form, dtype=form.dtype or (layer.dtype if form.method != "exact" else None))
-    new, entry = form(name, u, v, shape or _weight_shape(name, layer.shape))
-    return (new if layer.dora_scale is None else replace(new, dora_scale=layer.dora_scale)), entry
+    new, error = form.compress(name, *product(layer), shape or _weight_shape(name, layer.shape))
+    return (new if layer.dora_scale is None else replace(new, dora_scale=layer.dora_scale)), error
 
 
 _CONV_3X3 = re.compile(

@@ -22,7 +22,7 @@ from ..algebra import columnwise
 from ..factors import LoHaFactors
 from . import lowrank
 
-_EXACT = 1e-7  # relative error at which there is nothing left to do
+_EXACT = 1e-7  # relative error at which the search ends
 _RIDGE = 1e-11  # of a Gram matrix's mean diagonal; keeps degenerate rows solvable
 _SAMPLE = 320  # rows and columns that starts are tried on, at least; with fewer there are more local minima
 
@@ -69,19 +69,19 @@ def fit(u: Tensor, v: Tensor, rank: int, *, seed: int = 0, starts: int = 24, ite
     kept = max(1, int((tails > 1e-18 * size**2).sum()))
     x, y = left[:, :kept] * (sigma[:kept] / size).sqrt(), right[:kept].T * (sigma[:kept] / size).sqrt()
     random = torch.Generator().manual_seed(seed)
-    found, error = _truncated(left, sigma / size, right, rank, random), svd_error
+    halves, error = _truncated(left, sigma / size, right, rank, random), svd_error
     if error > _EXACT:
         may_be_exact = floor < 1e-2 or bool(sigma[rank**2 - 1] > 3 * sigma[rank**2])
         may_be_exact = may_be_exact and 2 * rank**2 < min(len(x), len(y))  # beyond, it is hardly ever found
         goal = max(_EXACT, floor * (1 + 1e-3))
-        found, error = _descend(x, y, found, 8, error, goal)
-        # Far below the svd's error after a few steps, it is on its way to the best there is.
+        halves, error = _descend(x, y, halves, 8, error, goal)
+        # Far below the svd's error after a few steps, it is on its way to the optimum.
         if error > max(2 * floor, 0.1 * svd_error):
-            other, other_error = _started(x, y, rank, starts if may_be_exact else 2, 1.5 * floor + 1e-4, random)
-            if other_error < error:
-                found, error = other, other_error
-        found, error = _descend(x, y, found, iterations, error, goal)
-    return Fit(_as_factors(found, size, rank, u.dtype), error, svd_error, lora_error)
+            restarted, restarted_error = _started(x, y, rank, starts if may_be_exact else 2, 1.5 * floor + 1e-4, random)
+            if restarted_error < error:
+                halves, error = restarted, restarted_error
+        halves, error = _descend(x, y, halves, iterations, error, goal)
+    return Fit(_as_factors(halves, size, rank, u.dtype), error, svd_error, lora_error)
 
 
 def _truncated(left: Tensor, sigma: Tensor, right: Tensor, rank: int, random: torch.Generator) -> Halves:
@@ -109,7 +109,7 @@ def _started(
         for _ in range(2 if starts > 2 else 0):
             if error < goal:
                 break
-            halves, _ = _descend(small_x, small_y, halves, 15, share=0.5)
+            halves, _ = _descend(small_x, small_y, halves, 15, fraction=0.5)
             halves, error = _descend(small_x, small_y, halves, 60, goal=goal)
         if best is None or error < least:
             best, least = halves, error
@@ -124,7 +124,7 @@ def _started(
 
 
 def _sampled(side: Tensor, count: int, random: torch.Generator) -> Tensor:
-    """Indices of ``count`` rows, rather those that matter."""
+    """Indices of ``count`` rows, those of a larger norm with a larger probability."""
     if len(side) <= count:
         return torch.arange(len(side))
     weight = torch.linalg.vector_norm(side, dim=1)
@@ -138,13 +138,13 @@ def _descend(
     iterations: int,
     error: float = float("inf"),
     goal: float = _EXACT,
-    share: float = 1.0,
+    fraction: float = 1.0,
 ) -> tuple[Halves, float]:
     """Alternate until nothing moves; X·Yᵀ is the target. The relative error comes with the result.
 
     Args:
-        goal: the error at which there is nothing left to do.
-        share: of the rows and columns that the other side is computed from: those that fit best.
+        goal: the error at which it ends.
+        fraction: of the rows and columns that the other side is computed from: those that fit best.
     """
     total = float(((x.T @ x) * (y.T @ y)).sum())
     every = slice(None)
@@ -153,14 +153,14 @@ def _descend(
     slow = 0
     for _ in range(iterations):
         a1, a2, change = _side(x, y[columns], halves.a1, halves.a2, halves.b1[columns], halves.b2[columns], 1)
-        if share < 1:
-            rows = _best(change, x, y[columns], share)
+        if fraction < 1:
+            rows = _best(change, x, y[columns], fraction)
         (b1, a1), (b2, a2) = _orthonormal(halves.b1, a1), _orthonormal(halves.b2, a2)
         b1, b2, change = _side(y, x[rows], b1, b2, a1[rows], a2[rows], 1)
-        if share < 1:
-            columns = _best(change, y, x[rows], share)
+        if fraction < 1:
+            columns = _best(change, y, x[rows], fraction)
         halves = Halves(a1, a2, b1, b2)
-        if share == 1:
+        if fraction == 1:
             before, error = error, (max(0.0, total + float(change.sum())) / total) ** 0.5
             slow = slow + 1 if error > before * (1 - 1e-3) else 0
             if error <= goal or slow >= 3:
@@ -168,10 +168,10 @@ def _descend(
     return halves, error
 
 
-def _best(change: Tensor, x: Tensor, y: Tensor, share: float) -> Tensor:
+def _best(change: Tensor, x: Tensor, y: Tensor, fraction: float) -> Tensor:
     """The rows of X·Yᵀ with the least relative error."""
     sizes = ((x @ (y.T @ y)) * x).sum(1).clamp_min(1e-300)
-    return (change / sizes).argsort()[: max(1, int(share * len(x)))]
+    return (change / sizes).argsort()[: max(1, int(fraction * len(x)))]
 
 
 def _orthonormal(b: Tensor, a: Tensor) -> tuple[Tensor, Tensor]:
@@ -192,15 +192,15 @@ def _side(
     rank = b1.shape[1]
     k = columnwise(b1.T, b2.T)
     gram = k @ k.T
-    wanted = x @ (y.T @ k.T)
+    products = x @ (y.T @ k.T)
     z = (a1.unsqueeze(2) * a2.unsqueeze(1)).flatten(1)
-    best = a1, a2, ((z @ gram) * z).sum(1) - 2 * (z * wanted).sum(1)
+    best = a1, a2, ((z @ gram) * z).sum(1) - 2 * (z * products).sum(1)
     # Gram (p, q; s, t), ordered so that the half that is given comes first: (q, t; p, s) and (p, s; q, t).
     square = gram.view(rank, rank, rank, rank)
     by2 = square.permute(1, 3, 0, 2).reshape(rank**2, -1)
     by1 = square.permute(0, 2, 1, 3).reshape(rank**2, -1)
-    targets = wanted.unflatten(1, (rank, rank))
-    for c1, c2 in ((a1, a2), *_free(wanted, gram, rank, len(b1))):
+    targets = products.unflatten(1, (rank, rank))
+    for c1, c2 in ((a1, a2), *_free(products, gram, rank, len(b1))):
         for _ in range(sweeps):
             c1, _ = _half(c2, by2, targets)
             c2, change = _half(c1, by1, targets.mT)
@@ -210,7 +210,7 @@ def _side(
     return _balanced(*best)
 
 
-def _free(wanted: Tensor, gram: Tensor, rank: int, count: int) -> list[tuple[Tensor, Tensor]]:
+def _free(products: Tensor, gram: Tensor, rank: int, count: int) -> list[tuple[Tensor, Tensor]]:
     """The rows without the constraint that they are a₁⊗a₂, brought back to it; none where they are not determined."""
     if rank**2 > count:
         return []
@@ -218,19 +218,19 @@ def _free(wanted: Tensor, gram: Tensor, rank: int, count: int) -> list[tuple[Ten
     factor, failed = torch.linalg.cholesky_ex(gram + ridge * torch.eye(rank**2, dtype=gram.dtype))
     if bool(failed):
         return []
-    return [_leading(torch.cholesky_solve(wanted.T, factor).T.unflatten(1, (rank, rank)))]
+    return [_leading(torch.cholesky_solve(products.T, factor).T.unflatten(1, (rank, rank)))]
 
 
-def _half(other: Tensor, gram: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
+def _half(other: Tensor, gram: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     """One half's rows, with the other half's given: r unknowns each. And ‖error‖² − ‖target‖² of each row."""
     normal = ((other.unsqueeze(2) * other.unsqueeze(1)).flatten(1) @ gram).unflatten(1, (other.shape[1], -1))
-    right = wanted @ other.unsqueeze(2)
+    right = targets @ other.unsqueeze(2)
     diagonal = normal.diagonal(dim1=1, dim2=2)
     ridge = diagonal.mean(1, keepdim=True) * _RIDGE + torch.finfo(normal.dtype).tiny
     factor, _ = torch.linalg.cholesky_ex(normal + torch.diag_embed(ridge.expand_as(diagonal)))
-    found = torch.cholesky_solve(right, factor)
-    change = (found * (normal @ found - 2 * right)).sum((1, 2))
-    return found.squeeze(2), torch.where(torch.isfinite(change), change, torch.inf)
+    solution = torch.cholesky_solve(right, factor)
+    change = (solution * (normal @ solution - 2 * right)).sum((1, 2))
+    return solution.squeeze(2), torch.where(torch.isfinite(change), change, torch.inf)
 
 
 def _leading(matrices: Tensor) -> tuple[Tensor, Tensor]:
@@ -253,7 +253,7 @@ def _balanced(a1: Tensor, a2: Tensor, change: Tensor) -> tuple[Tensor, Tensor, T
 
 
 def _as_factors(halves: Halves, size: float, rank: int, dtype: torch.dtype) -> LoHaFactors:
-    """Each half by its own svd, singular values shared evenly, both of one size: good to round, good to train."""
+    """Each half by its own svd, singular values split evenly, both of one size: good to round, good to train."""
     tensors, scale = [], (size**0.5)
     for a, b in ((halves.a1, halves.b1), (halves.a2, halves.b2)):
         left, sigma, right = lowrank.svd(a, b.T)

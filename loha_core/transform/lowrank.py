@@ -10,18 +10,18 @@ import torch
 from torch import Tensor
 
 from .. import algebra
-from ..errors import LoHaError
+from ..errors import LoHaError, check_number
 from ..factors import Layer, LoHaFactors, LoRAFactors
+
+# --- layers as products ----------------------------------------------------------------------------------------------
 
 
 def product(layer: Layer) -> tuple[Tensor, Tensor]:
     """ΔW·scale = U·V exactly, of no more columns than the weight's shorter side; in float32 or float64."""
-    if isinstance(layer, LoRAFactors):
+    if isinstance(layer, LoRAFactors) or layer.is_tucker:
         return collapse(*layer.product())
-    if layer.is_tucker:
-        return collapse(*layer.product())
-    # Not all r² columns say something: the second half of a sum is ones in one column, and of several parts of a
-    # fused weight each has columns of its own.
+    # Many of the r² columns may be zero: the second half of a sum is ones in one column, and the parts of a fused
+    # weight have different columns.
     a1, a2, b1, b2 = layer.w1_a, layer.w2_a, layer.w1_b, layer.w2_b
     acting = ((a1 != 0).float().T @ (a2 != 0).float()) * ((b1 != 0).float() @ (b2 != 0).float().T)
     first, second = acting.nonzero().unbind(1)
@@ -64,38 +64,41 @@ def exact_sum(stack: Sequence[LoHaFactors], weights: Sequence[float]) -> LoHaFac
     return LoHaFactors.from_product(u, torch.cat([v for _, v in parts]))
 
 
+# --- the algebra of products -----------------------------------------------------------------------------------------
+
+
+def as_product(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """A matrix as a product, its shorter side beside an identity."""
+    eye = torch.eye(min(matrix.shape), dtype=matrix.dtype, device=matrix.device)
+    return (eye, matrix) if len(matrix) <= matrix.shape[1] else (matrix, eye)
+
+
+def dense(u: Tensor, v: Tensor) -> Tensor | None:
+    """The matrix that `as_product` wrote as U·V, or None where it is another product."""
+    for eye, matrix in ((u, v), (v, u)):
+        if len(eye) == eye.shape[1] and torch.equal(eye, torch.eye(len(eye), dtype=eye.dtype, device=eye.device)):
+            return matrix
+    return None
+
+
 def collapse(u: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    """The same product with no more columns than its shorter side has elements; then it is the smaller of the two."""
+    """The same product with at most as many columns as its shorter side has elements."""
     short = min(u.shape[0], v.shape[1])
     if u.shape[1] <= short:
         return u, v
     return as_product(u @ v)
 
 
-def as_product(whole: Tensor) -> tuple[Tensor, Tensor]:
-    """A matrix as a product, its shorter side beside an identity."""
-    eye = torch.eye(min(whole.shape), dtype=whole.dtype, device=whole.device)
-    return (eye, whole) if len(whole) <= whole.shape[1] else (whole, eye)
-
-
-def dense(u: Tensor, v: Tensor) -> Tensor | None:
-    """The matrix that `as_product` wrote as U·V, or None where it is another product."""
-    for eye, whole in ((u, v), (v, u)):
-        if len(eye) == eye.shape[1] and torch.equal(eye, torch.eye(len(eye), dtype=eye.dtype, device=eye.device)):
-            return whole
-    return None
-
-
 def norm(u: Tensor, v: Tensor) -> float:
     """‖UV‖_F = ⟨UᵀU, VVᵀ⟩^½ in float64."""
-    if (whole := dense(u, v)) is not None:
-        return float(torch.linalg.vector_norm(whole, dtype=torch.float64))
+    if (matrix := dense(u, v)) is not None:
+        return float(torch.linalg.vector_norm(matrix, dtype=torch.float64))
     u, v = u.double(), v.double()
     return float(((u.T @ u) * (v @ v.T)).sum().clamp_min(0).sqrt())
 
 
-def size_of(name: str, u: Tensor, v: Tensor) -> float:
-    """‖UV‖.
+def finite_norm(name: str, u: Tensor, v: Tensor) -> float:
+    """‖UV‖_F.
 
     Raises:
         LoHaError: it is not finite.
@@ -113,19 +116,19 @@ def distance(x: tuple[Tensor, Tensor], y: tuple[Tensor, Tensor]) -> float:
 
 
 def check_bound(rank: int | None, energy: float | None, max_error: float | None) -> None:
-    """Exactly one of them, and a sensible one.
+    """Exactly one of them, in its range.
 
     Raises:
         LoHaError: none or several are given, or a value is out of range.
     """
     if sum(bound is not None for bound in (rank, energy, max_error)) != 1:
         raise LoHaError("give one of rank, energy and max_error")
-    if rank is not None and (rank != int(rank) or rank < 1):
-        raise LoHaError(f"rank is {rank}; expected a whole number from 1")
-    if energy is not None and not 0 < energy <= 1:
-        raise LoHaError(f"energy is {energy}; expected a share above 0 and at most 1")
-    if max_error is not None and not 0 <= max_error < 1:
-        raise LoHaError(f"max_error is {max_error}; expected a relative error from 0 and below 1")
+    if rank is not None:
+        check_number("rank", rank, minimum=1, integer=True)
+    if energy is not None:
+        check_number("energy", energy, above=0, maximum=1)
+    if max_error is not None:
+        check_number("max_error", max_error, minimum=0, below=1)
 
 
 def truncate(
@@ -180,20 +183,20 @@ def _qr(x: Tensor) -> tuple[Tensor, Tensor]:
     return (q, r) if bool(sound) else torch.linalg.qr(x)
 
 
-def range_of(whole: Tensor, columns: int, *, seed: int = 0, steps: int = 2) -> tuple[Tensor, Tensor]:
+def range_of(matrix: Tensor, columns: int, *, seed: int = 0, steps: int = 2) -> tuple[Tensor, Tensor]:
     """Q·(Qᵀ·W): a matrix in its own leading range, by subspace iteration from random vectors (arXiv 0909.4061, 4.4).
 
     Args:
-        whole: (o, n), in float32 or float64.
-        columns: of Q; some more than the rank that is looked for. From half the shorter side on, W itself is returned.
+        matrix: (o, n), in float32 or float64.
+        columns: of Q, some more than the approximation's rank. From half the shorter side on, W itself is returned.
         steps: of the iteration; each makes the error of a flat spectrum smaller.
     """
-    if 2 * columns >= min(whole.shape):
-        return as_product(whole)
+    if 2 * columns >= min(matrix.shape):
+        return as_product(matrix)
     random = torch.Generator().manual_seed(seed)
-    q = whole @ torch.randn(whole.shape[1], columns, generator=random, dtype=whole.dtype).to(whole.device)
+    q = matrix @ torch.randn(matrix.shape[1], columns, generator=random, dtype=matrix.dtype).to(matrix.device)
     for _ in range(steps):
         q = torch.linalg.qr(q)[0]
-        q = whole @ torch.linalg.qr(whole.T @ q)[0]
+        q = matrix @ torch.linalg.qr(matrix.T @ q)[0]
     q = torch.linalg.qr(q)[0]
-    return q, q.T @ whole
+    return q, q.T @ matrix

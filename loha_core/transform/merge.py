@@ -1,46 +1,52 @@
 """Several adapters as one: Σ weight·ΔW, or another combination of the updates, written as a LoHa again.
 
+>>> from loha_core import LoHaFactors
 >>> a = Adapter({"lora_unet_proj_in": LoHaFactors(*[torch.ones(4, 1), torch.ones(1, 6)] * 2, alpha=1)})
 >>> merged, report = merge([a, a], [0.5, 2.0])
 >>> merged.layers["lora_unet_proj_in"].delta()[0, 0], report.error
 (tensor(2.5000), 0.0)
+>>> merge([a, a], 0.5, Compression(rank=1)).adapter.ranks
+Counter({1: 1})
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..adapter import DIFFERENCES, Adapter, join, modules, split, split_other
+from ..adapter import DIFFERENCES, Adapter, module_names, split_key, split_layers
 from ..blocks import BlockStrength
-from ..errors import LoHaError
-from ..factors import Layer, LoHaFactors, LoRAFactors, same
-from ..formats import metadata as provenance
+from ..errors import LoHaError, about, check_number
+from ..factors import Layer, same
 from ..naming import names, spelling
 from ..naming.recognise import family_of
 from ..naming.respell import like
-from . import lowrank, sparse
-from .compress import METHODS as _FORMS
-from .compress import Factoring, Kind, cast
-from .lowrank import flat_shape, product, scaled, size_of
-from .report import ErrorReport, LayerError
+from ..naming.unet import UNETS, unet_family
+from . import compress, lowrank, sparse
+from .compress import EXACT, Compression, kind_of
+from .lowrank import flat_shape, product, scaled
+from .report import ErrorReport, LayerError, Progress, Result, each_layer, result_of, rounded, unchanged
+from .sparse import Sparse
 
-METHODS = (*_FORMS, *sparse.METHODS, "slerp")
+# What a user chooses from: forms of the sum, and other combinations, which `combination` makes.
+METHODS = (*compress.METHODS, *sparse.METHODS, "slerp")
 
-# (how many layers are done, of how many, the name of the next)
-Progress = Callable[[int, int, str], object]
+Combination = Literal["sum", "slerp"] | Sparse
+Strength = Callable[[str], float]  # layer name -> multiplier
 
 
-class Made(NamedTuple):
-    """A new adapter, and how far it is from what was asked for."""
+class _Source(NamedTuple):
+    """An adapter to merge: its low-rank layers, its other tensors, and how strongly they act."""
 
     adapter: Adapter
-    report: ErrorReport
+    layers: dict[str, Layer]
+    others: dict[str, Tensor]
+    weight: float
+    strength: Strength
 
 
 class Term(NamedTuple):
@@ -55,148 +61,127 @@ class Term(NamedTuple):
 def merge(
     adapters: Sequence[Adapter],
     weights: Sequence[float] | float = 1.0,
+    compression: Compression = EXACT,
     *,
-    method: str = "exact",
-    rank: int | None = None,
-    energy: float | None = None,
-    max_error: float | None = None,
-    factor: str = "svd",
-    kind: Kind = "loha",
-    density: float = 0.5,
-    majority_sign: str = "total",
+    combine: Combination = "sum",
     blocks: BlockStrength | Sequence[BlockStrength | None] | None = None,
-    family: str | None = None,
-    dtype: torch.dtype | None = None,
-    seed: int = 0,
     progress: Progress | None = None,
-) -> Made:
+) -> Result:
     """Merge LoHa and LoRA layers, layer by layer; one layer of the result is computed at a time.
 
-    A layer that a single adapter has keeps its factors (only alpha takes the weight) under exact, svd and fit where
-    its rank is not above the wanted one. Names are spelled as in the first adapter.
+    In a sum, a layer that a single adapter has keeps its factors (only alpha takes the weight) if its rank is not above
+    the compression's. Names are spelled as in the first adapter.
 
     Args:
         weights: one for each adapter, or one for all; may be negative, or 0 to leave an adapter out.
-        method: "exact" (Σ weight·ΔW; rank Σr² as one LoHa), "svd" (its best approximation of a rank), "fit" (a true
-            LoHa of ``rank``), "ties" (arXiv 2306.01708), "dare" and "dare_ties" (arXiv 2311.03099),
-            "magnitude_prune", or "slerp" (two adapters along the arc between their updates).
-        rank, energy, max_error: one of them, except for "exact".
-        factor: "svd" or "fit" for the methods that say nothing of it themselves.
-        kind: "loha", or "lora" for LoRA layers (not with "fit").
-        density: share of the elements that pruning keeps, in (0, 1].
-        majority_sign: "total" or "frequency", for ties and dare_ties.
+        compression: the form of the result: exact (rank Σr² as one LoHa), its best approximation, or a fitted LoHa.
+        combine: "sum" (Σ weight·ΔW), "slerp" (two adapters along the arc between their updates), or a `Sparse` for
+            TIES, DARE and magnitude pruning.
         blocks: multipliers of the weights by block and by pattern, for all adapters or for each.
-        family: "SD1.5", "SDXL", "Flux" … where names alone don't tell blocks apart; guessed by default.
-        dtype: of the factors; float32 by default, float64 if a source is.
         progress: called before each layer with (done, total, name); what it raises ends the merge.
 
     Raises:
         LoHaError: weights or settings that make no sense, adapters of different models, no layer in common, DoRA or
             LoKr that has no sum, or a result that is not finite.
     """
-    weights = _weights(adapters, weights)
-    # Fused layers and layers of their parts meet as the first adapter has them.
-    adapters = [adapters[0], *(like(adapter, modules(adapters[0])) for adapter in adapters[1:])]
+    if combine not in ("sum", "slerp") and not isinstance(combine, Sparse):
+        raise LoHaError(f"combine is {combine!r}; expected 'sum', 'slerp' or a Sparse")
+    if combine == "slerp" and len(adapters) != 2:
+        raise LoHaError(f"slerp goes from one adapter to another; expected 2 adapters, found {len(adapters)}")
+    sources = _sources(adapters, weights, blocks)
+    adapters = [source.adapter for source in sources]
+    terms = _terms(sources)
+    others, notes = _merged_others(sources)
+    report = ErrorReport(notes=[*(f"{a.source}: {note}" for a in adapters for note in a.notes), *notes])
+    layers, report.layers = each_layer(
+        terms, lambda name, of_layer: _merged(name, of_layer, combine, compression), progress
+    )
+    details = compression.details() | {"weights": [source.weight for source in sources], "kind": compression.kind}
+    if combine != "sum":
+        details |= {"method": getattr(combine, "method", combine), "density": getattr(combine, "density", None)}
+        details["factor"] = compression.method
+    result = result_of(layers, others, adapters, report, "merge", **details)
+    result.adapter.source = " + ".join(f"{s.weight:g}·{s.adapter.source}" for s in sources)
+    return result
+
+
+def combination(method: str, density: float = 0.5, majority_sign: str = "total", seed: int = 0) -> Combination:
+    """The combination under a name out of METHODS."""
+    if method in sparse.METHODS:
+        return Sparse(method, density, majority_sign, seed)
     if method not in METHODS:
         raise LoHaError(f"no method {method!r}; there are {', '.join(METHODS)}")
-    form = Factoring(method if method in _FORMS else factor, rank, energy, max_error, kind, dtype, seed)  # type: ignore[arg-type]
-    combine = _combiner(method, len(adapters), density, majority_sign, seed)
-    layers_of, rest, notes = _aligned(adapters, weights, _strengths(blocks, len(adapters), adapters, family))
-    layers: dict[str, Layer] = {}
-    report = ErrorReport(notes=[*(f"{a.source}: {note}" for a in adapters for note in a.notes), *notes])
-    for done, (name, terms) in enumerate(layers_of.items()):
-        if progress is not None:
-            progress(done, len(layers_of), name)
-        layers[name], entry = _merged(name, terms, combine, form, method in _FORMS)
-        report.layers.append(entry)
-    if progress is not None:
-        progress(len(layers_of), len(layers_of), "")
-    details = {"method": method, "weights": weights, "rank": rank, "energy": energy, "max_error": max_error}
-    if method not in _FORMS:
-        details |= {"factor": factor, "density": density if method in sparse.METHODS else None}
-    merged = join(layers, rest, adapters[0])
-    merged.metadata = provenance.metadata(adapters, "merge", kind=kind, error=report.error, **details)
-    if not merged.layers:
-        merged.metadata = provenance.lora_metadata(
-            merged.metadata, [f.rank for f in layers.values()], [f.alpha for f in layers.values()]
-        )
-    merged.source = " + ".join(f"{w:g}·{a.source}" for a, w in zip(adapters, weights, strict=True))
-    return Made(merged, report)
+    return "slerp" if method == "slerp" else "sum"
 
 
-def _weights(adapters: Sequence[Adapter], weights: Sequence[float] | float) -> list[float]:
-    given = list(weights) if isinstance(weights, Sequence) else [weights] * len(adapters)
+# --- sources ---------------------------------------------------------------------------------------------------------
+
+
+def _sources(
+    adapters: Sequence[Adapter],
+    weights: Sequence[float] | float,
+    blocks: BlockStrength | Sequence[BlockStrength | None] | None,
+) -> list[_Source]:
     if not adapters:
         raise LoHaError("no adapter to merge; give at least one")
-    if len(given) != len(adapters):
-        raise LoHaError(f"{len(adapters)} adapters and {len(given)} weights; give one weight for each adapter")
-    for adapter, weight in zip(adapters, given, strict=True):
-        if not isinstance(weight, (int, float)) or not math.isfinite(weight):
-            raise LoHaError(f"{adapter.source}: its weight is {weight!r}; expected a finite number")
-    if not any(given):
+    each_weight = list(weights) if isinstance(weights, Sequence) else [weights] * len(adapters)
+    each_blocks = list(blocks) if isinstance(blocks, Sequence) else [blocks] * len(adapters)
+    for what, values in (("weights; give one weight", each_weight), ("block settings; give one", each_blocks)):
+        if len(values) != len(adapters):
+            raise LoHaError(f"{len(adapters)} adapters and {len(values)} {what} for each adapter, or one for all")
+    for adapter, weight in zip(adapters, each_weight, strict=True):
+        with about(adapter.source):
+            check_number("its weight", weight)
+    if not any(each_weight):
         raise LoHaError("all weights are 0, so nothing would be left; give at least one that is not")
-    return [float(weight) for weight in given]
+    # Fused layers and layers of their parts meet as the first adapter has them.
+    adapters = [adapters[0], *(like(adapter, module_names(adapters[0])) for adapter in adapters[1:])]
+    return [
+        _Source(adapter, *split_layers(adapter), float(weight), block_strength(strengths, adapter))
+        for adapter, weight, strengths in zip(adapters, each_weight, each_blocks, strict=True)
+    ]
 
 
-Strength = Callable[[str], float]
-
-
-def _strengths(
-    blocks: BlockStrength | Sequence[BlockStrength | None] | None,
-    count: int,
-    adapters: Sequence[Adapter],
-    family: str | None,
-) -> list[Strength]:
-    """For each adapter: layer name -> multiplier."""
-    each = [blocks] * count if blocks is None or isinstance(blocks, BlockStrength) else list(blocks)
-    if len(each) != count:
-        raise LoHaError(f"{count} adapters and {len(each)} block settings; give one for all or one for each")
-    return [block_strength(b, a, family) for b, a in zip(each, adapters, strict=True)]
-
-
-def block_strength(blocks: BlockStrength | None, adapter: Adapter, family: str | None = None) -> Strength:
+def block_strength(blocks: BlockStrength | None, adapter: Adapter) -> Strength:
     """Layer name -> multiplier, for names as files spell them."""
     if blocks is None:
         return lambda name: 1.0
-    known = family or (blocks.layout.family if blocks.layout else spelling.family_of(adapter.layers))
-    unet = known if known in spelling.UNETS else spelling.family_of(adapter.layers)
-    table = family_of((names.split(name)[1] for name in modules(adapter) if spelling.is_dit(name)), known)
+    family = blocks.layout.family if blocks.layout else unet_family(adapter.layers)
+    unet = family if family in UNETS else unet_family(adapter.layers)
+    table = family_of((names.split(name)[1] for name in module_names(adapter) if spelling.is_dit(name)), family)
     return lambda name: blocks(spelling.native_key(name, unet, table), name)
 
 
-def _aligned(
-    adapters: Sequence[Adapter], weights: Sequence[float], strengths: Sequence[Strength]
-) -> tuple[dict[str, list[Term]], dict[str, Tensor], list[str]]:
+def _terms(sources: Sequence[_Source]) -> dict[str, list[Term]]:
     """Layers of one weight together, whatever their spelling, under the first adapter's name for it."""
-    parts = [split(adapter) for adapter in adapters]
-    _check_common(adapters, [set(map(spelling.identity, layers)) for layers, _ in parts])
-    found: dict[tuple[str, str], list[Term]] = {}
-    for adapter, (layers, _), weight, strength in zip(adapters, parts, weights, strengths, strict=True):
+    _check_common(sources)
+    by_weight: dict[tuple[str, str], list[Term]] = {}
+    for adapter, layers, _, weight, strength in sources:
         for name, layer in layers.items():
-            terms = found.setdefault(spelling.identity(name), [])
+            terms = by_weight.setdefault(spelling.identity(name), [])
             # Two spellings of one weight in one file, as some trainers write, count once if they are the same.
             if not any(t.adapter is adapter and same(t.layer, layer) and t.name != name for t in terms):
                 terms.append(Term(adapter, name, layer, weight * strength(name)))
-    first = list(parts[0][0])
-    others = [t.name for terms in found.values() for t in terms[:1] if t.adapter is not adapters[0]]
+    first = list(sources[0].layers)
+    others = [t.name for terms in by_weight.values() for t in terms[:1] if t.adapter is not sources[0].adapter]
     spelled = {name: name for name in first} | spelling.spelled_like(first, others)
-    layers_of = {}
-    for terms in found.values():
+    by_name = {}
+    for terms in by_weight.values():
         acting = [term for term in terms if term.weight != 0]
         if acting:
             _check_shapes(acting)
-            layers_of[spelled[terms[0].name]] = acting
-    rest, notes = _others(adapters, [rest for _, rest in parts], weights, strengths)
-    return layers_of, rest, notes
+            by_name[spelled[terms[0].name]] = acting
+    return by_name
 
 
-def _check_common(adapters: Sequence[Adapter], modules: Sequence[set[tuple[str, str]]]) -> None:
-    for index, own in enumerate(modules):
-        elsewhere = set().union(*(m for other, m in enumerate(modules) if other != index))
-        if len(modules) > 1 and not own & elsewhere:
-            example = next((name for name in adapters[index].layers), "no layer")
+def _check_common(sources: Sequence[_Source]) -> None:
+    modules_of = [set(map(spelling.identity, source.layers)) for source in sources]
+    for index, source in enumerate(sources):
+        elsewhere = set().union(*modules_of[:index], *modules_of[index + 1 :])
+        if len(sources) > 1 and not modules_of[index] & elsewhere:
+            example = next(iter(source.adapter.layers), "no layer")
             raise LoHaError(
-                f"{adapters[index].source}: has no layer in common with the others (it has {example}, …); "
+                f"{source.adapter.source}: has no layer in common with the others (it has {example}, …); "
                 "they are for different models or parts of a model. Merge adapters of one base model"
             )
 
@@ -211,53 +196,73 @@ def _check_shapes(terms: Sequence[Term]) -> None:
             )
 
 
-def _others(
-    adapters: Sequence[Adapter],
-    rests: Sequence[Mapping[str, Tensor]],
-    weights: Sequence[float],
-    strengths: Sequence[Strength],
-) -> tuple[dict[str, Tensor], list[str]]:
-    """What is no low-rank layer: differences add up, embeddings are carried over, anything else must stand alone."""
-    found: dict[str, Tensor] = {}
+# --- tensors that are no low-rank layers -----------------------------------------------------------------------------
+
+
+def _merged_others(sources: Sequence[_Source]) -> tuple[dict[str, Tensor], list[str]]:
+    """Differences add up; a tensor of another kind is taken from the first adapter that has it."""
+    merged: dict[str, Tensor] = {}
     notes: list[str] = []
-    for adapter, rest, weight, strength in zip(adapters, rests, weights, strengths, strict=True):
-        for key, tensor in rest.items():
-            module, suffix = split_other(key) or (key, "")
-            scale = weight * strength(module)
-            if suffix in DIFFERENCES:
-                if key in found and found[key].shape != tensor.shape:
-                    raise LoHaError(
-                        f"{adapter.source}: {key} is {tuple(tensor.shape)}, elsewhere {tuple(found[key].shape)}"
-                    )
-                change = tensor if scale == 1 else tensor.float() * scale
-                found[key] = found[key] + change if key in found else change
-            elif weight == 0:
-                continue
-            elif suffix and (scale != 1 or key in found):
-                raise LoHaError(
-                    f"{adapter.source}: {key} is of a kind that cannot be scaled or summed as a LoHa; "
-                    "give this adapter weight 1 and let no other act on that layer, or convert it first"
-                )
-            elif key not in found:
-                found[key] = tensor
-                notes.append(f"{key} is taken from {adapter.source} as it is")
-            elif not torch.equal(found[key], tensor):
-                notes.append(f"{key} of {adapter.source} is left out; another adapter has it, too")
-    return found, notes
+    for source in sources:
+        for key, tensor in source.others.items():
+            with about(source.adapter.source):
+                _merge_other(source, key, tensor, merged, notes)
+    return merged, notes
 
 
-Combiner = Callable[[str, Sequence[tuple[Tensor, Tensor]], Sequence[float]], tuple[Tensor, Tensor]]
+def _merge_other(source: _Source, key: str, tensor: Tensor, merged: dict[str, Tensor], notes: list[str]) -> None:
+    module, suffix = split_key(key) or (key, "")
+    scale = source.weight * source.strength(module)
+    if suffix in DIFFERENCES:
+        change = tensor if scale == 1 else tensor.float() * scale
+        if key in merged and merged[key].shape != tensor.shape:
+            raise LoHaError(f"{key} is {tuple(tensor.shape)}, elsewhere {tuple(merged[key].shape)}")
+        merged[key] = merged[key] + change if key in merged else change
+    elif source.weight == 0:
+        return
+    elif suffix and (scale != 1 or key in merged):
+        raise LoHaError(
+            f"{key} is of a kind that cannot be scaled or summed as a LoHa; "
+            "give this adapter weight 1 and let no other act on that layer, or convert it first"
+        )
+    elif key not in merged:
+        merged[key] = tensor
+        notes.append(f"{key} is taken from {source.adapter.source} as it is")
+    elif not torch.equal(merged[key], tensor):
+        notes.append(f"{key} of {source.adapter.source} is left out; another adapter has it, too")
 
 
-def _combiner(method: str, count: int, density: float, majority_sign: str, seed: int) -> Combiner:
-    """(name, products, weights) -> the product that stands for all."""
-    if method in _FORMS:
-        return lambda name, products, weights: _sum(products, weights)
-    if method == "slerp":
-        if count != 2:
-            raise LoHaError(f"slerp goes from one adapter to another; expected 2 adapters, found {count}")
-        return lambda name, products, weights: _sum(products, slerp(products, weights))
-    return sparse.Sparse(method, density, majority_sign, seed)
+# --- layers ----------------------------------------------------------------------------------------------------------
+
+
+def _merged(name: str, terms: list[Term], combine: Combination, form: Compression) -> tuple[Layer, LayerError]:
+    """One layer of the result."""
+    _check_dora(terms)
+    term = terms[0]
+    fits = kind_of(term.layer) == form.kind and (form.rank is None or term.layer.rank <= form.rank)
+    if term.layer.dora_scale is not None or (combine == "sum" and len(terms) == 1 and fits):
+        layer = scaled(term.layer, term.weight)
+        if form.dtype is None or form.dtype == layer.dtype:
+            return layer, unchanged(name, layer)
+        after = compress.cast(name, layer, form.dtype)
+        return after, rounded(name, layer, after)
+    products, weights = [product(t.layer) for t in terms], [t.weight for t in terms]
+    if isinstance(combine, Sparse):
+        u, v = combine(name, products, weights)
+    else:
+        u, v = _sum(products, slerp(products, weights) if combine == "slerp" else weights)
+    return form.compress(name, u, v, max((t.layer.shape for t in terms), key=len))
+
+
+def _check_dora(terms: Sequence[Term]) -> None:
+    """Refuse DoRA unless it is alone and of weight 1."""
+    dora = next((term for term in terms if term.layer.dora_scale is not None), None)
+    if dora is not None and (len(terms) > 1 or dora.weight != 1):
+        why = f"weight {dora.weight:g}" if len(terms) == 1 else f"{len(terms)} adapters act on it"
+        raise LoHaError(
+            f"{dora.adapter.source}: {dora.name} is DoRA, and {why}. DoRA's update depends on the base weight, so that "
+            "only a lone one at weight 1 can be merged; bake it into a checkpoint instead (loha bake)"
+        )
 
 
 def _sum(products: Sequence[tuple[Tensor, Tensor]], weights: Sequence[float]) -> tuple[Tensor, Tensor]:
@@ -290,44 +295,3 @@ def slerp(products: Sequence[tuple[Tensor, Tensor]], weights: Sequence[float]) -
         return list(weights)
     length = total * ((1 - t) * n1 + t * n2) / math.sin(angle)
     return [length * math.sin((1 - t) * angle) / n1, length * math.sin(t * angle) / n2]
-
-
-def _merged(
-    name: str, terms: Sequence[Term], combine: Combiner, form: Factoring, is_sum: bool
-) -> tuple[Layer, LayerError]:
-    """One layer of the result."""
-    if lone := _kept(name, terms, form, is_sum):
-        return lone
-    weights = [term.weight for term in terms]
-    u, v = combine(name, [product(term.layer) for term in terms], weights)
-    shape = max((term.layer.shape for term in terms), key=len)
-    return form(name, u, v, shape)
-
-
-def _kept(name: str, terms: Sequence[Term], form: Factoring, is_sum: bool) -> tuple[Layer, LayerError] | None:
-    """A layer that can stay as it is but for alpha, or None.
-
-    Raises:
-        LoHaError: DoRA that does not stand alone at weight 1.
-    """
-    term = terms[0]
-    is_dora = any(t.layer.dora_scale is not None for t in terms)
-    if is_dora and not (len(terms) == 1 and term.weight == 1):
-        who = next(t for t in terms if t.layer.dora_scale is not None)
-        why = f"weight {who.weight:g}" if len(terms) == 1 else f"{len(terms)} adapters act on it"
-        raise LoHaError(
-            f"{who.adapter.source}: {who.name} is DoRA, and {why}. DoRA's update depends on the base weight, so that "
-            "only a lone one at weight 1 can be merged; bake it into a checkpoint instead (loha bake)"
-        )
-    fits = isinstance(term.layer, LoHaFactors if form.kind == "loha" else LoRAFactors)
-    within = form.rank is None or term.layer.rank <= form.rank
-    if not is_dora and not (is_sum and len(terms) == 1 and fits and within):
-        return None
-    layer = scaled(term.layer, term.weight)
-    size = size_of(name, *product(layer))
-    entry = LayerError(name, layer.rank, layer.rank**2 if isinstance(layer, LoHaFactors) else layer.rank, size, 0.0)
-    if form.dtype is None or form.dtype == layer.dtype:
-        return layer, entry
-    layer = cast(name, layer, form.dtype)
-    gone = lowrank.distance(product(scaled(term.layer, term.weight)), product(layer))
-    return layer, replace(entry, error=gone / size if size else 0.0)

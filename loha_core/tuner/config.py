@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 import copy
-import json
 import math
-import re
+import os
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from ..errors import LoHaError
+from ..errors import LoHaError, about, check_number
 from ..factors import LoHaFactors
-from ..formats.container import atomic
-from ..naming.names import pattern_matches
+from ..formats import peft
+from ..naming.patterns import checked, get_pattern_key, path_end
 
-CONFIG_NAME = "adapter_config.json"
 INITS = ("peft", "lycoris")
 TASKS = ("SEQ_CLS", "SEQ_2_SEQ_LM", "CAUSAL_LM", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION")
 # What PEFT's LoHa doesn't know; written only where it differs from the default.
@@ -121,20 +119,14 @@ class LoHaConfig:
         self.peft_type = getattr(self.peft_type, "value", self.peft_type)
 
     def _check(self) -> None:
-        _check_rank("r", self.r)
-        _check_number("alpha", self.alpha)
+        check_number("r", self.r, minimum=1, integer=True)
+        check_number("alpha", self.alpha)
         for name in ("rank_dropout", "module_dropout"):
-            p = getattr(self, name)
-            if not _is_number(p) or not 0 <= p < 1:
-                raise LoHaError(f"{name} is {p!r}; expected a probability, 0 up to but not 1")
+            check_number(name, getattr(self, name), minimum=0, below=1)
         for name in ("use_effective_conv2d", "inference_mode", "rank_dropout_scale", "use_rslora", "use_scalar"):
             if not isinstance(getattr(self, name), bool):
                 raise LoHaError(f"{name} is {getattr(self, name)!r}; expected True or False")
-        for name in ("target_modules", "exclude_modules", "layers_pattern"):
-            _check_names(name, getattr(self, name))
-        if self.modules_to_save is not None and isinstance(self.modules_to_save, str):
-            raise LoHaError(f"modules_to_save is the string {self.modules_to_save!r}; expected a list of names")
-        _check_names("modules_to_save", self.modules_to_save)
+        self._check_names()
         if not isinstance(self.init_weights, bool) and self.init_weights not in INITS:
             raise LoHaError(f"init_weights is {self.init_weights!r}; expected True, False or one of {INITS}")
         if not isinstance(self.use_dora, bool) and self.use_dora not in ("output", "input"):
@@ -144,19 +136,32 @@ class LoHaConfig:
         if self.task_type is not None and self.task_type not in TASKS:
             raise LoHaError(f"task_type is {self.task_type!r}; expected one of {', '.join(TASKS)}")
         self._check_layers()
-        for pattern, rank in _patterns("rank_pattern", self.rank_pattern):
-            _check_rank(f"rank_pattern[{pattern!r}]", rank)
-        for pattern, alpha in _patterns("alpha_pattern", self.alpha_pattern):
-            _check_number(f"alpha_pattern[{pattern!r}]", alpha)
+        for name, is_rank in (("rank_pattern", True), ("alpha_pattern", False)):
+            for pattern, number in getattr(self, name).items():
+                with about(name):
+                    path_end(pattern)
+                check_number(f"{name}[{pattern!r}]", number, minimum=1 if is_rank else None, integer=is_rank)
+
+    def _check_names(self) -> None:
+        for name in ("target_modules", "exclude_modules", "layers_pattern", "modules_to_save"):
+            value = getattr(self, name)
+            names = value if isinstance(value, list) else [] if value is None else [value]
+            if not all(isinstance(entry, str) for entry in names):
+                raise LoHaError(f"{name} is {value!r}; expected a list of names, or a string")
+            # Lists of targets hold names; others are expressions, as PEFT takes them.
+            with about(name):
+                for entry in names if isinstance(value, str) or name in ("layers_pattern", "modules_to_save") else ():
+                    checked(entry, anywhere=isinstance(value, list))
+        if isinstance(self.modules_to_save, str):
+            raise LoHaError(f"modules_to_save is the string {self.modules_to_save!r}; expected a list of names")
 
     def _check_layers(self) -> None:
-        wanted = self.layers_to_transform
-        indices = wanted if isinstance(wanted, list) else [] if wanted is None else [wanted]
-        if not all(isinstance(i, int) and not isinstance(i, bool) and i >= 0 for i in indices):
-            raise LoHaError(f"layers_to_transform is {wanted!r}; expected an index or a list of them, from 0")
-        if self.layers_pattern and wanted is None:
+        layers = self.layers_to_transform
+        for index in layers if isinstance(layers, list) else [] if layers is None else [layers]:
+            check_number("an index of layers_to_transform", index, minimum=0, integer=True)
+        if self.layers_pattern and layers is None:
             raise LoHaError("layers_pattern says what layers_to_transform counts; give layers_to_transform too")
-        if wanted is not None and isinstance(self.target_modules, str):
+        if layers is not None and isinstance(self.target_modules, str):
             raise LoHaError("layers_to_transform needs target_modules to be a list; put the indices into the pattern")
 
     def resolved(self, module: str) -> tuple[int, float]:
@@ -185,7 +190,7 @@ class LoHaConfig:
         return config
 
     def to_dict(self) -> dict[str, Any]:
-        """As `adapter_config.json` has it: what PEFT knows always, the rest where it is not the default."""
+        """As `adapter_config.json` has it: PEFT's fields always, others where they are not the default."""
         values = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "extra"}
         for name in _BEYOND_PEFT:
             if values[name] == type(self).__dataclass_fields__[name].default:
@@ -206,65 +211,14 @@ class LoHaConfig:
     def save_pretrained(self, save_directory: str | Path) -> None:
         """Write ``adapter_config.json`` into a folder, which is made if it is not there."""
         path = Path(save_directory)
-        if path.is_file():
+        if os.path.isfile(path):
             raise LoHaError(f"{path} is a file; expected a folder")
-        with atomic(path / CONFIG_NAME) as temporary:
-            temporary.write_text(json.dumps(self.to_dict(), indent=2, sort_keys=True), "utf-8")
+        peft.write_folders({path: peft.Folder(self.to_dict())})
 
     @classmethod
     def from_pretrained(cls, path: str | Path, **changes: Any) -> LoHaConfig:
         """Read ``adapter_config.json`` from a folder, or the file itself; ``changes`` replace its values."""
         path = Path(path)
-        file = path / CONFIG_NAME if path.is_dir() else path
-        try:
-            # From bytes, json finds out the encoding: editors write byte-order marks, PowerShell UTF-16.
-            values = json.loads(file.read_bytes())
-        except (OSError, ValueError) as error:
-            raise LoHaError(f"{file}: not readable as JSON ({error})") from error
-        if not isinstance(values, dict):
-            raise LoHaError(f"{file}: expected a JSON object, found {type(values).__name__}")
-        try:
-            return cls.from_dict(values | changes)
-        except LoHaError as error:
-            raise LoHaError(f"{file}: {error}") from error
-
-
-def get_pattern_key(patterns: Iterable[str], module: str) -> str:
-    """The first pattern that matches ``module`` or the end of its dotted path; ``module`` itself if none does.
-
-    >>> get_pattern_key(["layers.0.q", "q"], "model.layers.0.q")
-    'layers.0.q'
-    """
-    return next((pattern for pattern in patterns if pattern_matches(pattern, module)), module)
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def _check_number(name: str, value: Any) -> None:
-    if not _is_number(value):
-        raise LoHaError(f"{name} is {value!r}; expected a finite number")
-
-
-def _check_rank(name: str, value: Any) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise LoHaError(f"{name} is {value!r}; a rank is a whole number from 1")
-
-
-def _check_names(name: str, value: Any) -> None:
-    if value is None:
-        return
-    if isinstance(value, str):
-        try:
-            re.compile(value)
-        except re.error as error:
-            raise LoHaError(f"{name} is {value!r}, which is no regular expression ({error})") from error
-    elif not isinstance(value, list) or not all(isinstance(entry, str) for entry in value):
-        raise LoHaError(f"{name} is {value!r}; expected a list of names, or a string")
-
-
-def _patterns(name: str, patterns: Any) -> Iterable[tuple[str, Any]]:
-    for pattern in patterns:
-        _check_names(name, pattern)
-    return patterns.items()
+        file = path / peft.CONFIG_NAME if os.path.isdir(path) else path
+        with about(file):
+            return cls.from_dict(peft.read_config(file) | changes)

@@ -10,12 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..algebra import compute_dtype, dora_norm
+from ..algebra import Factors, compute_dtype, dora_norm
 from ..errors import LoHaError
 from ..factors import LoHaFactors
-from ..ops import functional
 from ..ops.apply import add_delta_
-from ..ops.autograd import Factors, Geometry
+from ..ops.autograd import Delta, Geometry, LayerSpec
+from ..ops.functional import adapted_forward, update_forward
 from . import forwards, init
 from .config import LoHaConfig
 
@@ -235,8 +235,8 @@ class LoHaLayer(nn.Module):
 
     def factors(self, adapter_name: str) -> LoHaFactors:
         """What the adapter adds now, detached; its strength is in alpha, its scalar in w1_a."""
-        a1, b1, a2, b2, t1, t2 = (None if t is None else t.detach() for t in self._tensors(adapter_name))
-        assert a1 is not None and b1 is not None and a2 is not None and b2 is not None
+        tensors = (None if t is None else t.detach() for t in self._tensors(adapter_name))
+        a1, b1, a2, b2, t1, t2 = Factors._make(tensors)
         magnitude = self.dora_scale[adapter_name].detach() if adapter_name in self.dora_scale else None
         alpha = self.scaling[adapter_name] * b1.shape[0]
         return LoHaFactors(a1, b1, a2, b2, alpha, t1, t2, magnitude)
@@ -244,7 +244,7 @@ class LoHaLayer(nn.Module):
     def get_delta_weight(self, adapter_name: str) -> Tensor:
         """ΔW of an adapter, shaped as the base's weight, differentiable; without DoRA and dropout."""
         tensors = self._tensors(adapter_name)
-        delta = functional._Delta.apply(self.scaling[adapter_name], self.weight_shape, *tensors)
+        delta = Delta.apply(self.scaling[adapter_name], self.weight_shape, *tensors)
         return delta.T if self._base_weight() is not self.weight else delta
 
     def _tensors(self, adapter: str) -> Factors:
@@ -252,7 +252,7 @@ class LoHaLayer(nn.Module):
         if adapter in self.scalar:
             a1 = a1 * self.scalar[adapter]
         cores = (self.hada_t1[adapter], self.hada_t2[adapter]) if adapter in self.hada_t1 else (None, None)
-        return (a1, self.hada_w1_b[adapter], self.hada_w2_a[adapter], self.hada_w2_b[adapter], *cores)
+        return Factors(a1, self.hada_w1_b[adapter], self.hada_w2_a[adapter], self.hada_w2_b[adapter], *cores)
 
     # Forward
 
@@ -303,11 +303,10 @@ class LoHaLayer(nn.Module):
         if self.training and self.rank_dropout[adapter]:
             factors = self._drop_rows(factors, adapter)
         magnitude = self.dora_scale[adapter] if adapter in self.dora_scale else None
-        weight = self._base_weight() if apply_base or magnitude is not None else None
-        return functional.adapted(
-            self._prepare(x), factors, self.scaling[adapter], self.weight_shape, self._geometry(),
-            weight, self.bias if apply_base else None, magnitude, apply_base=apply_base,
-        )  # fmt: skip
+        x, spec = self._prepare(x), LayerSpec(self.weight_shape, self._geometry(), self.scaling[adapter])
+        if apply_base:
+            return adapted_forward(x, factors, spec, self._base_weight(), self.bias, magnitude)
+        return update_forward(x, factors, spec, magnitude, None if magnitude is None else self._base_weight())
 
     def _drops_module(self, adapter: str) -> bool:
         p = self.module_dropout[adapter]
@@ -315,12 +314,12 @@ class LoHaLayer(nn.Module):
 
     def _drop_rows(self, factors: Factors, adapter: str) -> Factors:
         """Output rows of ΔW are dropped by dropping them in w1_a. Drawn on the CPU, as PEFT and LyCORIS do."""
-        a1 = factors[0]
+        a1 = factors.w1_a
         kept = (torch.rand(self.weight_shape[0]) > self.rank_dropout[adapter]).to(a1.dtype)
         if self.rank_dropout_scale[adapter]:
             kept = kept / kept.mean().clamp_min(1 / kept.numel())
         kept = kept.to(a1.device)
-        return (a1 * (kept.unsqueeze(1) if factors[4] is None else kept), *factors[1:])
+        return factors._replace(w1_a=a1 * (kept.unsqueeze(1) if factors.t1 is None else kept))
 
     # Merging
 

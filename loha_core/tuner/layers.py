@@ -51,7 +51,7 @@ class _LoHaConv(LoHaLayer):
 
     def __init__(self, base_layer: nn.Module) -> None:
         super().__init__(base_layer)
-        self._pads, self._walk = _padding(base_layer)
+        self._pads, self._walk = padding_of(base_layer)
 
     @property
     def weight_shape(self) -> tuple[int, ...]:
@@ -75,7 +75,7 @@ class _LoHaConv(LoHaLayer):
         return super()._forward(base, *args, **kwargs)
 
 
-def _padding(base: Any) -> tuple[tuple[list[int], str] | None, Geometry]:
+def padding_of(base: Any) -> tuple[tuple[list[int], str] | None, Geometry]:
     """Padding to do beforehand, if the convolution cannot do it itself, and how it walks then."""
     widths = list(base._reversed_padding_repeated_twice)
     axes = len(base.kernel_size)

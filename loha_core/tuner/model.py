@@ -6,27 +6,25 @@ import copy
 import sys
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 from ..adapter import Adapter
 from ..errors import LoHaError
 from ..factors import LoHaFactors
-from ..naming.names import pattern_matches
+from ..naming.patterns import path_end
 from ..transform import lowrank
-from . import save_and_load as checkpoint
-from . import targets
+from ..transform.compress import EXACT, Compression
+from ..transform.convert import to_lora
+from ..transform.report import Result
+from . import inject, save_and_load, targets
 from .config import LoHaConfig
-from .layers import LoHaConv1d, LoHaConv2d, LoHaConv3d, LoHaLayer, LoHaLinear
-from .lora import Lora
+from .layers import LoHaLayer
 from .saved_modules import SavedModule
-
-Add = Callable[[LoHaLayer], None]
 
 
 class LoHaModel(nn.Module):
@@ -54,12 +52,7 @@ class LoHaModel(nn.Module):
 
     prefix = "hada_"
     tuner_layer_cls = LoHaLayer
-    layers_mapping: dict[type[nn.Module], type[LoHaLayer]] = {
-        nn.Linear: LoHaLinear,
-        nn.Conv1d: LoHaConv1d,
-        nn.Conv2d: LoHaConv2d,
-        nn.Conv3d: LoHaConv3d,
-    }
+    layers_mapping = inject.LAYERS
     target_module_mapping = targets.DEFAULT_TARGETS
 
     def __init__(
@@ -110,68 +103,33 @@ class LoHaModel(nn.Module):
         names = targets.select(self.model, config)
         _warn_unmatched_patterns(config, names)
 
-        def adding(name: str) -> Add:
+        def adding(name: str) -> inject.Add:
             rank, alpha = config.resolved(name)
             return lambda layer: layer.update_layer(adapter_name, rank, alpha, config)
 
         self._inject(adapter_name, config, {name: adding(name) for name in names}, low_cpu_mem_usage)
 
     def _add_by_factors(self, adapter_name: str, config: LoHaConfig, layers: dict[str, LoHaFactors]) -> None:
-        def adding(factors: LoHaFactors) -> Add:
+        def adding(factors: LoHaFactors) -> inject.Add:
             return lambda layer: layer.add_factors(adapter_name, factors, config)
 
         self._inject(adapter_name, config, {name: adding(f) for name, f in layers.items()}, False)
 
-    def _inject(self, adapter_name: str, config: LoHaConfig, adding: dict[str, Add], on_meta: bool) -> None:
+    def _inject(self, adapter_name: str, config: LoHaConfig, adding: dict[str, inject.Add], on_meta: bool) -> None:
         if adapter_name in self.peft_config:
             raise LoHaError(f"there is an adapter {adapter_name!r} already; choose another name or delete it first")
-        first = not self.peft_config
         # Everything that can be refused is refused here, before the model changes.
-        classes = {name: self._class_for(name, self.model.get_submodule(name)) for name in adding}
-        wraps = self._modules_to_save(config)
-        new: dict[str, LoHaLayer] = {}
-        with torch.device("meta") if on_meta else _nothing():
-            for name, add in adding.items():
-                found = self.model.get_submodule(name)
-                layer = found if isinstance(found, LoHaLayer) else classes[name](found)
-                layer._active = self.active_adapters
-                add(layer)
-                if layer is not found:
-                    new[name] = layer.train(found.training)
-        if first:
+        new = inject.new_modules(self.model, adding, config, self._active, on_meta)
+        if not self.peft_config:
             self.model.requires_grad_(False)
-        for name, module in (*new.items(), *wraps.items()):
-            self._replace(name, module)
-        for name, module in self._saved_modules():
-            if any(name.endswith(saved) for saved in config.modules_to_save or ()):
-                module.add(adapter_name, config.inference_mode)
-                module.set_adapter(self.active_adapters, config.inference_mode)
+        for name, module in new.items():
+            inject.replace_module(self.model, name, module)
+        for name, saved in self._saved_modules():
+            if name.endswith(tuple(config.modules_to_save or ())):
+                saved.add(adapter_name, config.inference_mode)
+                saved.set_adapter(self.active_adapters, config.inference_mode)
         self.peft_config[adapter_name] = config
         self.targeted_module_names += [name for name in adding if name not in self.targeted_module_names]
-
-    def _class_for(self, name: str, module: nn.Module) -> type[LoHaLayer]:
-        if isinstance(module, LoHaLayer):
-            return type(module)
-        if targets.is_transformers_conv1d(module):
-            return LoHaLinear
-        for base, layer in self.layers_mapping.items():
-            if isinstance(module, base):
-                return layer
-        kinds = ", ".join(kind.__name__ for kind in self.layers_mapping)
-        raise LoHaError(f"{name} is a {type(module).__name__}; LoHa adapts {kinds} and transformers' Conv1D only")
-
-    def _modules_to_save(self, config: LoHaConfig) -> dict[str, SavedModule]:
-        """New wrappers, by the name of what they wrap."""
-        if not config.modules_to_save:
-            return {}
-        found = [(n, m) for n, m in self.model.named_modules() if n.endswith(tuple(config.modules_to_save))]
-        if not found:
-            raise LoHaError(f"modules_to_save {config.modules_to_save} match nothing")
-        return {n: SavedModule(m) for n, m in found if not isinstance(m, SavedModule)}
-
-    def _replace(self, name: str, module: nn.Module) -> None:
-        parent, _, child = name.rpartition(".")
-        setattr(self.model.get_submodule(parent), child, module)
 
     # Which adapters count
 
@@ -280,10 +238,10 @@ class LoHaModel(nn.Module):
 
     def _unload(self, kept: list[str]) -> nn.Module:
         for name, layer in list(self.layers()):
-            self._replace(name, layer.base_layer)
+            inject.replace_module(self.model, name, layer.base_layer)
         for name, module in list(self._saved_modules()):
             module.set_adapter(kept, inference_mode=True)
-            self._replace(name, module.current)
+            inject.replace_module(self.model, name, module.current)
         self.peft_config, self.targeted_module_names = {}, []
         return self.model
 
@@ -303,9 +261,9 @@ class LoHaModel(nn.Module):
         by_name = dict(zip(adapters, weights, strict=True))
         sums: dict[str, LoHaFactors] = {}
         for name, layer in self.layers():
-            mine = [adapter for adapter in by_name if adapter in layer.hada_w1_a]
-            if mine:
-                total = lowrank.exact_sum([layer.factors(a) for a in mine], [by_name[a] for a in mine])
+            names = [adapter for adapter in by_name if adapter in layer.hada_w1_a]
+            if names:
+                total = lowrank.exact_sum([layer.factors(n) for n in names], [by_name[n] for n in names])
                 if rank is not None and rank < total.rank:
                     total = LoHaFactors.from_product(*lowrank.truncate(total.w1_a, total.w1_b, rank)[:2])
                 sums[name] = total
@@ -314,11 +272,21 @@ class LoHaModel(nn.Module):
 
     def convert_to_lora(
         self, adapter_name: str = "default", rank: int | None = None, energy: float | None = None
-    ) -> Lora:
-        """The adapter as a LoRA: exact at rank r², or truncated to a rank or to a share of each update's energy."""
-        self._check_known([adapter_name])
-        layers = {name: layer for name, layer in self.layers() if adapter_name in layer.hada_w1_a}
-        return Lora.of(layers, adapter_name, rank, energy)
+    ) -> Result:
+        """The adapter as a LoRA: exact at rank r², or truncated to a rank or to a share of each update's energy.
+
+        ``save_adapter(…, format="peft")`` writes it as PEFT's LoRA.
+
+        Raises:
+            LoHaError: a grouped convolution, for which PEFT's LoRA means another update.
+        """
+        adapter = self.to_adapter(adapter_name)
+        layers = {name: layer for name, layer in self.layers() if name in adapter.layers}
+        for name, layer in layers.items():
+            if (geometry := layer._geometry()) is not None and geometry.groups > 1:
+                raise LoHaError(f"{name}: PEFT's LoRA has no grouped convolution like this one")
+        form = EXACT if rank is None and energy is None else Compression("svd", rank, energy)
+        return to_lora(adapter, form, shapes={name: layer.weight_shape for name, layer in layers.items()})
 
     # Counting
 
@@ -329,15 +297,15 @@ class LoHaModel(nn.Module):
 
     def print_trainable_parameters(self) -> None:
         trainable, total = self.get_nb_trainable_parameters()
-        share = 100 * trainable / total
-        print(f"trainable params: {trainable:,d} || all params: {total:,d} || trainable%: {share:.4f}")
+        percent = 100 * trainable / total
+        print(f"trainable params: {trainable:,d} || all params: {total:,d} || trainable%: {percent:.4f}")
 
     # Files
 
     def to_adapter(self, adapter_name: str = "default") -> Adapter:
         """The adapter as a value, under the wrapped model's module names, to be saved in any format."""
         self._check_known([adapter_name])
-        return checkpoint.collect(self, adapter_name)
+        return save_and_load.to_adapter(self.layers(), self._saved_modules(), adapter_name)
 
     def save_pretrained(
         self, save_directory: str | Path, selected_adapters: Sequence[str] | None = None, is_main_process: bool = True
@@ -351,7 +319,7 @@ class LoHaModel(nn.Module):
         self._check_known(names)
         for name in names if is_main_process else ():
             folder = Path(save_directory) / ("" if name == "default" else name)
-            checkpoint.save(self, name, folder)
+            save_and_load.save(self.to_adapter(name), self.peft_config[name], folder)
 
     @classmethod
     def from_pretrained(
@@ -387,7 +355,7 @@ class LoHaModel(nn.Module):
         config: LoHaConfig | None = None,
     ) -> None:
         """One more adapter, from a file or folder; see `from_pretrained`. What does not fit is warned of."""
-        loaded = checkpoint.read(self.model, Path(path), config)
+        loaded = save_and_load.read(self.model, Path(path), config)
         loaded.config.inference_mode = not is_trainable
         self._add_by_factors(adapter_name, loaded.config.describing(loaded.layers), loaded.layers)
         for name, module in self._saved_modules():
@@ -408,7 +376,7 @@ def get_peft_model(model: nn.Module, peft_config: LoHaConfig, adapter_name: str 
 def _warn_unmatched_patterns(config: LoHaConfig, names: list[str]) -> None:
     for field in ("rank_pattern", "alpha_pattern"):
         patterns: dict[str, float] = getattr(config, field)
-        unused = [p for p in patterns if not any(pattern_matches(p, name) for name in names)]
+        unused = [p for p in patterns if not any(path_end(p).match(name) for name in names)]
         if unused:
             warnings.warn(f"{field}: {', '.join(unused)} match no adapted module", stacklevel=4)
 
@@ -422,8 +390,3 @@ def _warn_tied(model: nn.Module, layers: list[LoHaLayer]) -> None:
             "untie them first if that is not wanted",
             stacklevel=4,
         )
-
-
-@contextmanager
-def _nothing() -> Iterator[None]:
-    yield

@@ -17,14 +17,14 @@ from loha_core.training.data.dataset import Dataset, Item
 from loha_core.training.data.pictures import Sizes
 
 from ..host.progress import ProgressBar
-from ..page.contact_sheet import MOST, Shown, contact_sheet, latent_picture
+from ..page.contact_sheet import MAX_SHOWN, Shown, contact_sheet, latent_picture
 from . import sources
+from .inputs import number, switch
 from .sources import Source
+from .types import LOHA_DATASET
 
-LOHA_DATASET = io.Custom("LOHA_DATASET")
-
-# Sizes that the contact sheet's second line names before it counts the rest.
-SIZES_NAMED = 4
+# Sizes that the contact sheet's second line names; the others are counted.
+MAX_SIZES_NAMED = 4
 
 
 class ClipDataset(Dataset):
@@ -64,13 +64,13 @@ class LoHaDataset(io.ComfyNode):
     def execute(cls, **inputs: list[Any]) -> io.NodeOutput:
         lists = {name: inputs.pop(name, None) for name in LISTS}
         # With is_input_list, ComfyUI hands over everything as a list, single values too.
-        one = {name: values[0] for name, values in inputs.items()}
-        captions = Captions(**{name: one[option] for name, option in CAPTION_OPTIONS.items()})
-        _check_inputs(lists, one, captions)
-        found, sizes = _sources(lists, one), _sizes(one)
-        dataset = ClipDataset(_items(found, sizes, one), captions, one.get("clip"))
+        settings = {name: values[0] for name, values in inputs.items()}
+        captions = Captions(**{name: settings[option] for name, option in CAPTION_OPTIONS.items()})
+        _check_inputs(lists, settings, captions)
+        entries, sizes = _sources(lists, settings), _sizes(settings)
+        dataset = ClipDataset(_items(entries, sizes, settings), captions, settings.get("clip"))
         _encode_captions(dataset)
-        image = _sheet(dataset, found, sizes)
+        image = _sheet(dataset, entries, sizes)
         return io.NodeOutput(dataset, image, ui=ui.PreviewImage(image, cls=cls))
 
 
@@ -79,7 +79,7 @@ CAPTION_OPTIONS = {
     "trigger": "trigger_word",
     "shuffle": "shuffle_tags",
     "keep_tokens": "keep_tokens",
-    "dropout": "caption_dropout",
+    "caption_dropout": "caption_dropout",
     "tag_dropout": "tag_dropout",
 }
 
@@ -88,164 +88,96 @@ CAPTION_OPTIONS = {
 
 
 def _lists() -> list[Any]:
+    def given(kind: Any, name: str, tooltip: str, **options: Any) -> Any:
+        return kind.Input(name, optional=True, tooltip=tooltip, **options)
+
     return [
-        io.Image.Input(
-            "images",
-            optional=True,
-            tooltip="The pictures, as a list of any sizes or as a batch, such as from Load Image and Text Dataset from "
-            "Folder. Needs vae. Leave empty to use latents.",
-        ),
-        io.String.Input(
-            "texts",
-            optional=True,
-            force_input=True,
-            tooltip="Their captions: one for each picture, or one for all. Empty: no captions. Needs clip.",
-        ),
-        io.Vae.Input("vae", optional=True, tooltip="Encodes the pictures, once. Use the trained model's own."),
-        io.Clip.Input(
-            "clip",
-            optional=True,
-            tooltip="Encodes the captions, each once while there is room. Use the trained model's own.",
-        ),
-        io.Latent.Input(
-            "latents", optional=True, tooltip="In place of images: latents, as a list or a batch, of any shapes."
-        ),
-        io.Conditioning.Input(
-            "conditioning",
-            optional=True,
-            tooltip="In place of texts: a list with one for each picture or latent, or one for all.",
-        ),
-        io.Mask.Input(
-            "masks",
-            optional=True,
-            tooltip="One for each picture or latent, of its size: white is learned, black is ignored.",
-        ),
-        io.Image.Input(
-            "reg_images",
-            optional=True,
-            tooltip="Regularisation (prior preservation): pictures of the same class without what is learned, best "
-            "made by the model itself, so that it does not forget how they look. Each is seen once in an epoch.",
-        ),
-        io.String.Input(
-            "reg_texts",
-            optional=True,
-            force_input=True,
-            tooltip="Captions of reg_images, one for each or one for all; no trigger word is put in front of them.",
-        ),
-    ]
+        given(io.Image, "images",
+              "The pictures, as a list of any sizes or as a batch, such as from Load Image and Text Dataset from "
+              "Folder. Needs vae. Leave empty to use latents."),
+        given(io.String, "texts",
+              "Their captions: one for each picture, or one for all. Empty: no captions. Needs clip.",
+              force_input=True),
+        given(io.Vae, "vae", "Encodes the pictures, once. Use the trained model's own."),
+        given(io.Clip, "clip", "Encodes the captions, each once while there is room. Use the trained model's own."),
+        given(io.Latent, "latents", "In place of images: latents, as a list or a batch, of any shapes."),
+        given(io.Conditioning, "conditioning",
+              "In place of texts: a list with one for each picture or latent, or one for all."),
+        given(io.Mask, "masks", "One for each picture or latent, of its size: white is learned, black is ignored."),
+        given(io.Image, "reg_images",
+              "Regularisation (prior preservation): pictures of the same class without what is learned, best made by "
+              "the model itself, so that it does not forget how they look. Each is seen once in an epoch."),
+        given(io.String, "reg_texts",
+              "Captions of reg_images, one for each or one for all; no trigger word is put in front of them.",
+              force_input=True),
+    ]  # fmt: skip
 
 
 def _picture_settings() -> list[Any]:
     return [
-        io.Float.Input(
-            "reg_weight",
-            default=1.0,
-            min=0.0,
-            max=100.0,
-            step=0.01,
-            tooltip="How much regularisation pictures count in the loss, against 1 for the others.",
-        ),
-        io.Int.Input(
-            "resolution",
-            default=1024,
-            min=0,
-            max=16384,
-            step=8,
-            tooltip="Side of a square with as many pixels as each picture gets: 512 for SD1.5, 1024 for SDXL, SD3 and "
-            "Flux. Pictures are resized to it, and cropped in the middle. 0: as they are, cropped only to what the "
-            "VAE takes. Latents are always as they are.",
-        ),
-        io.Boolean.Input(
-            "aspect_buckets",
-            default=True,
-            tooltip="On: each picture keeps about its shape, and those of one size are trained together. Off: all "
-            "become squares. Without effect at resolution 0.",
-        ),
-        io.Int.Input(
-            "bucket_step",
-            default=64,
-            min=8,
-            max=1024,
-            step=8,
-            tooltip="Sides of pictures are multiples of this. Smaller: less is cropped, but fewer pictures share a "
-            "size and thus a batch.",
-        ),
-        io.Boolean.Input(
-            "flip",
-            default=False,
-            tooltip="Mirrors a picture half of the time. Not for faces, writing and what else has a left and a right.",
-        ),
-        io.Int.Input(
-            "repeats",
-            default=1,
-            min=1,
-            max=100_000,
-            tooltip="How often each picture is seen in an epoch, regularisation pictures aside.",
-        ),
-    ]
+        number("reg_weight", 1.0, "How much regularisation pictures count in the loss, against 1 for the others.",
+               0, 100, step=0.01),
+        number("resolution", 1024,
+               "Side of a square with as many pixels as each picture gets: 512 for SD1.5, 1024 for SDXL, SD3 and Flux. "
+               "Pictures are resized to it, and cropped in the middle. 0: as they are, cropped only to what the VAE "
+               "takes. Latents are always as they are.", 0, 16384, step=8),
+        switch("aspect_buckets",
+               "On: each picture keeps about its shape, and those of one size are trained together. Off: all become "
+               "squares. Without effect at resolution 0.", default=True),
+        number("bucket_step", 64,
+               "Sides of pictures are multiples of this. Smaller: less is cropped, but fewer pictures share a size and "
+               "thus a batch.", 8, 1024, step=8),
+        switch("flip",
+               "Mirrors a picture half of the time. Not for faces, writing and what else has a left and a right."),
+        number("repeats", 1, "How often each picture is seen in an epoch, regularisation pictures aside.", 1, 100_000),
+    ]  # fmt: skip
 
 
 def _caption_settings() -> list[Any]:
     return [
         io.String.Input(
-            "trigger_word",
-            default="",
-            tooltip="Put in front of each caption that does not have it. Empty: none.",
+            "trigger_word", default="", tooltip="Put in front of each caption that does not have it. Empty: none."
         ),
-        io.Boolean.Input(
-            "shuffle_tags",
-            default=False,
-            tooltip="Puts the comma-separated tags of a caption in another order each time. The text encoder then runs "
-            "during training.",
-        ),
-        io.Int.Input(
-            "keep_tokens",
-            default=0,
-            min=0,
-            max=255,
-            tooltip="So many tags from the start of a caption are neither shuffled nor dropped; the trigger word that "
-            "is put in front never is and does not count.",
-        ),
-        *(
-            io.Float.Input(name, default=0.0, min=0.0, max=1.0, step=0.01, tooltip=tooltip)
-            for name, tooltip in (
-                (
-                    "caption_dropout",
-                    "How often a picture is seen with an empty caption, 0 to 1. With 0.05 to 0.1 the model also learns "
-                    "what it does without a prompt, which CFG needs.",
-                ),
-                ("tag_dropout", "How often each comma-separated tag is left out, in 0 to 1; not the trigger word."),
-            )
-        ),
-    ]
+        switch("shuffle_tags",
+               "Puts the comma-separated tags of a caption in another order each time. The text encoder then runs "
+               "during training."),
+        number("keep_tokens", 0,
+               "So many tags from the start of a caption are neither shuffled nor dropped; the trigger word that is "
+               "put in front never is and does not count.", 0, 255),
+        number("caption_dropout", 0.0,
+               "How often a picture is seen with an empty caption, 0 to 1. With 0.05 to 0.1 the model also learns what "
+               "it does without a prompt, which CFG needs.", 0, 1, step=0.01),
+        number("tag_dropout", 0.0,
+               "How often each comma-separated tag is left out, in 0 to 1; not the trigger word.", 0, 1, step=0.01),
+    ]  # fmt: skip
 
 
 # --- items --------------------------------------------------------------------------------------
 
 
-def _sources(lists: dict[str, Any], one: dict[str, Any]) -> list[Source]:
+def _sources(lists: dict[str, Any], settings: dict[str, Any]) -> list[Source]:
     """What is trained on: pictures as they were given, or latents; regularisation pictures last."""
     texts, conditioning, masks = (lists[name] for name in ("texts", "conditioning", "masks"))
     if lists["images"] is not None:
-        found = sources.pictures(lists["images"], texts, conditioning, masks, "image")
+        entries = sources.pictures(lists["images"], texts, conditioning, masks, "image")
     else:
-        found = sources.latents(lists["latents"], texts, conditioning, masks)
-    found = [replace(source, repeats=source.repeats * one["repeats"]) for source in found]
+        entries = sources.latents(lists["latents"], texts, conditioning, masks)
+    entries = [replace(source, repeats=source.repeats * settings["repeats"]) for source in entries]
     if lists["reg_images"] is not None:
         regular = sources.pictures(lists["reg_images"], lists["reg_texts"], None, None, "reg_image")
-        found += [replace(source, weight=one["reg_weight"], regularisation=True) for source in regular]
-    return found
+        entries += [replace(source, weight=settings["reg_weight"], regularisation=True) for source in regular]
+    return entries
 
 
-def _items(found: Sequence[Source], sizes: Sizes, one: dict[str, Any]) -> list[Item]:
-    latents = [sources.as_item(source, source.content) for source in found if source.is_latent]
-    pictures = [source for source in found if not source.is_latent]
-    return latents + (sources.encoded(pictures, sizes, one["vae"], one["flip"]) if pictures else [])
+def _items(entries: Sequence[Source], sizes: Sizes, settings: dict[str, Any]) -> list[Item]:
+    latents = [sources.as_item(source, source.content) for source in entries if source.is_latent]
+    pictures = [source for source in entries if not source.is_latent]
+    return latents + (sources.encoded(pictures, sizes, settings["vae"], settings["flip"]) if pictures else [])
 
 
-def _check_inputs(lists: dict[str, Any], one: dict[str, Any], captions: Captions) -> None:
+def _check_inputs(lists: dict[str, Any], settings: dict[str, Any], captions: Captions) -> None:
     given = {name for name, values in lists.items() if values is not None}
-    clip, vae = one.get("clip"), one.get("vae")
+    clip, vae = settings.get("clip"), settings.get("vae")
     changes = [option for name, option in CAPTION_OPTIONS.items() if getattr(captions, name)]
     wrong = {
         "there is nothing to train on: connect images (and vae), or latents": not given & {"images", "latents"},
@@ -258,7 +190,7 @@ def _check_inputs(lists: dict[str, Any], one: dict[str, Any], captions: Captions
         "reg_images need clip for their captions: connect clip": "reg_images" in given and clip is None,
         "reg_texts are connected without reg_images: connect both": "reg_texts" in given and "reg_images" not in given,
         "latents cannot be mirrored: connect images and vae in their place, or turn flip off": (
-            "latents" in given and one["flip"]
+            "latents" in given and settings["flip"]
         ),
         f"{', '.join(changes)} would change captions, and with conditioning there are none: connect texts and clip in "
         "its place": "conditioning" in given and changes,
@@ -268,17 +200,17 @@ def _check_inputs(lists: dict[str, Any], one: dict[str, Any], captions: Captions
             raise LoHaError(message)
 
 
-def _sizes(one: dict[str, Any]) -> Sizes:
-    vae = one.get("vae")
+def _sizes(settings: dict[str, Any]) -> Sizes:
+    vae = settings.get("vae")
     multiple = int(vae.spacial_compression_encode()) if vae is not None else 1  # latents only
-    if not one["resolution"]:
+    if not settings["resolution"]:
         return Sizes(0, multiple)
-    if one["bucket_step"] % multiple:
+    if settings["bucket_step"] % multiple:
         raise LoHaError(
-            f"bucket_step is {one['bucket_step']}, but this VAE makes pictures {multiple} times smaller: "
+            f"bucket_step is {settings['bucket_step']}, but this VAE makes pictures {multiple} times smaller: "
             f"use a multiple of {multiple}"
         )
-    return Sizes(one["resolution"], one["bucket_step"], one["aspect_buckets"])
+    return Sizes(settings["resolution"], settings["bucket_step"], settings["aspect_buckets"])
 
 
 def _encode_captions(dataset: Dataset) -> None:
@@ -293,11 +225,11 @@ def _encode_captions(dataset: Dataset) -> None:
 # --- what is shown ------------------------------------------------------------------------------
 
 
-def _sheet(dataset: Dataset, found: Sequence[Source], sizes: Sizes) -> Tensor:
+def _sheet(dataset: Dataset, entries: Sequence[Source], sizes: Sizes) -> Tensor:
     # Shuffled and dropped tags would show one of many; what stays is the trigger word.
     plain = Captions(dataset.captions.trigger)
     shown = []
-    for source, item in zip(found[:MOST], dataset.items, strict=False):
+    for source, item in zip(entries[:MAX_SHOWN], dataset.items, strict=False):
         caption = plain.draw(item.caption, torch.Generator(), trigger=not item.regularisation)
         marks = {
             _size(source, sizes): True,
@@ -313,7 +245,7 @@ def _sheet(dataset: Dataset, found: Sequence[Source], sizes: Sizes) -> Tensor:
             picture, mask = seen.content, seen.mask
         text = caption if item.conditioning is None else "(conditioning)"
         shown.append(Shown(picture, text, [mark for mark, on in marks.items() if on], mask, item.regularisation))
-    return contact_sheet(*_heading(dataset, found, sizes), shown, len(found) - len(shown))
+    return contact_sheet(*_heading(dataset, entries, sizes), shown, len(entries) - len(shown))
 
 
 def _size(source: Source, sizes: Sizes) -> str:
@@ -321,16 +253,16 @@ def _size(source: Source, sizes: Sizes) -> str:
     return f"{width}x{height}" + " latent" * source.is_latent  # the font has no ×
 
 
-def _heading(dataset: Dataset, found: Sequence[Source], sizes: Sizes) -> tuple[str, str]:
+def _heading(dataset: Dataset, entries: Sequence[Source], sizes: Sizes) -> tuple[str, str]:
     seen = sum(item.repeats for item in dataset.items)
     regular = sum(item.regularisation for item in dataset.items)
-    title = f"{len(found) - regular} to learn"
+    title = f"{len(entries) - regular} to learn"
     title += f", {regular} for regularisation" if regular else ""
     title += f"; {seen} seen in an epoch"
     silent = sum(not item.caption and item.conditioning is None for item in dataset.items)
     title += f"; {silent} without a caption" if silent and not dataset.captions.trigger else ""
-    counts = Counter(_size(source, sizes) for source in found).most_common()
-    named = [f"{count} of {size}" for size, count in counts[:SIZES_NAMED]]
-    if len(counts) > SIZES_NAMED:
-        named.append(f"{len(counts) - SIZES_NAMED} more sizes")
+    counts = Counter(_size(source, sizes) for source in entries).most_common()
+    named = [f"{count} of {size}" for size, count in counts[:MAX_SIZES_NAMED]]
+    if len(counts) > MAX_SIZES_NAMED:
+        named.append(f"{len(counts) - MAX_SIZES_NAMED} more sizes")
     return title, ", ".join(named)

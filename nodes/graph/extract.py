@@ -8,33 +8,34 @@ import comfy.lora
 from comfy_api.latest import io
 from torch import Tensor
 
+from loha_core.models.checkpoint import Checkpoint
 from loha_core.models.extract import extract
 
 from ..host import live, weights
+from ..host.layers import names_in_files
 from .inputs import choice
-from .merge import CATEGORY, KINDS, computed, kind_input, outputs, shown
-from .network import spelled
+from .results import KINDS, kind_input, schema, shown
 
 
-class Patched:
-    """A model's and its text encoders' weights as ComfyUI would run them, one at a time: merged and live adapters in.
-
-    What `loha_core.extract.Model` asks for.
-    """
+class Patched(Checkpoint):
+    """A model's and its text encoders' weights as ComfyUI would run them: merged and live adapters in."""
 
     def __init__(self, path: str, model: Any, clip: Any) -> None:
         self.path = path
-        self.found: dict[str, tuple[Any, str]] = {}
+        self.places: dict[str, tuple[Any, str]] = {}
         self.names: dict[str, str] = {}
         patchers = [("", model)] if clip is None else [("", model), ("text_encoders.", clip.patcher)]
         for lead, patcher in patchers:
             keys = [key for key in weights.shapes(patcher.model) if lead or key.startswith("diffusion_model.")]
-            self.found |= {lead + key: (patcher, key) for key in keys}
-            names = spelled(patcher.model, bool(lead))
-            self.names |= {name: lead + key for key, name in names.items() if lead + key in self.found}
+            self.places |= {lead + key: (patcher, key) for key in keys}
+            names = names_in_files(patcher.model, bool(lead))
+            self.names |= {name: lead + key for key, name in names.items() if lead + key in self.places}
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        return {key: weights.shape(*weights.place(patcher.model, own)) for key, (patcher, own) in self.found.items()}
+        return {
+            key: weights.shape(*weights.place(patcher.model, model_key))
+            for key, (patcher, model_key) in self.places.items()
+        }
 
     def modules(self) -> dict[str, str]:
         """Layers by the names that files call them."""
@@ -42,7 +43,7 @@ class Patched:
         return {name: key for name, key in self.names.items() if len(shapes[key]) >= 2}
 
     def __getitem__(self, key: str) -> Tensor:
-        return patched_weight(*self.found[key])
+        return patched_weight(*self.places[key])
 
 
 def patched_weight(patcher: Any, key: str) -> Tensor:
@@ -59,12 +60,11 @@ class LoHaExtract(io.ComfyNode):
 
     @classmethod
     def define_schema(cls) -> io.Schema:
-        return io.Schema(
-            node_id="LoHaExtract",
-            display_name="Extract LoHa",
-            category=CATEGORY,
-            description="Makes a LoHa of the difference of two models: what fine-tuning, or merging, did to one.",
-            inputs=[
+        return schema(
+            "LoHaExtract",
+            "Extract LoHa",
+            "Makes a LoHa of the difference of two models: what fine-tuning, or merging, did to one.",
+            [
                 io.Model.Input("base", tooltip="The model that the other one was made from."),
                 io.Model.Input("tuned", tooltip="The model whose difference is wanted; adapters on it count."),
                 io.Int.Input("rank", default=8, min=1, max=1024, tooltip="Rank of the LoHa."),
@@ -92,8 +92,7 @@ class LoHaExtract(io.ComfyNode):
                     tooltip="A regular expression; layers whose name does not contain it are left out.",
                 ),
             ],
-            outputs=outputs("The difference, for Apply LoHa or Save LoHa."),
-            is_output_node=True,
+            "The difference, for Apply LoHa or Save LoHa.",
         )
 
     @classmethod
@@ -114,10 +113,11 @@ class LoHaExtract(io.ComfyNode):
             Patched("the base model", base, base_clip if both else None),
             Patched("the tuned model", tuned, tuned_clip if both else None),
         )
-        made = computed(
+        return shown(
+            cls,
+            "Lost by extracting",
             lambda progress: extract(
                 *models, rank=rank, conv_rank=conv_rank, method=method, kind=choice("kind", kind, KINDS),
                 only=only or None, progress=progress,
-            )
+            ),
         )  # fmt: skip
-        return shown(cls, made, "Lost by extracting")

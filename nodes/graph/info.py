@@ -13,7 +13,7 @@ from loha_core import Adapter, describe
 from loha_core.naming import names
 
 from ..page.charts import BACKGROUND, INK, Canvas, ramp
-from .loader import LOHA
+from .types import LOHA
 
 CELL, ROW, MARGIN, TOP = 118, 26, 150, 74
 
@@ -48,7 +48,7 @@ def norm_table(adapter: Adapter) -> dict[str, dict[str, float]]:
     """block -> kind of layer -> Frobenius norm of that part of the update at strength 1."""
     squares: dict[str, dict[str, float]] = defaultdict(lambda: defaultdict(float))
     for name, factors in adapter.layers.items():
-        squares[names.block_of(name)][names.kind_of(name)] += factors.norm() ** 2
+        squares[names.block_label(name)][names.kind_of(name)] += factors.norm() ** 2
     return {
         block: {kind: math.sqrt(value) for kind, value in squares[block].items()}
         for block in sorted(squares, key=block_order)
@@ -83,8 +83,8 @@ def norm_chart(adapter: Adapter) -> torch.Tensor:
             box = (MARGIN + CELL * column, y, MARGIN + CELL * (column + 1) - 3, y + ROW - 3)
             if kind not in row:
                 continue
-            share = row[kind] / largest if largest else 0.0
-            canvas.draw.rectangle(box, ramp(share))
+            brightness = row[kind] / largest if largest else 0.0
+            canvas.draw.rectangle(box, ramp(brightness))
             middle = ((box[0] + box[2]) // 2, (box[1] + box[3]) // 2)
-            canvas.text(middle, f"{row[kind]:.3g}", BACKGROUND if share > 0.5 else INK, anchor="mm")
+            canvas.text(middle, f"{row[kind]:.3g}", BACKGROUND if brightness > 0.5 else INK, anchor="mm")
     return canvas.image()

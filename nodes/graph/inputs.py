@@ -1,4 +1,4 @@
-"""What people type into inputs, checked: a prompt that comes by the API may hold anything."""
+"""Fields of schemas, and checks of what people type: a prompt that comes by the API may hold anything."""
 
 from __future__ import annotations
 
@@ -6,7 +6,27 @@ import json
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from comfy_api.latest import io
+
 from loha_core import LoHaError
+
+
+def number(
+    name: str, default: float, tooltip: str, minimum: float = 0, maximum: float = 1_000_000, **options: Any
+) -> Any:
+    """A field for an integer, or for any number if ``default`` is a float."""
+    kind, convert = (io.Int, int) if isinstance(default, int) else (io.Float, float)
+    return kind.Input(name, default=default, min=convert(minimum), max=convert(maximum), tooltip=tooltip, **options)
+
+
+def switch(name: str, tooltip: str, *, default: bool = False, optional: bool = False) -> Any:
+    return io.Boolean.Input(name, default=default, tooltip=tooltip, optional=optional)
+
+
+def one_of(name: str, options: Iterable[str], tooltip: str, *, default: str = "", optional: bool = False) -> Any:
+    """A choice; by default its first option."""
+    names = list(options)
+    return io.Combo.Input(name, options=names, default=default or names[0], tooltip=tooltip, optional=optional)
 
 
 def known(name: str, value: str, choices: Iterable[str]) -> str:
@@ -25,9 +45,9 @@ def choice(name: str, value: str, choices: Mapping[str, Any]) -> Any:
 def json_object(name: str, text: str, example: str) -> dict[str, Any]:
     """An object written as JSON; no text is an empty one."""
     try:
-        found = json.loads(text) if text.strip() else {}
-        if not isinstance(found, dict):
+        value = json.loads(text) if text.strip() else {}
+        if not isinstance(value, dict):
             raise ValueError("not an object")
     except ValueError as error:
         raise LoHaError(f"{name} is {text!r} ({error}); expected JSON such as {example}") from error
-    return found
+    return value

@@ -8,15 +8,11 @@ from comfy_api.latest import io
 
 from loha_core import Adapter
 
-from ..host import files
-from ..host import modes as bridge
+from ..host import files, modes
+from .types import LOHA, LOHA_BLOCKS, LOHA_SCHEDULE
 
-LOHA = io.Custom("LOHA")
-LOHA_BLOCKS = io.Custom("LOHA_BLOCKS")
-LOHA_SCHEDULE = io.Custom("LOHA_SCHEDULE")
-
-# How many unmatched keys a report lists before it counts the rest.
-REPORT_LIMIT = 100
+# How many unmatched keys a report lists; the others are counted.
+MAX_REPORTED = 100
 
 
 def file_input() -> Any:
@@ -57,7 +53,7 @@ def mode_input() -> Any:
     return io.Combo.Input(
         "mode",
         optional=True,
-        options=list(bridge.MODES),
+        options=list(modes.MODES),
         default="auto",
         tooltip="merge patches the weights: fastest sampling, and what save nodes need. live leaves them alone and "
         "adds the update as layers run: a new strength costs nothing. auto is live where that is cheap.",
@@ -80,8 +76,8 @@ def optional_inputs() -> list[Any]:
 
 
 def _patched(model: Any, clip: Any, adapter: Adapter, **options: Any) -> io.NodeOutput:
-    model, clip, report = bridge.apply(model, clip, adapter, **options)
-    return io.NodeOutput(model, clip, report.text(REPORT_LIMIT))
+    model, clip, report = modes.apply(model, clip, adapter, **options)
+    return io.NodeOutput(model, clip, report.text(MAX_REPORTED))
 
 
 class LoHaLoader(io.ComfyNode):

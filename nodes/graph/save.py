@@ -16,13 +16,13 @@ import torch
 from comfy_api.latest import io, ui
 
 from loha_core import Adapter, LoHaError, save_adapter
-from loha_core.adapter import modules
+from loha_core.adapter import module_names
 from loha_core.formats.lycoris import as_one_file
 from loha_core.naming.readers import unread
 
 from ..host.files import FOLDER
 from .inputs import choice, json_object
-from .loader import LOHA
+from .types import LOHA
 
 DTYPES = {"as it is": None, "fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 FORMATS = {"LyCORIS (one file)": "lycoris", "PEFT (a folder)": "peft"}
@@ -103,7 +103,7 @@ class LoHaSave(io.ComfyNode):
         more = described(trigger_words, base_model, metadata)
         path = free_path(filename, ".safetensors" if kind == "lycoris" else "", overwrite)
         adapter = replace(loha, metadata=loha.metadata | more)
-        said = unread(modules(as_one_file(adapter))) if kind == "lycoris" else None
+        said = unread(module_names(as_one_file(adapter))) if kind == "lycoris" else None
         if said:
             logging.warning("Save LoHa: %s; Convert LoHa with names 'kohya' gives it names that both know", said)
         save_adapter(adapter, path, format=kind, dtype=choice("dtype", dtype, DTYPES))  # type: ignore[arg-type]

@@ -11,13 +11,15 @@ import torch
 from torch import Tensor
 
 from loha_core import LoHaError
-from loha_core.training.data.dataset import Item, digest
+from loha_core.errors import about
+from loha_core.training.data.dataset import Item
 from loha_core.training.data.pictures import Size, Sizes, at_latent_size, check_picture, fit
+from loha_core.training.digest import digest
 
 from ..host.progress import ProgressBar
 
-# Pictures that go to the VAE together; it makes smaller batches of them where memory is short.
-TOGETHER = 8
+# Pictures that go to the VAE at once; it makes smaller batches of them where memory is short.
+MAX_ENCODED_AT_ONCE = 8
 
 
 @dataclass(frozen=True)
@@ -50,8 +52,8 @@ def pictures(
         LoHaError: one of them is no picture, or the lists do not fit together.
     """
     singles = [picture[..., :3] for image in images for picture in (image if image.ndim == 4 else [image])]
-    found = _together(singles, texts, conditioning, masks, name)
-    for source in found:
+    entries = _joined(singles, texts, conditioning, masks, name)
+    for source in entries:
         check_picture(source.content, source.name)
         if source.mask is not None and source.mask.shape != source.content.shape[:2]:
             (mask_height, mask_width), (height, width) = source.mask.shape, source.content.shape[:2]
@@ -59,7 +61,7 @@ def pictures(
                 f"{source.name}: its mask has {mask_width}×{mask_height} pixels, the picture {width}×{height}; "
                 "give each picture a mask of its own size, white where it is learned"
             )
-    return _merged(found)
+    return _merged(entries)
 
 
 def latents(
@@ -74,10 +76,10 @@ def latents(
         LoHaError: the lists do not fit together.
     """
     singles = [one for batch in batches for one in batch["samples"]]
-    return [replace(source, is_latent=True) for source in _together(singles, texts, conditioning, masks, "latent")]
+    return [replace(source, is_latent=True) for source in _joined(singles, texts, conditioning, masks, "latent")]
 
 
-def _together(
+def _joined(
     contents: Sequence[Tensor],
     texts: Sequence[str] | None,
     conditioning: Any,
@@ -101,57 +103,55 @@ def _together(
     ]
 
 
-def _one_each(values: Sequence[Any] | None, what: str, count: int, name: str) -> Sequence[Any]:
+def _one_each(values: Sequence[Any] | None, kind: str, count: int, name: str) -> Sequence[Any]:
     if not values:
         return [None] * count
     if len(values) not in (1, count):
         raise LoHaError(
-            f"{len(values)} of {what} for {count} of {name}: connect a list with one for each, or a single one for all"
+            f"{len(values)} of {kind} for {count} of {name}: connect a list with one for each, or a single one for all"
         )
     return values if len(values) == count else [*values] * count
 
 
 def _merged(sources: Sequence[Source]) -> list[Source]:
-    """What is there several times, as ComfyUI's folder nodes load '10_name', is encoded once and repeated."""
-    found: dict[tuple[str, int], Source] = {}
+    """Equal sources, as ComfyUI's folder nodes load those of '10_name', become one that repeats: encoded once."""
+    merged: dict[tuple[str, int], Source] = {}
     for source in sources:
         key = digest(source.content, source.mask, source.caption), id(source.conditioning)
-        found[key] = replace(found[key], repeats=found[key].repeats + 1) if key in found else source
-    return list(found.values())
+        merged[key] = replace(merged[key], repeats=merged[key].repeats + 1) if key in merged else source
+    return list(merged.values())
 
 
 # --- to items -----------------------------------------------------------------------------------
 
 
 def size_of(source: Source, sizes: Sizes) -> Size:
-    """Height and width that it is trained at.
+    """The height and width at which a source is trained.
 
     Raises:
         LoHaError: a picture is too small.
     """
     if source.is_latent:
         return source.content.shape[-2], source.content.shape[-1]
-    try:
+    with about(source.name):
         return sizes.of(*source.content.shape[:2])
-    except LoHaError as error:
-        raise LoHaError(f"{source.name}: {error}; take it out, or set a resolution to enlarge it") from None
 
 
 def cropped(source: Source, sizes: Sizes) -> Source:
-    """The same picture and its mask as they are trained."""
+    """A picture and its mask at the size at which they are trained."""
     size, enlarge = size_of(source, sizes), sizes.resolution > 0
     mask = None if source.mask is None else fit(source.mask, size, enlarge=enlarge)
     return replace(source, content=fit(source.content, size, enlarge=enlarge), mask=mask)
 
 
 def encoded(sources: Sequence[Source], sizes: Sizes, vae: Any, flip: bool) -> list[Item]:
-    """Items of pictures, in their order; ComfyUI's progress bar moves on, and Cancel stops it."""
+    """Items of pictures, in their order; shows ComfyUI's progress bar, and stops at Cancel."""
     by_size: dict[Size, list[int]] = defaultdict(list)
     for index, source in enumerate(sources):
         by_size[size_of(source, sizes)].append(index)
     # A video VAE takes a batch of pictures for the frames of one clip.
-    together = TOGETHER if getattr(vae, "latent_dim", 2) == 2 else 1
-    groups = [same[at : at + together] for same in by_size.values() for at in range(0, len(same), together)]
+    size = MAX_ENCODED_AT_ONCE if getattr(vae, "latent_dim", 2) == 2 else 1
+    groups = [same[at : at + size] for same in by_size.values() for at in range(0, len(same), size)]
     items: dict[int, Item] = {}
     bar = ProgressBar(len(sources))
     for group in groups:
@@ -160,13 +160,13 @@ def encoded(sources: Sequence[Source], sizes: Sizes, vae: Any, flip: bool) -> li
         plain = vae.encode(batch)
         mirrored = vae.encode(batch.flip(2)) if flip else [None] * len(group)
         for index, source, latent, flipped in zip(group, seen, plain, mirrored, strict=True):
-            items[index] = as_item(source, latent, flipped, digest(source.content, *_sample_of(vae)))
+            items[index] = as_item(source, latent, flipped, digest(source.content, *_first_weights(vae)))
         bar.update(len(group))
     return [items[index] for index in range(len(sources))]
 
 
-def _sample_of(vae: Any) -> Iterable[Tensor]:
-    """Enough of a VAE to tell it from another."""
+def _first_weights(vae: Any) -> Iterable[Tensor]:
+    """Two of a VAE's parameters, to tell it from another."""
     return (parameter for parameter, _ in zip(vae.first_stage_model.parameters(), range(2), strict=False))
 
 

@@ -9,12 +9,12 @@ from typing import Any
 from comfy_api.latest import io
 
 from loha_core import LoHaError
+from loha_core.errors import about, check_number
 
-from ..host import files
-from ..host import modes as bridge
-from .loader import REPORT_LIMIT, mode_input, patched_outputs
+from ..host import files, modes
+from .loader import MAX_REPORTED, mode_input, patched_outputs
+from .types import LORA_STACK
 
-LORA_STACK = io.Custom("LORA_STACK")
 NONE = "None"
 EXAMPLE = '[{"on": true, "name": "style.safetensors", "strength_model": 1, "strength_clip": 1}]'
 
@@ -79,16 +79,16 @@ class LoHaStack(io.ComfyNode):
     def execute(
         cls, rows: str, model: Any = None, clip: Any = None, lora_stack: Any = None, mode: str = "auto"
     ) -> io.NodeOutput:
-        own = chosen(rows)
-        entries = [*received(lora_stack), *own]
+        chosen_here = chosen(rows)
+        entries = [*received(lora_stack), *chosen_here]
         if model is None and clip is None:
-            for name, _, _ in own:
+            for name, _, _ in chosen_here:
                 files.resolve(name)  # other packs load by these names: no others may leave here
             return io.NodeOutput(None, None, entries, f"{len(entries)} adapters in the list; none applied here")
         reports = []
         for name, strength_model, strength_clip in entries:
-            model, clip, report = bridge.apply(model, clip, files.load(name), strength_model, strength_clip, mode=mode)
-            reports.append(report.text(REPORT_LIMIT))
+            model, clip, report = modes.apply(model, clip, files.load(name), strength_model, strength_clip, mode=mode)
+            reports.append(report.text(MAX_REPORTED))
         return io.NodeOutput(model, clip, entries, "\n\n".join(reports) or "no adapter is on")
 
 
@@ -99,12 +99,12 @@ def chosen(rows: str) -> list[Entry]:
         LoHaError: not JSON, not a list of rows, or a row with a wrong value; says which and what to write.
     """
     try:
-        found = json.loads(rows)
+        parsed = json.loads(rows)
     except (ValueError, RecursionError) as error:
         raise LoHaError(f"rows is not JSON ({error}); write a list such as {EXAMPLE}") from None
-    if not isinstance(found, list):
-        raise LoHaError(f"rows is {type(found).__name__}; expected a list such as {EXAMPLE}")
-    entries = [_row(place, row) for place, row in enumerate(found, 1)]
+    if not isinstance(parsed, list):
+        raise LoHaError(f"rows is {type(parsed).__name__}; expected a list such as {EXAMPLE}")
+    entries = [_row(place, row) for place, row in enumerate(parsed, 1)]
     return [entry for entry in entries if entry is not None]
 
 
@@ -114,14 +114,13 @@ def _row(place: int, row: Any) -> Entry | None:
         raise LoHaError(f"row {place}: expected an object with a name, as in {EXAMPLE}, found {row!r:.200}")
     values = {"on": True, "strength_model": 1.0} | row
     values.setdefault("strength_clip", values["strength_model"])
-    if unknown := values.keys() - {"on", "name", "strength_model", "strength_clip"}:
-        raise LoHaError(f"row {place} ({row['name']}): unknown {', '.join(sorted(unknown))}; write it as in {EXAMPLE}")
-    if not isinstance(values["on"], bool):
-        raise LoHaError(f"row {place} ({row['name']}): on is {values['on']!r:.80}; write true or false")
-    for key in ("strength_model", "strength_clip"):
-        value = values[key]
-        if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < math.inf:
-            raise LoHaError(f"row {place} ({row['name']}): {key} is {value!r:.80}; write a finite number such as 0.8")
+    with about(f"row {place} ({row['name']})"):
+        if unknown := values.keys() - {"on", "name", "strength_model", "strength_clip"}:
+            raise LoHaError(f"unknown {', '.join(sorted(unknown))}; write it as in {EXAMPLE}")
+        if not isinstance(values["on"], bool):
+            raise LoHaError(f"on is {values['on']!r:.80}; write true or false")
+        for key in ("strength_model", "strength_clip"):
+            check_number(key, values[key])
     return (row["name"], float(values["strength_model"]), float(values["strength_clip"])) if values["on"] else None
 
 

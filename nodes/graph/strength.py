@@ -2,27 +2,19 @@
 
 from __future__ import annotations
 
-import re
 from typing import Any
 
 from comfy_api.latest import io, ui
 
-from loha_core.blocks import FAMILIES, LAYOUTS, PRESETS, BlockStrength, Layout
-from loha_core.naming.tables import FAMILIES as TABLES
+from loha_core.blocks import FAMILIES, PRESETS, BlockStrength
 from loha_core.schedule import INTERPOLATIONS, Schedule
 
 from ..page import charts
-from .loader import LOHA_BLOCKS, LOHA_SCHEDULE
+from ..page.blocks import AUTO, spell
+from .types import LOHA_BLOCKS, LOHA_SCHEDULE
 
-AUTO = "auto"
-# How many rules the picture lists before it counts the rest.
-RULES_SHOWN = 8
-# What `spell` writes of a model that is not in FAMILIES: its family if it has one, and parts as families call theirs or
-# a model's own lists.
-_PARTS = {part for layout in LAYOUTS.values() for part, _ in layout.parts}
-_PARTS |= {part for table in TABLES.values() for part, _ in table.blocks}
-_COUNT = rf"(?:{'|'.join(sorted(_PARTS))}|\w{{0,40}}(?:blocks|layers)):[1-9]\d{{0,2}}"
-_SPELLED = re.compile(rf"(?:({'|'.join(map(re.escape, TABLES))})/)?({_COUNT}(?:,{_COUNT}){{0,15}})")
+# How many rules the picture lists; the others are counted.
+MAX_RULES_SHOWN = 8
 
 
 class LoHaBlockStrength(io.ComfyNode):
@@ -93,52 +85,12 @@ class LoHaBlockStrength(io.ComfyNode):
         return io.NodeOutput(blocks, image, ui=ui.PreviewImage(image, cls=cls).as_dict() | shown)
 
 
-def spell(layout: Layout) -> str:
-    """One of FAMILIES by its name; of other models the parts, as in 'blocks:30,layers:4' or 'Flux/D:4,S:8'."""
-    if LAYOUTS.get(layout.family) == layout:
-        return layout.family
-    parts = ",".join(f"{part}:{count}" for part, count in layout.parts)
-    return f"{layout.family}/{parts}" if layout.family in TABLES else parts
-
-
-def bars(family: str, preset: str, vector: str) -> dict[str, Any]:
-    """What the widget draws for these inputs.
-
-    Args:
-        family: "auto", one of FAMILIES, or what `spell` writes.
-
-    Returns:
-        family: whose blocks these are, or None; values: block -> multiplier; start: the same for the preset alone, or
-        None where numbers replace it; listed: what each number of the vector stands for, or None.
-
-    Raises:
-        LoHaError: says what cannot be understood.
-    """
-    known: str | Layout | None = None if family == AUTO else family
-    if spelled := _SPELLED.fullmatch(family):
-        counts = (entry.partition(":") for entry in spelled[2].split(","))
-        known = Layout.of_parts(((part, int(count)) for part, _, count in counts), spelled[1] or "")
-    blocks = BlockStrength.parse(known, vector, preset=preset)
-    found: dict[str, Any] = {
-        "family": blocks.layout and blocks.layout.family,
-        "values": blocks.table(),
-        "start": None,
-        "listed": None,
-    }
-    if blocks.layout and vector.strip() and "=" not in vector:
-        count = vector.rpartition(":")[2].strip().strip(",").count(",") + 1
-        found["listed"] = next(labels for labels in blocks.layout.vectors() if len(labels) == count)
-    else:
-        found["start"] = BlockStrength.parse(known, preset=preset).table()
-    return found
-
-
 def block_chart(blocks: BlockStrength) -> Any:
     """A bar for each block, and the rules below."""
     about = f"{blocks.layout.family}: {blocks.layout}" if blocks.layout else "no model connected; parts it may have"
     notes = [f"{shorten(rule.pattern.pattern)}: {rule.value:g}" for rule in blocks.rules]
-    if len(notes) > RULES_SHOWN:
-        notes[RULES_SHOWN:] = [f"… and {len(notes) - RULES_SHOWN} more rules"]
+    if len(notes) > MAX_RULES_SHOWN:
+        notes[MAX_RULES_SHOWN:] = [f"… and {len(notes) - MAX_RULES_SHOWN} more rules"]
     return charts.bars("Strength by block", about, blocks.table(), notes)
 
 

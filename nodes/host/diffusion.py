@@ -7,8 +7,6 @@ the output is an error of x₀ divided by the gain, whether the model predicts �
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,14 +15,13 @@ import comfy.model_sampling
 import comfy.sampler_helpers
 import comfy.samplers
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from loha_core import LoHaError
-from loha_core.training.data.batches import Draws
-from loha_core.training.data.dataset import Dataset, Sample
-from loha_core.training.objectives import Objective
+from loha_core.training.data.batches import BatchSampler
+from loha_core.training.data.dataset import Sample
 
-# What places a conditioning in a picture or in time, for sampling.
+# Options of a conditioning that give it a place in a picture or in time; they concern sampling alone.
 _FOR_SAMPLING = {
     *("area", "mask", "mask_strength", "strength", "default"),
     *("timestep_start", "timestep_end", "start_percent", "end_percent"),
@@ -40,45 +37,47 @@ class Batch:
     sigma: Tensor  # (n,)
     samples: list[Sample]
     mask: Tensor | None  # (n, 1, *size)
-    share: Tensor  # (n,)
+    sample_weight: Tensor  # (n,)
 
 
 class Diffusion:
-    """A model and the data that it is trained on.
+    """A diffusion model and the batches that it is trained on.
 
     Args:
         patcher: the loaded model.
-        dataset: latents as a VAE gives them, captions or conditionings.
-        clip: text encoders, if they are trained too; else the data set's own encodings are used.
+        sampler: batches of latents as a VAE gives them, with captions or conditionings.
+        clip: text encoders, if they are trained too; else the dataset's encodings are used.
+
+    Raises:
+        LoHaError: the latents are another model's.
     """
 
-    def __init__(
-        self, patcher: Any, dataset: Dataset, objective: Objective, batch_size: int, seed: int, clip: Any = None
-    ) -> None:
-        self.patcher, self.model, self.clip = patcher, patcher.model, clip
-        self.dataset, self.objective, self.seed = dataset, objective, seed
-        self.draws = Draws(dataset, objective, batch_size, seed)
+    def __init__(self, patcher: Any, sampler: BatchSampler, clip: Any = None) -> None:
+        self.patcher, self.model, self.sampler, self.clip = patcher, patcher.model, sampler, clip
         self.device = patcher.load_device
-        channels, found = self.model.latent_format.latent_channels, dataset.items[0].latent.shape[0]
-        if channels != found:
+        expected = self.model.latent_format.latent_channels
+        if (channels := len(sampler.dataset.items[0].latent)) != expected:
             raise LoHaError(
-                f"the data set's latents have {found} channels; this model's have {channels}. Encode the pictures "
+                f"the data set's latents have {channels} channels; this model's have {expected}. Encode the pictures "
                 "with the VAE that belongs to the model."
             )
 
     # Batches
 
     def batch(self, number: int) -> Batch:
-        """Batch ``number`` since training began: what is in it and all its noise follow from the number."""
-        draw = self.draws.at(number)
-        sigma = torch.tensor([self._sigma(time) for time in draw.times])
-        clean = self.model.process_latent_in(draw.latents)
-        noisy = self.model.model_sampling.noise_scaling(sigma.to(clean), draw.noise, clean, False)
-        clean, noisy, sigma, share = (t.to(self.device, torch.float32) for t in (clean, noisy, sigma, draw.share))
-        return Batch(clean, noisy, sigma, draw.samples, None if draw.mask is None else draw.mask.to(self.device), share)
+        """Batch ``number`` since training began: its samples and all its noise follow from the number."""
+        drawn = self.sampler.batch(number)
+        sigma = torch.tensor([self._sigma(time) for time in drawn.times])
+        clean = self.model.process_latent_in(drawn.latents)
+        noisy = self.model.model_sampling.noise_scaling(sigma.to(clean), drawn.noise, clean, False)
+        clean, noisy, sigma, weight = (
+            tensor.to(self.device, torch.float32) for tensor in (clean, noisy, sigma, drawn.sample_weight)
+        )
+        mask = None if drawn.mask is None else drawn.mask.to(self.device)
+        return Batch(clean, noisy, sigma, drawn.samples, mask, weight)
 
     def _sigma(self, time: float) -> float:
-        """Noise at a share of the way from clean to noise; one of the steps that a model knows, if it knows steps."""
+        """The noise level at a time from clean (0) to noise (1); a discrete model's nearest step below."""
         sampling = self.model.model_sampling
         if isinstance(sampling, comfy.model_sampling.ModelSamplingDiscrete):
             return float(sampling.sigmas[int(time * len(sampling.sigmas))])
@@ -91,7 +90,9 @@ class Diffusion:
         denoised = self._denoised(batch)
         gain, snr = self._gain_and_snr(batch)
         rows = gain.view(-1, *[1] * (batch.clean.dim() - 1))
-        return self.objective.loss(denoised / rows, batch.clean / rows, gain, snr, mask=batch.mask, share=batch.share)
+        return self.sampler.objective.loss(
+            denoised / rows, batch.clean / rows, gain, snr, mask=batch.mask, sample_weight=batch.sample_weight
+        )
 
     def _gain_and_snr(self, batch: Batch) -> tuple[Tensor, Tensor]:
         sampling, sigma = self.model.model_sampling, batch.sigma
@@ -104,8 +105,8 @@ class Diffusion:
     def _denoised(self, batch: Batch) -> Tensor:
         """The model's x₀ for each sample; together if their conditionings can be, else one by one."""
         conds = [self._cond(s, batch.noisy[i : i + 1], batch.sigma[i : i + 1]) for i, s in enumerate(batch.samples)]
-        together = all(_fit(conds[0], other) for other in conds[1:])
-        groups = [range(len(conds))] if together else [range(i, i + 1) for i in range(len(conds))]
+        joinable = all(_can_join(conds[0], other) for other in conds[1:])
+        groups = [range(len(conds))] if joinable else [range(i, i + 1) for i in range(len(conds))]
         return torch.cat([self._apply([conds[i] for i in g], batch, slice(g.start, g.stop)) for g in groups])
 
     def _apply(self, conds: list[dict[str, Any]], batch: Batch, part: slice) -> Tensor:
@@ -119,65 +120,30 @@ class Diffusion:
         return output
 
     def _cond(self, sample: Sample, noisy: Tensor, sigma: Tensor) -> dict[str, Any]:
-        """What ComfyUI makes of a conditioning for this model: by name, with ways to join them."""
+        """ComfyUI's conditioning for this model, by name, of objects that know how to be joined."""
         if sample.conditioning is not None:
             conditioning = sample.conditioning
         elif self.clip is not None:
             conditioning = self.clip.encode_from_tokens_scheduled(self.clip.tokenize(sample.caption))
         else:
-            conditioning = self.dataset.encode(sample.caption)
+            conditioning = self.sampler.dataset.encode(sample.caption)
         tensor, options = conditioning[0]
         if "control" in options:
             raise LoHaError("a conditioning carries a ControlNet, which has no part in training; leave it out")
         options = {key: value for key, value in options.items() if key not in _FOR_SAMPLING}
         conds = {"positive": comfy.sampler_helpers.convert_cond([[tensor, options]])}
-        conds = comfy.samplers.process_conds(self.model, noisy, conds, self.device, latent_image=noisy, seed=self.seed)
-        found = comfy.samplers.get_area_and_mult(conds["positive"][0], noisy, sigma)
-        return dict(found.conditioning)
+        conds = comfy.samplers.process_conds(
+            self.model, noisy, conds, self.device, latent_image=noisy, seed=self.sampler.seed
+        )
+        return dict(comfy.samplers.get_area_and_mult(conds["positive"][0], noisy, sigma).conditioning)
 
 
 def _attention(_: Any, *args: Any, **kwargs: Any) -> Tensor:
-    """torch's own, in place of what is chosen for sampling: that may keep all scores (sub-quadratic), or have no
-    backward (Sage), and then what comes before it learns nothing."""
+    """torch's attention in place of the one chosen for sampling, which may keep all scores (sub-quadratic), or have no
+    backward (Sage), so that no layer before it would learn."""
     y: Tensor = comfy.ldm.modules.attention.attention_pytorch(*args, **kwargs)
     return y
 
 
-def _fit(one: dict[str, Any], other: dict[str, Any]) -> bool:
+def _can_join(one: dict[str, Any], other: dict[str, Any]) -> bool:
     return one.keys() == other.keys() and all(one[name].can_concat(other[name]) for name in one)
-
-
-@contextmanager
-def trainable_weights(*modules: nn.Module | None) -> Iterator[None]:
-    """Weights that autograd accepts: loaded in inference mode, as a graph does, they are of a kind that it refuses.
-
-    Each of those is replaced by a copy with the same values, one after the other, wherever it is used, and stays
-    replaced. While this lasts none asks for gradients.
-    """
-    asked: list[nn.Parameter] = []
-    for places in _places(modules):
-        tensor = getattr(*places[0])
-        if tensor.is_inference():
-            copy = tensor.detach().clone()
-            copy = nn.Parameter(copy, requires_grad=False) if isinstance(tensor, nn.Parameter) else copy
-            for part, name in places:
-                setattr(part, name, copy)
-        elif isinstance(tensor, nn.Parameter) and tensor.requires_grad:
-            tensor.requires_grad_(False)
-            asked.append(tensor)
-    try:
-        yield
-    finally:
-        for parameter in asked:
-            parameter.requires_grad_(True)
-
-
-def _places(modules: Iterable[nn.Module | None]) -> list[list[tuple[nn.Module, str]]]:
-    """For each parameter and buffer the (module, name)s under which it is found: several, if weights are tied."""
-    found: dict[int, list[tuple[nn.Module, str]]] = {}
-    parts = [part for module in modules if module is not None for part in module.modules()]
-    for part in dict.fromkeys(parts):  # modules, too, may be shared
-        parameters = part.named_parameters(recurse=False, remove_duplicate=False)
-        for name, tensor in (*parameters, *part.named_buffers(recurse=False, remove_duplicate=False)):
-            found.setdefault(id(tensor), []).append((part, name))
-    return list(found.values())

@@ -1,4 +1,4 @@
-"""Adapter files in ComfyUI's ``loras`` folders: which there are, where a name leads, and reading them once."""
+"""Adapter files in ComfyUI's ``loras`` folders: their names, the paths of these, and reading each file once."""
 
 from __future__ import annotations
 
@@ -34,13 +34,13 @@ _kept: dict[tuple[Path, bool], _Kept] = {}  # by file and legacy_tucker; the one
 
 def names() -> list[str]:
     """What a user can choose: adapter files, and PEFT folders by the name of the outermost folder."""
-    found: dict[str, None] = {}
     peft = peft_folders()
-    for name in folder_paths.get_filename_list(FOLDER):
-        inside = next((folder for folder in peft if Path(folder) in Path(name).parents), None)
-        if inside is None and name.lower().endswith(_SUFFIXES):
-            found[name] = None
-    return sorted([*found, *peft], key=str.lower)
+    files = {
+        name
+        for name in folder_paths.get_filename_list(FOLDER)
+        if name.lower().endswith(_SUFFIXES) and peft.isdisjoint(map(str, Path(name).parents))
+    }
+    return sorted([*files, *peft], key=str.lower)
 
 
 def peft_folders() -> set[str]:
@@ -84,8 +84,8 @@ def resolve(name: str) -> Path:
 
 def load(name: str, *, legacy_tucker: bool = False) -> Adapter:
     """The adapter of that name; read again only when the file has changed, or when there was no room to keep it."""
-    path, found = resolve(name), fingerprint(name)
-    for key in [key for key, kept in _kept.items() if key[0] == path and kept.fingerprint != found]:
+    path, current = resolve(name), fingerprint(name)
+    for key in [key for key, kept in _kept.items() if key[0] == path and kept.fingerprint != current]:
         del _kept[key]
     key, prompt = (path, legacy_tucker), _prompt()
     if key in _kept:
@@ -94,14 +94,14 @@ def load(name: str, *, legacy_tucker: bool = False) -> Adapter:
     else:
         adapter = load_adapter(path, legacy_tucker=legacy_tucker)
         adapter.source = name
-        _kept[key] = _Kept(adapter, found, _bytes(adapter), prompt)
+        _kept[key] = _Kept(adapter, current, _bytes(adapter), prompt)
         _make_room(prompt)
     return _kept[key].adapter
 
 
 def _make_room(prompt: str | None) -> None:
-    """Forget what was used longest ago, but nothing that this prompt has used: it will want that all again, at the
-    next move of a slider. Only after reading, for then it does not want just the same again.
+    """Forget what was used longest ago, but nothing that this prompt has used: its next run, with another strength,
+    uses all of that again. Called when a file was read; a prompt that reads none uses what is kept already.
     """
     excess = sum(kept.size for kept in _kept.values()) - BUDGET
     for key, kept in list(_kept.items())[:-1]:
@@ -116,7 +116,7 @@ def _prompt() -> str | None:
 
 
 def _bytes(adapter: Adapter) -> int:
-    """What its tensors hold; two may be one."""
+    """What its tensors hold, each storage once."""
     factors: Iterable[Tensor] = (t for f in adapter.layers.values() for t in f.tensors().values())
     storages = [t.untyped_storage() for t in (*factors, *adapter.extras.values())]
     return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Any, Literal, get_args
 
 from loha_core import Adapter, LoHaError, Report
+from loha_core.errors import check_number
 
 from . import live, patches
 from .patches import CLIP, MODEL
@@ -14,8 +14,8 @@ from .patches import CLIP, MODEL
 Mode = Literal["auto", "merge", "live"]
 MODES: tuple[str, ...] = get_args(Mode)
 
-# The most that live may cost per step, by estimate, for "auto" to choose it.
-CHEAP = 0.15
+# The share of a step that live may add, by estimate, for "auto" to choose it.
+MAX_LIVE_OVERHEAD = 0.15
 
 
 def apply(
@@ -38,11 +38,11 @@ def apply(
         schedule: multiplier of strength_model over the progress of sampling; needs live.
 
     Raises:
-        LoHaError: nothing matches, a shape does not fit, a strength is not finite, or what is asked for cannot be
-            done live. Model and clip are then untouched.
+        LoHaError: nothing matches, a shape does not fit, a strength is not finite, or the mode cannot do it. Model and
+            clip are then untouched.
     """
-    if not (math.isfinite(strength_model) and math.isfinite(strength_clip)):
-        raise LoHaError(f"strengths are {strength_model} and {strength_clip}; both must be finite numbers")
+    check_number("strength_model", strength_model)
+    check_number("strength_clip", strength_clip)
     if mode not in MODES:
         raise LoHaError(f"mode is {mode!r}; expected one of {', '.join(MODES)}")
     if schedule is not None and mode == "merge":
@@ -50,32 +50,31 @@ def apply(
             "a schedule changes the strength while sampling, which merged weights cannot; choose live or auto"
         )
     bound = patches.find(adapter, model, clip, blocks or (lambda key, name: 1.0))
-    chosen = mode
     if mode == "auto":
-        chosen = "live" if schedule is not None or _is_better_live(model, clip, bound) else "merge"
-    bound.report.notes.append(f"mode: {chosen}")
-    if chosen == "merge":
+        mode = "live" if schedule is not None or _is_better_live(model, clip, bound) else "merge"
+    bound.report.notes.append(f"mode: {mode}")
+    if mode == "merge":
         return (
             patches.merge(model, bound.patches.get(MODEL, ()), strength_model),
             patches.merge(clip, bound.patches.get(CLIP, ()), strength_clip),
             bound.report,
         )
     if clip is not None:
-        patcher = live.apply(clip.patcher, bound.patches[CLIP], strength_clip)
+        patcher = live.apply_live(clip.patcher, bound.patches[CLIP], strength_clip)
         if patcher is not clip.patcher:
             clip = clip.clone()
             clip.patcher = patcher
     if model is not None:
-        model = live.apply(model, bound.patches[MODEL], strength_model, schedule)
+        model = live.apply_live(model, bound.patches[MODEL], strength_model, schedule)
     return model, clip, bound.report
 
 
 def _is_better_live(model: Any, clip: Any, bound: patches.Bound) -> bool:
     """Live is possible, and cheap, or the weights cannot be written."""
     patchers = {MODEL: model, CLIP: clip and clip.patcher}
-    found = [(patchers[label], wanted) for label, wanted in bound.patches.items()]
-    if any(live.why_unsupported(patcher, wanted) for patcher, wanted in found):
+    updates = [(patchers[label], each) for label, each in bound.patches.items()]
+    if any(live.why_unsupported(patcher, each) for patcher, each in updates):
         return False
-    if any(patches.why_not_merged(patcher, (patch.target for patch in wanted)) for patcher, wanted in found):
+    if any(patches.why_not_merged(patcher, (patch.target for patch in each)) for patcher, each in updates):
         return True
-    return model is None or live.overhead(model, bound.patches[MODEL]) <= CHEAP
+    return model is None or live.overhead(model, bound.patches[MODEL]) <= MAX_LIVE_OVERHEAD

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from math import prod
-from typing import Any
+from typing import Any, NamedTuple
 
 import comfy.lora
 import comfy.lora_convert
@@ -17,7 +17,7 @@ from comfy.weight_adapter import WeightAdapterBase
 from torch import Tensor
 
 from loha_core import Adapter, LoHaError, LoHaFactors, Network, Report, add_delta_, algebra, bind
-from loha_core.adapter import split_other
+from loha_core.adapter import split_key
 from loha_core.bind import Target, weight_key, why_unmatched
 from loha_core.naming.parts import rows_of
 
@@ -27,38 +27,52 @@ MODEL, CLIP = "MODEL", "CLIP"
 # What ComfyUI knows of the names that files use.
 _KEYS = (comfy.lora.model_lora_keys_unet, comfy.lora.model_lora_keys_clip)
 Layer = tuple[str, Target, Any]  # name in the file, weight, update
+Part = tuple[int, int, int] | None  # axis, start, length; None is all of a weight
+
+
+class Term(NamedTuple):
+    """strength · ΔW of one LoHa: LoHaFactors' fields in their order, flat as ComfyUI's own adapters have them."""
+
+    strength: float
+    w1_a: Tensor
+    w1_b: Tensor
+    w2_a: Tensor
+    w2_b: Tensor
+    alpha: float
+    t1: Tensor | None
+    t2: Tensor | None
+    dora_scale: Tensor | None
 
 
 class LoHaPatch(WeightAdapterBase):
     """LoHas as ComfyUI patches them into a weight, wherever and in whatever dtype ComfyUI loads that weight.
 
-    ``weights`` has a tuple (strength, LoHaFactors' fields…) for each, in their order: newer ComfyUI rebuilds adapters
-    as ``type(a)(keys, weights)``, and moves the tensors in them.
+    Newer ComfyUI rebuilds adapters as ``type(a)(keys, weights)``, with plain tuples of moved tensors.
     """
 
     name = "loha"
 
-    def __init__(self, loaded_keys: set[str], weights: tuple[Any, ...]) -> None:
+    def __init__(self, loaded_keys: set[str], weights: Iterable[tuple[Any, ...]]) -> None:
         self.loaded_keys = loaded_keys
-        self.weights = weights
+        self.weights = tuple(Term(*term) for term in weights)
 
     @classmethod
     def from_factors(cls, f: LoHaFactors) -> LoHaPatch:
-        return cls(set(), ((1.0, f.w1_a, f.w1_b, f.w2_a, f.w2_b, f.alpha, f.t1, f.t2, f.dora_scale),))
+        return cls(set(), [Term(1.0, f.w1_a, f.w1_b, f.w2_a, f.w2_b, f.alpha, f.t1, f.t2, f.dora_scale)])
 
     @cached_property
-    def stack(self) -> list[tuple[float, LoHaFactors]]:
-        return [(strength, LoHaFactors(*fields)) for strength, *fields in self.weights]
+    def lohas(self) -> list[LoHaFactors]:
+        return [LoHaFactors(*term[1:]) for term in self.weights]
 
     @property
     def factors(self) -> LoHaFactors:
-        """Of the only one, as adapters give it."""
-        [(_, factors)] = self.stack
+        """Of a patch that holds one LoHa."""
+        [factors] = self.lohas
         return factors
 
-    def scaled(self, strength: float) -> tuple[Any, ...]:
+    def scaled(self, strength: float) -> tuple[Term, ...]:
         """``weights`` with all strengths multiplied."""
-        return tuple((strength * own, *fields) for own, *fields in self.weights)
+        return tuple(term._replace(strength=strength * term.strength) for term in self.weights)
 
     def calculate_weight(
         self,
@@ -72,10 +86,11 @@ class LoHaPatch(WeightAdapterBase):
         original_weight: Any = None,
     ) -> Tensor:
         """Add strength·ΔW (or DoRA's interpolation) to ``weight`` in place, in one pass, and return it."""
-        stack = [(factors.to(device=weight.device), strength * own) for own, factors in self.stack]
+        lohas = [factors.to(device=weight.device) for factors in self.lohas]
+        strengths = [strength * term.strength for term in self.weights]
         if _is_identity(function):
-            return add_delta_(weight, [factors for factors, _ in stack], [each for _, each in stack])
-        for factors, each in stack:
+            return add_delta_(weight, lohas, strengths)
+        for factors, each in zip(lohas, strengths, strict=True):
             _add_reordered_(weight, factors, each, function)
         return weight
 
@@ -95,23 +110,23 @@ def _add_reordered_(
     weight.copy_(torch.lerp(wide, algebra.dora(wide, update, magnitude), strength))
 
 
-def part_of(target: Target) -> tuple[int, int, int] | None:
-    """(axis, start, length) where a target is a slice of a weight."""
+def part_of(target: Target) -> Part:
+    """The slice of a weight that a target is."""
     return None if isinstance(target, str) or target[1] is None else tuple(target[1])
 
 
 def reordered(factors: LoHaFactors, target: Target) -> LoHaFactors | None:
-    """Factors whose outputs are in the weight's order; None where ComfyUI's function does something else to them."""
+    """Factors whose outputs are in the weight's order; None where ComfyUI's function does not permute them."""
     function = None if isinstance(target, str) or len(target) < 3 else target[2]
     if function is None or _is_identity(function):
         return factors
     out = factors.shape[0]
-    found = function(torch.arange(out, dtype=torch.float32).unsqueeze(1)).long()
-    if found.shape != (out, 1) or not torch.equal(found.flatten().sort().values, torch.arange(out)):
+    order = function(torch.arange(out, dtype=torch.float32).unsqueeze(1)).long()
+    if order.shape != (out, 1) or not torch.equal(order.flatten().sort().values, torch.arange(out)):
         return None
-    moved = rows_of("", factors, found.flatten(), is_whole=True)
-    assert isinstance(moved, LoHaFactors)
-    return moved
+    permuted = rows_of("", factors, order.flatten(), is_whole=True)
+    assert isinstance(permuted, LoHaFactors)
+    return permuted
 
 
 def _is_identity(function: Callable[[Tensor], Tensor]) -> bool:
@@ -121,43 +136,43 @@ def _is_identity(function: Callable[[Tensor], Tensor]) -> bool:
 
 @dataclass
 class Patch:
-    """One update of one weight: where ComfyUI's ``add_patches`` would put it, what it is, and how much of it."""
+    """One update of one weight: where ComfyUI's ``add_patches`` would put it, what it is, and its block's strength."""
 
     target: Target
     update: Any  # LoHaPatch, or what comfy.lora.load_lora makes of other adapters
-    share: float  # of the network's strength: the multiplier of its block
+    block_strength: float  # multiplies the network's
 
 
 @dataclass
 class Bound:
-    """What an adapter does to each network, found and checked but not yet applied."""
+    """An adapter's updates of each network, checked but not yet applied."""
 
     patches: dict[str, list[Patch]]
     report: Report
 
 
-def find(adapter: Adapter, model: Any, clip: Any, share: Callable[[str, str], float] = lambda key, name: 1.0) -> Bound:
+def find(adapter: Adapter, model: Any, clip: Any, blocks: Callable[[str, str], float] = lambda key, name: 1.0) -> Bound:
     """Where the adapter's updates belong in ``model`` and ``clip``, either of which may be None.
 
     Args:
-        share: (weight key, name in the file) -> multiplier.
+        blocks: (weight key, name in the file) -> multiplier of the strength.
 
     Raises:
         LoHaError: nothing in the file matches, or a shape does not fit.
     """
     modules = (None if model is None else model.model, None if clip is None else clip.cond_stage_model)
-    known = _bound.get(adapter)
-    if known is None or any(ref() is not module for ref, module in zip(known[0], modules, strict=True)):
-        known = _bound[adapter] = (tuple(map(_reference, modules)), *_find(adapter, modules))
-    _, found, report = known
+    cached = _bound.get(adapter)
+    if cached is None or any(ref() is not module for ref, module in zip(cached[0], modules, strict=True)):
+        cached = _bound[adapter] = (tuple(map(_reference, modules)), *_find(adapter, modules))
+    _, networks, report = cached
     patches = {
-        label: [Patch(target, update, share(weight_key(target), name)) for name, target, update in layers]
-        for label, layers in found.items()
+        label: [Patch(target, update, blocks(weight_key(target), name)) for name, target, update in layers]
+        for label, layers in networks.items()
     }
     return Bound(patches, replace(report, notes=list(report.notes)))
 
 
-# Adapter -> the modules it was last bound to, and what was found: a slider moves much more often than they change.
+# Adapter -> the modules it was last bound to, its layers and the report: strengths change much more often than these.
 _bound: weakref.WeakKeyDictionary[Adapter, tuple[Any, dict[str, list[Layer]], Report]] = weakref.WeakKeyDictionary()
 
 
@@ -169,19 +184,19 @@ def _find(adapter: Adapter, modules: tuple[Any, Any]) -> tuple[dict[str, list[La
     networks = networks_of(modules)
     absent = [label for label in (MODEL, CLIP) if label not in networks]
     binding = bind(adapter, networks, absent)
-    found: dict[str, list[Layer]] = {
+    bound: dict[str, list[Layer]] = {
         label: [(name, target, LoHaPatch.from_factors(f)) for name, target, f in layers]
         for label, layers in binding.layers.items()
     }
     for label, name, target, patch in _bind_extras(adapter, networks, absent, binding.report):
-        found[label].append((name, target, patch))
+        bound[label].append((name, target, patch))
     if not binding.report.matched:
         raise LoHaError(f"nothing in this file fits the model; nothing was applied\n{binding.report.text(limit=20)}")
-    return found, binding.report
+    return bound, binding.report
 
 
 def networks_of(modules: tuple[Any, Any]) -> dict[str, Network]:
-    """What is there of (model, text encoders), by label, with all names that files call their weights by."""
+    """The connected ones of (model, text encoders), by label, with all names that files call their weights by."""
     return {
         label: Network(keys(module, {}), weights.shapes(module))
         for label, module, keys in zip((MODEL, CLIP), modules, _KEYS, strict=True)
@@ -194,19 +209,19 @@ def merge(patcher: Any, patches: Iterable[Patch], strength: float) -> Any:
     # ComfyUI takes one patch per weight and one strength per call; nearly always one round is all.
     rounds: list[tuple[float, dict[Target, Any]]] = []
     for patch in patches:
-        if strength * patch.share == 0:
+        if strength * patch.block_strength == 0:
             continue
-        free = (taken for share, taken in rounds if share == patch.share and patch.target not in taken)
+        free = (taken for s, taken in rounds if s == patch.block_strength and patch.target not in taken)
         if (taken := next(free, None)) is None:
-            rounds.append((patch.share, taken := {}))
+            rounds.append((patch.block_strength, taken := {}))
         taken[patch.target] = patch.update
     if not rounds:
         return patcher
     if why := why_not_merged(patcher, (target for _, taken in rounds for target in taken)):
         raise LoHaError(f"{why}; set mode to live")
     clone = patcher.clone()
-    for share, updates in rounds:
-        if lost := set(updates) - set(clone.add_patches(updates, strength * share)):
+    for block_strength, updates in rounds:
+        if lost := set(updates) - set(clone.add_patches(updates, strength * block_strength)):
             raise LoHaError(f"ComfyUI did not take the patches for {sorted(map(str, lost))[:3]}")
         _join(getattr(clone, "patcher", clone).patches, map(weight_key, updates))
     return clone
@@ -235,10 +250,10 @@ def _join(patches: dict[str, list[Any]], keys: Iterable[str]) -> None:
 def _bind_extras(
     adapter: Adapter, networks: Mapping[str, Network], absent: list[str], report: Report
 ) -> Iterator[tuple[str, str, Target, Any]]:
-    """(network, name, target, patch) for what is not LoHa, through ComfyUI's own adapters: LoRA, LoKr, norms, …"""
+    """(network, name, target, patch) for tensors that are no LoHa's, by ComfyUI's own adapters: LoRA, LoKr, norms, …"""
     modules: dict[str, dict[str, Tensor]] = defaultdict(dict)
     for key, tensor in comfy.lora_convert.convert_lora(dict(adapter.extras)).items():
-        if place := split_other(key):
+        if place := split_key(key):
             modules[place[0]][place[1]] = tensor
         elif key.startswith("bundle_emb."):
             report.unmatched[key] = "an embedding packed into the file; save it to the embeddings folder to use it"
@@ -249,13 +264,13 @@ def _bind_extras(
         if target is None:
             report.unmatched[module] = why_unmatched(module, networks, absent)
             continue
-        native, problem = _native_patches(parts, target)
-        if problem:
-            report.unmatched[module] = problem
-        for place, patch in native.items():
-            if misfit := _native_misfit(patch, networks[label], place):
-                raise LoHaError(f"{adapter.source}: made for another model: {module}: {misfit}. Nothing was applied.")
-            yield label, module, place, patch
+        native, why = _native_patches(parts, target)
+        if why:
+            report.unmatched[module] = why
+        for weight, patch in native.items():
+            if mismatch := _shape_mismatch(patch, networks[label], weight):
+                raise LoHaError(f"{adapter.source}: made for another model: {module}: {mismatch}. Nothing was applied.")
+            yield label, module, weight, patch
         if native:
             report.matched[label].append(module)
 
@@ -272,15 +287,15 @@ def _native_patches(parts: Mapping[str, Tensor], target: Target) -> tuple[dict[T
     return native, None
 
 
-def _native_misfit(patch: Any, network: Network, target: Target) -> str | None:
+def _shape_mismatch(patch: Any, network: Network, target: Target) -> str | None:
     """Why one of ComfyUI's patches cannot act on its weight, or None. ComfyUI itself only logs this."""
     key = weight_key(target)
     if key not in network.shapes:
         return f"the model has no {key}"
     shape = network.shape(target)
     if isinstance(patch, tuple):
-        found = tuple(patch[1][0].shape)
-        return None if found == shape else f"a difference of shape {found} for a weight of shape {shape}"
+        patch_shape = tuple(patch[1][0].shape)
+        return None if patch_shape == shape else f"a difference of shape {patch_shape} for a weight of shape {shape}"
     elements = _native_elements(patch)
     if elements is None or elements == prod(shape):
         return None

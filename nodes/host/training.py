@@ -1,84 +1,204 @@
-"""ComfyUI's models made right for autograd: those that change their activations in place, above all.
-
-Some of ComfyUI's models write ``x += y`` into a tensor that a norm before has kept for its backward (Flux, Hunyuan,
-LTX: it saves memory when sampling). Autograd refuses the backward of that, and gradient checkpointing, which runs a
-block again on what it kept, gives wrong gradients in silence. So while a model trains, a tensor that is about to be
-changed moves to memory of its own first, and whoever kept it keeps the old one: what ``x = x + y`` would have done.
-"""
+"""A training run on ComfyUI's models, which are afterwards as they were."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager
-from functools import partial
+import json
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+import comfy.model_management
 import torch
-from torch import Tensor, nn
-from torch.autograd.graph import saved_tensors_hooks
-from torch.overrides import TorchFunctionMode
+from torch import nn
 
-from loha_core.tuner.forwards import acting_as
+from loha_core import Adapter, LoHaError, save_adapter
+from loha_core.formats import metadata
+from loha_core.training.attach import attached, blocks_of, fingerprint, recomputing
+from loha_core.training.config import TrainingConfig
+from loha_core.training.data.batches import BatchSampler
+from loha_core.training.data.dataset import Dataset
+from loha_core.training.digest import digest
+from loha_core.training.events import Callback, Event, Saved
+from loha_core.training.optimizers import OptimizerConfig
+from loha_core.training.randomness import fork_rng
+from loha_core.training.trainer import Trainer
 
-from .weights import in_training
-
-# End in an underscore and change no values.
-_HARMLESS = {"requires_grad_", "detach_", "set_", "share_memory_"}
-
-
-class _MoveFirst(TorchFunctionMode):
-    """Before a method such as ``add_`` changes a tensor that is no view, that tensor gets memory of its own."""
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name = getattr(func, "__name__", "")
-        if name.endswith("_") and not name.endswith("__") and name not in _HARMLESS and torch.is_grad_enabled():
-            tensor = args[0] if args else None
-            if isinstance(tensor, Tensor) and tensor.is_floating_point() and not tensor._is_view():
-                return self._moved(func, tensor, args, kwargs or {})
-        return func(*args, **(kwargs or {}))
-
-    @staticmethod
-    def _moved(func: Any, tensor: Tensor, args: Any, kwargs: Any) -> Any:
-        tensor.data = tensor.data.clone()
-        # The values that were kept have not changed, so neither has their version.
-        with torch.autograd._unsafe_preserve_version_counter(tensor):
-            return func(*args, **kwargs)
+from .autograd import in_place_allowed, trainable_weights
+from .diffusion import Diffusion
+from .injection import live_of
+from .layers import NetworkConfig, build, check_start
+from .patches import CLIP, MODEL
 
 
-def _pack(tensor: Tensor) -> tuple[Tensor, int]:
-    # Autograd would keep the very tensor, and it would move with it.
-    return tensor.detach(), tensor._version
+@dataclass
+class TrainingRun:
+    """One run.
+
+    Attributes:
+        model: a patcher of the diffusion model.
+        clip: text encoders, if they are trained too.
+        sampler: the batches, and with them the dataset and the objective.
+        network: which layers are trained.
+        optimizer, config: see there.
+        folder: for the state and the adapters; its name is the run's.
+        start: an adapter to go on from, instead of beginning at zero.
+        gradient_checkpointing: run the model's blocks again in the backward instead of keeping their activations.
+    """
+
+    model: Any
+    clip: Any
+    sampler: BatchSampler
+    network: NetworkConfig
+    optimizer: OptimizerConfig
+    config: TrainingConfig
+    folder: Path
+    start: Adapter | None = None
+    gradient_checkpointing: bool = False
+
+    def run(self, watch: Callable[[Trainer, Any], Callback], *, resume: bool) -> tuple[Adapter, list[float]]:
+        """Train; the adapter, and the loss of each step.
+
+        Args:
+            watch: (trainer, loaded model's patcher) -> what gets the trainer's events.
+            resume: go on from the state in ``folder``, if there is one.
+
+        Raises:
+            LoHaError: the model, the dataset, the adapter or the state do not fit together, or the loss diverges.
+        """
+        self._check()
+        patchers, clip = self._resident()
+        if clip is None:  # encode before the model needs the memory
+            for caption in self.sampler.dataset.all_captions():
+                self.sampler.dataset.encode(caption)
+        comfy.model_management.load_models_gpu(patchers, memory_required=self.memory())
+        modules = [patcher.model for patcher in patchers]
+        base = fingerprint(modules[0].diffusion_model)
+        diffusion = Diffusion(patchers[0], self.sampler, clip)
+        with _seeded(self.config.seed), trainable_weights(*modules):
+            networks = {
+                name: build(patcher, label, self.network, self.start)
+                for name, label, patcher in zip(("model", "text"), (MODEL, CLIP), patchers, strict=False)
+            }
+            trainer = Trainer(
+                networks, diffusion.batch, diffusion.loss, self.config, self.optimizer,
+                init=self.network.loha.init_weights, folder=self.folder, identity=self._identity(networks, base),
+            )  # fmt: skip
+            if resume:
+                trainer.resume()
+            trainer.callbacks = [watch(trainer, patchers[0]), self._saver(trainer)]
+            recomputed = self.gradient_checkpointing
+            blocks = inner_blocks(modules[0].diffusion_model) + _text_blocks(*modules[1:])
+            with (
+                attached(layer for layers in networks.values() for layer in layers.values()),
+                in_place_allowed(blocks, recomputed=recomputed),
+                recomputing(blocks if recomputed else ()),
+            ):
+                trainer.run()
+            return self._adapter(trainer), trainer.losses
+
+    def memory(self) -> float:
+        """Bytes that a step needs beside the weights, roughly: sampling's need, for all activations that are kept."""
+        shape = self.sampler.dataset.items[0].latent.shape
+        kept = 2 if self.gradient_checkpointing else 6
+        return float(kept * self.model.memory_required([self.sampler.order.batch_size, *shape]))
+
+    def _check(self) -> None:
+        if self.start is not None:
+            check_start(self.start, self.model.model, None if self.clip is None else self.clip.cond_stage_model)
+        if (live := live_of(self.model)) and any(update.schedule for update in live.updates):
+            raise LoHaError(
+                "the model carries a LoHa with a schedule, which has no single strength to train on top of; "
+                "take the schedule or that LoHa away from the model input"
+            )
+
+    def _resident(self) -> tuple[list[Any], Any]:
+        """Clones to train on: the patchers, and the text encoders with the second of them."""
+        if self.clip is None:
+            return [resident(self.model)], None
+        clip = self.clip.clone()
+        clip.patcher = resident(self.clip.patcher)
+        clip.cond_stage_model = clip.patcher.model
+        return [resident(self.model), clip.patcher], clip
+
+    def _identity(self, networks: dict[str, dict[str, Any]], base: str) -> dict[str, str]:
+        """Settings that a resumed run must have in common with the run before, beside the trainer's."""
+        layers = [f"{name} {layer.weight_shape}" for network in networks.values() for name, layer in network.items()]
+        return {
+            "data": self.sampler.dataset.fingerprint(),
+            "layers": digest(layers),
+            "network": repr(self.network),
+            "objective": repr(self.sampler.objective),
+            "batch size": repr(self.sampler.order.batch_size),
+            "base model": base,
+        }
+
+    def _saver(self, trainer: Trainer) -> Callback:
+        """Writes an adapter beside each state."""
+
+        def save(event: Event) -> None:
+            if isinstance(event, Saved):
+                done = event.step == self.config.steps
+                name = self.folder.name if done else f"step_{event.step:06d}"
+                save_adapter(self._adapter(trainer), self.folder / f"{name}.safetensors")
+
+        return save
+
+    def _adapter(self, trainer: Trainer) -> Adapter:
+        layers = {name: factors for network in trainer.factors().values() for name, factors in network.items()}
+        entries = {
+            **metadata.network(layers.values(), conv_dim=self.network.conv_rank),
+            **trainer.metadata(self.sampler.order.batch_size),
+            "ss_num_train_images": str(len(self.sampler.dataset)),
+            "ss_output_name": self.folder.name,
+            "ss_tag_frequency": json.dumps({"loha": _tag_counts(self.sampler.dataset)}),
+        }
+        return Adapter(layers, metadata=entries, source=self.folder.name)
 
 
-def _unpack(kept: tuple[Tensor, int]) -> Tensor:
-    tensor, version = kept
-    if tensor._version != version:
-        raise RuntimeError("a view that is needed for the backward was changed in place")
-    return tensor
+def resident(patcher: Any) -> Any:
+    """A clone whose weights stay where autograd keeps them: newer ComfyUI's dynamic VRAM gives their pages to others.
+
+    Raises:
+        LoHaError: the model's loader cannot give it without.
+    """
+    if not getattr(patcher, "is_dynamic", bool)():
+        return patcher.clone()
+    try:
+        return patcher.clone(disable_dynamic=True)
+    except RuntimeError as error:
+        raise LoHaError(
+            f"this model cannot be trained in dynamic VRAM, and its loader cannot give it otherwise ({error}); "
+            "load it by one of ComfyUI's own loaders, or start ComfyUI with --disable-dynamic-vram"
+        ) from error
+
+
+def inner_blocks(model: nn.Module) -> list[nn.Module]:
+    """A diffusion model's blocks; of a U-Net's sequences their members, which ComfyUI runs one by one."""
+    blocks = blocks_of(model)
+    parts = (part for block in blocks for part in (block if isinstance(block, nn.Sequential) else [block]))
+    return [part for part in parts if any(True for _ in part.children())]
+
+
+def _text_blocks(*encoders: nn.Module) -> list[nn.Module]:
+    """Text encoders have theirs deeper within."""
+    lists = [part for encoder in encoders for part in encoder.modules() if isinstance(part, nn.ModuleList)]
+    return [block for entries in lists for block in entries]
+
+
+def _tag_counts(dataset: Dataset) -> Counter[str]:
+    counts: Counter[str] = Counter()
+    for item in dataset.items:
+        for tag in filter(None, map(str.strip, item.caption.split(","))):
+            counts[tag] += item.repeats
+    return counts
 
 
 @contextmanager
-def allowed(blocks: Iterable[nn.Module], *, again: bool) -> Iterator[None]:
-    """While this lasts, a model's backward is right whatever its blocks change in place.
-
-    Args:
-        blocks: what of the model is given a tensor and may change it.
-        again: they run again in the backward, with what they were given.
-    """
-    with ExitStack() as stack:
-        stack.enter_context(in_training())
-        for block in blocks:
-            stack.enter_context(acting_as(block, partial(_run, again)))
-        with saved_tensors_hooks(_pack, _unpack):
-            yield
-
-
-def _run(again: bool, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    def given(value: Any) -> Any:
-        copy = isinstance(value, Tensor) and value.is_floating_point() and (again or value._is_view())
-        return value.clone() if copy else value
-
-    if not torch.is_grad_enabled():
-        return forward(*args, **kwargs)
-    with _MoveFirst():  # here, since the backward may be another thread's
-        return forward(*map(given, args), **{name: given(value) for name, value in kwargs.items()})
+def _seeded(seed: int) -> Iterator[None]:
+    """The factors' first values follow from the seed; random states outside stay as they are."""
+    with fork_rng():
+        torch.manual_seed(seed & 0xFFFFFFFFFFFFFFFF)
+        yield

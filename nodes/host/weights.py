@@ -1,19 +1,19 @@
 """A layer's weight, however it is kept: its logical shape, the values that act, and a place for a function on them.
 
-The ways that are understood: plain parameters in any floating dtype, which ComfyUI casts for each call; a weight beside
+The ways that are known: plain parameters in any floating dtype, which ComfyUI casts for each call; a weight beside
 a scale (`scaled_fp8_ops`); ComfyUI's and comfy-kitchen's quantised tensors (fp8, nvfp4, mxfp8, int8, …); GGUF; and
-bitsandbytes. What is not understood is refused with its class named.
+bitsandbytes. Any other is refused with its class named.
 """
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-import comfy.model_management
 import comfy.ops
 import comfy.utils
 import torch
@@ -46,9 +46,9 @@ def is_linear(module: nn.Module) -> bool:
 
 
 def is_convolution(module: nn.Module) -> bool:
-    """One that walks as its attributes say: torch's or ComfyUI's own forward, which subclasses may pad before."""
-    walks = type(module).forward.__module__ in ("torch.nn.modules.conv", comfy.ops.__name__)
-    return isinstance(module, CONVOLUTIONS) and walks
+    """A convolution that does what its attributes say: its forward is torch's or ComfyUI's, not another class's."""
+    known = type(module).forward.__module__ in ("torch.nn.modules.conv", comfy.ops.__name__)
+    return isinstance(module, CONVOLUTIONS) and known
 
 
 def layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -71,12 +71,12 @@ def shape(module: nn.Module, parameter: str = "weight") -> tuple[int, ...]:
 
 def shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
     """Key -> logical shape of all parameters and buffers; shared ones under each of their names."""
-    found = {}
+    result = {}
     for path, module in model.named_modules(remove_duplicate=False):
         for name, tensor in (*module._parameters.items(), *module._buffers.items()):
             if tensor is not None:
-                found[f"{path}.{name}" if path else name] = shape(module, name)
-    return found
+                result[f"{path}.{name}" if path else name] = shape(module, name)
+    return result
 
 
 def place(model: nn.Module, key: str) -> tuple[nn.Module, str]:
@@ -100,7 +100,7 @@ def is_castable(module: nn.Module, parameter: str = "weight") -> bool:
 
 
 def acts_as_stored(module: nn.Module) -> bool:
-    """Whether the stored weight is what acts: no scale beside it, nothing packed, no dtype without arithmetic."""
+    """Whether the stored weight is what acts: not packed, no scale beside it, in a dtype that has arithmetic."""
     weight: Any = module.weight
     castable = is_castable(module) or type(module).__module__.startswith("torch.nn.")
     return castable and _is_plain(weight) and weight.dtype in (torch.float32, torch.float16, torch.bfloat16)
@@ -116,9 +116,9 @@ def why_not_dense(module: nn.Module, parameter: str = "weight") -> str | None:
     tensor = getattr(module, parameter, None)
     if _reader(module, tensor) is not None:
         return None
-    kept = "no tensor" if tensor is None else f"a {type(tensor).__name__} of {tensor.dtype}, {tuple(tensor.shape)}"
+    stored = "no tensor" if tensor is None else f"a {type(tensor).__name__} of {tensor.dtype}, {tuple(tensor.shape)}"
     kind = f"{type(module).__module__}.{type(module).__name__}"
-    return f"a {kind} keeps its {parameter} as {kept}, in a way not known here"
+    return f"a {kind} keeps its {parameter} as {stored}, in a way not known here"
 
 
 def dense(
@@ -153,9 +153,9 @@ def dense(
     convert = getattr(module, f"convert_{parameter}", None)
     if convert is not None and not _is_quantised(tensor):
         weight = convert(weight, inplace=True)
-    found, expected = tuple(weight.shape), shape(module, parameter)
-    if found != expected:
-        raise LoHaError(f"a {type(module).__name__}'s {parameter} is {found}; expected {expected}")
+    expected = shape(module, parameter)
+    if weight.shape != expected:
+        raise LoHaError(f"a {type(module).__name__}'s {parameter} is {tuple(weight.shape)}; expected {expected}")
     return weight
 
 
@@ -169,7 +169,7 @@ Reader = Callable[[Tensor, torch.device, bool], Tensor]
 
 
 def _reader(module: nn.Module, tensor: Tensor | None) -> Reader | None:
-    """How to read a stored tensor: (tensor, device, patched) -> values in memory of their own."""
+    """How to read a stored tensor: (tensor, device, patched) -> a copy of its values."""
     if tensor is None or tensor.device.type == "meta":
         return None
     if _is_quantised(tensor):
@@ -213,7 +213,13 @@ def _from_gguf(module: Any, stored: Any, device: torch.device, patched: bool) ->
 
 def _from_bitsandbytes(stored: Any, device: torch.device, _: bool) -> Tensor:
     functional = sys.modules["bitsandbytes"].functional
-    values: Tensor = functional.dequantize_4bit(stored.data, stored.quant_state)
+    data, state = stored.data, stored.quant_state
+    if getattr(state, "packing_format_for_cpu", False):  # CPUs with bfloat16 products: packed anew at the first forward
+        state, scales = copy.copy(state), state.absmax.T.float().flatten()
+        state.original_nested = False
+        data, state = functional._convert_weight_packed_for_cpu_inverse(data, state)
+        state.absmax = scales
+    values: Tensor = functional.dequantize_4bit(data, state)
     return values.to(device, torch.float32)
 
 
@@ -232,36 +238,25 @@ def why_not_merged(module: nn.Module, parameter: str) -> str | None:
 
 
 def add_function(module: nn.Module, parameter: str, function: Function) -> Callable[[], None]:
-    """Let ``function`` act on what a castable layer multiplies by, whoever casts it; returns what takes it off.
+    """Let ``function`` act on what a castable layer multiplies by, whoever casts it; returns what removes it.
 
     What a function is given may be ComfyUI's resident weight itself (dynamic VRAM): it must not write to it.
     """
     name = f"{parameter}_function"
     setattr(module, name, [*getattr(module, name), function])
 
-    def take_off() -> None:
+    def remove() -> None:
         setattr(module, name, [other for other in getattr(module, name) if other is not function])
 
-    return take_off
+    return remove
 
 
 @contextmanager
 def adapted(module: nn.Module, functions: Mapping[str, Function]) -> Iterator[None]:
     """While this lasts, parameter -> function act on what a castable layer multiplies by."""
-    taking_off = [add_function(module, parameter, function) for parameter, function in functions.items()]
+    removals = [add_function(module, parameter, function) for parameter, function in functions.items()]
     try:
         yield
     finally:
-        for take_off in taking_off:
-            take_off()
-
-
-@contextmanager
-def in_training() -> Iterator[None]:
-    """While this is set, newer ComfyUI (0.33) calls layers rather than kernels that have no backward."""
-    before = getattr(comfy.model_management, "in_training", False)
-    comfy.model_management.in_training = True
-    try:
-        yield
-    finally:
-        comfy.model_management.in_training = before
+        for remove in removals:
+            remove()

@@ -40,57 +40,59 @@ class Canvas:
         return torch.from_numpy(np.asarray(self.picture, dtype=np.float32) / 255.0)[None]
 
 
-def ramp(share: float) -> Color:
-    """The colour for a share of the most, in 0…1."""
-    place = min(max(share, 0.0), 1.0) * (len(RAMP) - 1)
+def ramp(fraction: float) -> Color:
+    """The colour for a fraction of the maximum, in 0…1."""
+    place = min(max(fraction, 0.0), 1.0) * (len(RAMP) - 1)
     low = min(int(place), len(RAMP) - 2)
     mixed = RAMP[low] + (place - low) * (RAMP[low + 1] - RAMP[low])
     return int(mixed[0]), int(mixed[1]), int(mixed[2])
 
 
 class Scale:
-    """Values to heights in a panel; 0 and ``sight`` are always in sight."""
+    """Values to heights in a panel, which always shows 0 and ``reference``."""
 
-    def __init__(self, values: Sequence[float], top: int, bottom: int, sight: float = 1.0) -> None:
-        self.low, self.high = min(0.0, *values), max(sight, *values)
+    def __init__(self, values: Sequence[float], top: int, bottom: int, reference: float = 1.0) -> None:
+        self.low, self.high = min(0.0, *values), max(reference, *values)
         self.top, self.bottom = top, bottom
 
     def __call__(self, value: float) -> int:
         return round(self.bottom - (value - self.low) / (self.high - self.low) * (self.bottom - self.top))
 
 
-BAR, ROW, MOST_BARS, LEAST_WIDTH, TOP = 30, 170, 30, 460, 56
+BAR, ROW, MAX_BARS, MIN_WIDTH, TOP = 30, 170, 30, 460, 56
 
 
 def bars(
-    title: str, subtitle: str, values: Mapping[str, float], notes: Sequence[str] = (), *, sight: float = 1.0
+    title: str, subtitle: str, values: Mapping[str, float], notes: Sequence[str] = (), *, reference: float = 1.0
 ) -> torch.Tensor:
-    """A bar for each value; ``sight`` is a value that is always in sight, and has the same colour in every chart.
+    """A bar for each value; ``reference`` is a value that is always shown, and has the same colour in every chart.
 
     Labels such as IN04 are grouped by what stands before their number.
     """
-    rows = max(1, ceil(len(values) / MOST_BARS))
+    rows = max(1, ceil(len(values) / MAX_BARS))
     per_row = ceil(len(values) / rows)
     letters = max((len(label) for label in values if not _group(label)[1]), default=0)
-    bar = max(BAR, min(3 * BAR, (LEAST_WIDTH - 2 * EDGE) // per_row), 8 * letters)
-    width = max(2 * EDGE + bar * per_row, LEAST_WIDTH)
+    bar = max(BAR, min(3 * BAR, (MIN_WIDTH - 2 * EDGE) // per_row), 8 * letters)
+    width = max(2 * EDGE + bar * per_row, MIN_WIDTH)
     canvas = Canvas(width, TOP + ROW * rows + 18 * len(notes) + 12, title, subtitle)
     items = list(values.items())
     for row in range(rows):
         top = TOP + ROW * row
-        scale = Scale(list(values.values()), top + 16, top + ROW - 58, sight)
-        _bar_row(canvas, items[row * per_row : (row + 1) * per_row], top, bar, scale, sight)
+        scale = Scale(list(values.values()), top + 16, top + ROW - 58, reference)
+        _bar_row(canvas, items[row * per_row : (row + 1) * per_row], top, bar, scale, reference)
     for line, note in enumerate(notes):
         canvas.text((12, TOP + ROW * rows + 18 * line), note, FAINT)
     return canvas.image()
 
 
-def _bar_row(canvas: Canvas, items: list[tuple[str, float]], top: int, bar: int, scale: Scale, sight: float) -> None:
+def _bar_row(
+    canvas: Canvas, items: list[tuple[str, float]], top: int, bar: int, scale: Scale, reference: float
+) -> None:
     end = EDGE + bar * len(items) - 4
     canvas.draw.rectangle((EDGE, top, end, scale.bottom + 14), PANEL)
     for column, (label, value) in enumerate(items):
         x, y = EDGE + bar * column, scale(value)
-        color = ramp(0.75 * value / sight) if value >= 0 else NEGATIVE
+        color = ramp(0.75 * value / reference) if value >= 0 else NEGATIVE
         canvas.draw.rectangle((x + 2, min(y, scale(0)), x + bar - 6, max(y, scale(0))), color)
         beyond = y - 7 if value >= 0 else y + 7
         canvas.text((x + bar // 2 - 2, beyond), f"{value:.3g}", size=10, anchor="mm")
@@ -107,8 +109,8 @@ def _bar_row(canvas: Canvas, items: list[tuple[str, float]], top: int, bar: int,
 
 def _group(label: str) -> tuple[str, str]:
     """'IN04' -> ('IN', '04'); other labels stand alone."""
-    found = re.fullmatch(r"([^-\d]+)(\d+)", label)
-    return (found[1], found[2]) if found else (label, "")
+    match = re.fullmatch(r"([^-\d]+)(\d+)", label)
+    return (match[1], match[2]) if match else (label, "")
 
 
 PLOT_WIDTH, PLOT_HEIGHT = 520, 300
@@ -165,12 +167,12 @@ def losses(title: str, subtitle: str, values: Sequence[float]) -> torch.Tensor:
         y = bottom - (np.clip(series[places], low, high) - low) / (high - low) * (bottom - TOP)
         return list(zip(x.tolist(), y.tolist(), strict=True))
 
-    for share in (0.0, 0.5, 1.0):
-        y = bottom - share * (bottom - TOP)
+    for fraction in (0.0, 0.5, 1.0):
+        y = bottom - fraction * (bottom - TOP)
         canvas.draw.line((left, y, right, y), GRID)
-        canvas.text((left - 8, y), f"{low + share * (high - low):.3g}", FAINT, size=11, anchor="rm")
-        x = left + share * (right - left)
-        canvas.text((x, bottom + 14), f"{max(1, round(share * len(raw)))}", FAINT, size=11, anchor="mm")
+        canvas.text((left - 8, y), f"{low + fraction * (high - low):.3g}", FAINT, size=11, anchor="rm")
+        x = left + fraction * (right - left)
+        canvas.text((x, bottom + 14), f"{max(1, round(fraction * len(raw)))}", FAINT, size=11, anchor="mm")
     if len(raw) > 1:
         canvas.draw.line(points(raw), GRID, width=1)
         canvas.draw.line(points(smooth), ramp(0.75), width=3, joint="curve")

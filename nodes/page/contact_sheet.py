@@ -13,8 +13,8 @@ from torch import Tensor
 
 from .charts import FAINT, INK, NEGATIVE, PANEL, Canvas, ramp
 
-# How many pictures to show before counting the rest.
-MOST = 40
+# Pictures on the sheet; the others are counted.
+MAX_SHOWN = 40
 COLUMNS, THUMB, GAP, TOP, LINE, CAPTION_LINES = 8, 150, 14, 60, 15, 3
 CELL = THUMB + 10 + LINE * (1 + CAPTION_LINES) + GAP
 

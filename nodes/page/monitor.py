@@ -10,14 +10,14 @@ from typing import Any
 
 from comfy_execution.utils import get_executing_context
 
-from loha_core.training.trainer import Stepped, Trainer
+from loha_core.training.events import Stepped
+from loha_core.training.trainer import Trainer
 
 EVENT = "loha.training"
-LEAST_SECONDS = 0.25  # between two events
-KEPT = 8  # runs
+MIN_EVENT_INTERVAL = 0.25  # seconds
+MAX_RUNS = 8  # that are kept
 
-
-# To the pages: a running server puts its own here.
+# Sends an event to the pages; a running server sets it.
 tell: Callable[[str, dict[str, Any]], object] = lambda event, data: None  # noqa: E731
 
 # By the workflow and the node that trains, the latest last.
@@ -38,7 +38,7 @@ class Run:
     state: str = "running"
     id: str = field(default_factory=lambda: uuid.uuid4().hex)
     began: float = field(default_factory=time.time)
-    first: int = 0  # steps that were there when it began
+    first: int = 0  # steps done when it began
     previous: list[float] = field(default_factory=list)  # losses of the node's run before
     sent: float = 0.0
 
@@ -47,7 +47,7 @@ class Run:
         self.rates.append(event.lr)
         if event.step == self.steps:
             self.state = "done"
-        if time.time() - self.sent >= LEAST_SECONDS or self.state == "done":
+        if time.time() - self.sent >= MIN_EVENT_INTERVAL or self.state == "done":
             self._send()
 
     def previewed(self, step: int) -> None:
@@ -62,8 +62,8 @@ class Run:
         done = len(self.losses) - self.first
         return (time.time() - self.began) / done * (self.steps - len(self.losses)) if done else None
 
-    def brief(self) -> dict[str, Any]:
-        """What an event says; the losses come with `whole` alone."""
+    def summary(self) -> dict[str, Any]:
+        """The data of an event; `full` has the losses, too."""
         return {
             "id": self.id,
             "name": self.name,
@@ -78,16 +78,16 @@ class Run:
             "state": self.state,
         }
 
-    def whole(self) -> dict[str, Any]:
-        return self.brief() | {"losses": self.losses, "previous": self.previous}
+    def full(self) -> dict[str, Any]:
+        return self.summary() | {"losses": self.losses, "previous": self.previous}
 
     def since(self, number: int) -> dict[str, Any]:
-        """For a page that has this many losses already, and what lies behind them."""
-        return self.brief() | {"losses": self.losses[number:]}
+        """For a page that has this many losses already: the later ones."""
+        return self.summary() | {"losses": self.losses[number:]}
 
     def _send(self) -> None:
         self.sent = time.time()
-        tell(EVENT, self.brief())
+        tell(EVENT, self.summary())
 
 
 def begin(name: str, workflow: str, trainer: Trainer) -> Run:
@@ -96,15 +96,15 @@ def begin(name: str, workflow: str, trainer: Trainer) -> Run:
     node = "" if context is None else str(context.node_id)
     run = Run(name, workflow, node, trainer.config.steps, list(trainer.losses), first=trainer.step)
     if before := runs.pop((workflow, node), None):
-        # What a resumed run goes on from is in its own losses.
+        # A resumed run has the losses of the run that it goes on from.
         run.previous = before.previous if run.first and before.name == name else before.losses
     runs[workflow, node] = run
-    while len(runs) > KEPT:
+    while len(runs) > MAX_RUNS:
         runs.pop(next(iter(runs)))
     return run
 
 
-def found(workflow: str, node: str) -> list[Run]:
+def runs_of(workflow: str, node: str) -> list[Run]:
     """The runs of a node, the latest last.
 
     Args:

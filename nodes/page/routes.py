@@ -9,18 +9,16 @@ from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from aiohttp import web
-from safetensors import SafetensorError, safe_open
 
-from loha_core import Adapter, LoHaError
-from loha_core.formats import from_tensors, peft
+from loha_core import LoHaError, load_adapter
+from loha_core.formats import peft
 from loha_core.formats.container import SUFFIXES
 from loha_core.formats.describe import base_model, trigger_words
 
-from ..graph.strength import bars
 from ..host import files
 from . import monitor
+from .blocks import bars
 
 PICTURES = {".png": "image/png", ".jpg": "image/jpeg", ".jpeg": "image/jpeg", ".webp": "image/webp"}
 # A line of text in the page, not a book: what a file says of itself is cut.
@@ -67,8 +65,8 @@ async def _training(request: web.Request) -> web.StreamResponse:
     since = request.query.get("since", "0")
     if not (since.isascii() and since.isdecimal() and len(since) < 10):
         raise LoHaError(f"since is {since[:LONGEST]!r}; expected how many losses the page has")
-    runs = monitor.found(asked["workflow"], asked["node"])
-    return web.json_response({"runs": [r.since(int(since)) if r.id == asked["run"] else r.whole() for r in runs]})
+    runs = monitor.runs_of(asked["workflow"], asked["node"])
+    return web.json_response({"runs": [r.since(int(since)) if r.id == asked["run"] else r.full() for r in runs]})
 
 
 async def _info(request: web.Request) -> web.StreamResponse:
@@ -118,7 +116,7 @@ def info(name: str) -> dict[str, Any]:
     path = files.resolve(name)
     try:
         return _info_of(name, path, files.fingerprint(name)) | {"picture": picture_of(name) is not None}
-    except (SafetensorError, OSError, UnicodeError, RuntimeError, TypeError, ValueError) as error:
+    except (LoHaError, OSError) as error:
         # The page is told names, not where ComfyUI lies.
         reason = str(error).partition("\n")[0].replace(str(path), name)
         raise LoHaError(reason if isinstance(error, LoHaError) else f"{name}: not readable ({reason})") from error
@@ -126,9 +124,11 @@ def info(name: str) -> dict[str, Any]:
 
 @lru_cache(maxsize=64)
 def _info_of(name: str, path: Path, fingerprint: str) -> dict[str, Any]:
-    adapter, dtypes, size = _read(path)
-    if not adapter.layers and not adapter.extras:
-        raise LoHaError(f"{name}: holds no tensors")
+    adapter = load_adapter(path, values=False)
+    factors = (tensor for layer in adapter.layers.values() for tensor in layer.tensors().values())
+    dtypes = Counter(str(t.dtype).removeprefix("torch.") for t in (*factors, *adapter.extras.values()) if t.numel() > 1)
+    weights = [folder / peft.WEIGHTS_NAME for _, folder in peft.folders(path)] or [path]
+    size = sum(file.stat().st_size for file in weights)
     shown = {
         "dialect": adapter.dialect,
         "base model": base_model(adapter),
@@ -146,38 +146,3 @@ def _info_of(name: str, path: Path, fingerprint: str) -> dict[str, Any]:
 
 def _counts(counter: Counter[Any]) -> str:
     return ", ".join(str(value) for value, _ in counter.most_common(4)) + ("…" if len(counter) > 4 else "")
-
-
-def _read(path: Path) -> tuple[Adapter, Counter[str], int]:
-    """An adapter whose factors have shapes but no values, the dtypes of its tensors, and its size in bytes."""
-    folders = peft.folders(path)
-    dtypes: Counter[str] = Counter()
-    if not folders:
-        return from_tensors(*_header(path, dtypes), path), dtypes, path.stat().st_size
-    whole, size = Adapter({}, dialect="peft"), 0
-    for prefix, folder in folders:
-        weights = folder / peft.WEIGHTS
-        part = peft.from_tensors(*_header(weights, dtypes), weights, prefix)
-        whole.layers |= part.layers
-        whole.extras |= part.extras
-        whole.metadata |= part.metadata
-        whole.notes += part.notes
-        size += weights.stat().st_size
-    return whole, dtypes, size
-
-
-def _header(path: Path, dtypes: Counter[str]) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-    """Shapes on the meta device, single numbers (alphas) as they are, and the metadata."""
-    if path.suffix.lower() not in SUFFIXES or not path.is_file():
-        raise LoHaError(f"{path}: only {' and '.join(SUFFIXES)} files are read")
-    tensors = {}
-    with safe_open(path, framework="pt", device="cpu") as file:
-        for key in file.keys():
-            entry = file.get_slice(key)
-            shape = entry.get_shape()
-            if shape in ([], [1]):
-                tensors[key] = file.get_tensor(key)
-            else:
-                tensors[key] = torch.empty(shape, device="meta")
-                dtypes[entry.get_dtype()] += 1
-        return tensors, dict(file.metadata() or {})

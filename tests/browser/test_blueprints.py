@@ -9,9 +9,9 @@ import pytest
 from playwright.sync_api import Page, expect
 from safetensors import safe_open
 
-from ..comfy.test_sampling import REPOSITORY, ready  # noqa: F401  (the demo's checkpoint, and random LoHas)
+from demo.comfyui import REPOSITORY
+
 from .conftest import OWN_WIDGETS_ON_SUBGRAPHS
-from .test_nodes import shoot
 
 FOLDER = REPOSITORY / "subgraphs"
 # What each gets in place of its defaults, to be quick, and the output that is looked at.
@@ -19,7 +19,7 @@ RUNS: dict[str, tuple[dict[str, Any], str]] = {
     "Compare two LoHas": ({"prompt": "a handwritten seven", "strength_2": 0.5, "steps": 2, "seed": 7}, "image"),
     "Merge two LoHas": ({"weight_2": -0.5, "rank": 4, "filename": "blueprint_merged"}, "image"),
     "Train LoHa on a folder": (
-        {"name": "blueprint", "resolution": 64, "rank": 2, "steps": 2, "batch_size": 2, "precision": "fp32"},
+        {"name": "blueprint", "resolution": 64, "rank": 2, "steps": 2, "batch_size": 2, "mixed_precision": "fp32"},
         "loss_curve",
     ),
 }
@@ -46,14 +46,14 @@ CONNECT = """([values, output]) => {
 }"""
 
 
-def test_the_server_lists_them(ready):  # noqa: F811
+def test_the_server_lists_them(ready):
     found = ready.get("/global_subgraphs").values()
     ours = {entry["name"] for entry in found if entry["info"]["node_pack"] == "custom_nodes.ComfyUI-LoHa"}
     assert ours == {path.stem for path in FOLDER.glob("*.json")} == RUNS.keys()
 
 
 @pytest.mark.parametrize("name", RUNS)
-def test_added_from_the_library_it_runs(page: Page, ready, name: str, request):  # noqa: F811
+def test_added_from_the_library_it_runs(page: Page, ready, name: str, shoot):
     page.keyboard.press("n")  # the node library
     page.locator(".sidebar-content-container input").first.fill(name)
     page.locator(".sidebar-content-container").get_by_role("treeitem").filter(has_text=name).last.click()
@@ -73,7 +73,7 @@ def test_added_from_the_library_it_runs(page: Page, ready, name: str, request): 
         else:
             kinds = "app.graph._nodes[0].widgets.filter(w => w.type === 'number').map(w => w.label ?? w.name)"
             assert set(strengths) < set(page.evaluate(kinds))
-    shoot(page, f"blueprint-{name.split()[0].lower()}", request)
+    shoot(f"blueprint-{name.split()[0].lower()}")
 
     prompt = page.evaluate(CONNECT, [values, output])
     entry = ready.queue(prompt)

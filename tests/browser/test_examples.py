@@ -10,7 +10,7 @@ from playwright.sync_api import Page
 
 from demo.comfyui import REPOSITORY
 
-from .test_nodes import shoot
+from .conftest import settle
 
 # [title, left, top, right, bottom] of each node, in the graph's pixels. LiteGraph paints them, Nodes 2.0 has elements.
 PLACES = """() => app.graph._nodes.map(node => {
@@ -34,14 +34,13 @@ DRAWN = f"({PLACES})().every(([, left, , right]) => right > left)"
 
 
 @pytest.mark.parametrize("path", sorted((REPOSITORY / "example_workflows").glob("*.json")), ids=lambda path: path.stem)
-def test_nodes_do_not_overlap(page: Page, path: Path, request: pytest.FixtureRequest):
+def test_nodes_do_not_overlap(page: Page, path: Path, shoot):
     page.evaluate("workflow => app.loadGraphData(workflow)", json.loads(path.read_text("utf-8")))
-    page.wait_for_timeout(500)
     page.evaluate(FIT)
     page.wait_for_function(DRAWN)
-    page.wait_for_timeout(1000)  # the nodes take the sizes that their widgets ask for
+    settle(page, PLACES)  # the nodes take the sizes that their widgets ask for
     assert page.evaluate(DRAWN)
-    shoot(page, f"example-{path.stem}", request)
+    shoot(f"example-{path.stem}")
     places = page.evaluate(PLACES)
     for index, (one, *a) in enumerate(places):
         for other, *b in places[:index]:

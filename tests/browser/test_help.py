@@ -27,7 +27,7 @@ SHOWN = """() => [...document.querySelectorAll('.node-help-content img')].map(
 def test_each_node_has_a_page():
     kinds = {
         kind
-        for source in (REPOSITORY / "nodes").glob("*.py")
+        for source in (REPOSITORY / "nodes").rglob("*.py")
         for kind in re.findall(r'node_id="(\w+)"', source.read_text("utf-8"))
     }
     assert {path.stem for path in PAGES} == kinds
@@ -49,7 +49,7 @@ def test_workflows_have_a_thumbnail(workflow: Path):
     assert workflow.with_suffix(".jpg").stat().st_size < 64 * 1024
 
 
-@pytest.mark.parametrize("page", [False], indirect=True, ids=["LiteGraph"])
+@pytest.mark.parametrize("nodes_2", [False], indirect=True, ids=["LiteGraph"], scope="session")
 def test_help_shows_its_picture(page: Page):
     content = page.locator(".node-help-content")
     for path in PAGES:

@@ -7,8 +7,10 @@ from collections.abc import Iterator
 import pytest
 from playwright.sync_api import Page, expect
 
+from demo.comfyui import Server
+
 from ..comfy.test_locales import WORDS, read
-from .test_nodes import shoot
+from .conftest import READY, empty, enter
 
 SET = "([name, value]) => app.extensionManager.setting.set(name, value)"
 TEXTS = """() => {
@@ -39,18 +41,23 @@ NODES = """types => {
 }"""
 
 
+@pytest.fixture(scope="module")
+def translated(opened: Page, server: Server, nodes_2: bool) -> Iterator[None]:
+    opened.evaluate(TEXTS)
+    opened.evaluate(SET, ["Comfy.Locale", "zh"])
+    opened.wait_for_function("texts.locale.value === 'zh'")
+    opened.evaluate(MERGE)
+    yield
+    opened.evaluate(SET, ["Comfy.Locale", "en"])
+    enter(opened, server, nodes_2)
+
+
 @pytest.fixture
-def chinese(page: Page) -> Iterator[Page]:
-    page.evaluate(TEXTS)
-    page.evaluate(SET, ["Comfy.Locale", "zh"])
-    page.wait_for_function("texts.locale.value === 'zh'")
-    page.evaluate(MERGE)
-    page.evaluate("app.graph.clear()")
-    yield page
-    page.evaluate(SET, ["Comfy.Locale", "en"])
+def chinese(translated: None, page: Page) -> Page:
+    return page
 
 
-def test_the_page_is_chinese(chinese: Page, request):
+def test_the_page_is_chinese(chinese: Page, shoot):
     found = {path: text for path, text in read("zh").items() if not path.startswith(WORDS)}
     texts = {path.removeprefix("main."): text for path, text in found.items()}
     assert chinese.evaluate("paths => paths.map(path => texts.t(path))", list(texts)) == list(texts.values())
@@ -64,15 +71,14 @@ def test_the_page_is_chinese(chinese: Page, request):
         assert node["inputs"].items() >= {(n, label) for n, label in node["widgets"].items() if n in names}
         for index, label in enumerate(node["outputs"]):
             assert label == texts.get(f"{path}.outputs.{index}.name", label)
-    shoot(chinese, "chinese", request)
+    shoot("chinese")
 
 
-def test_our_widgets_are_chinese(chinese: Page, request):
+def test_our_widgets_are_chinese(chinese: Page, nodes_2: bool):
     """They read the words as the page begins."""
     chinese.reload()
-    chinese.wait_for_function("!!(window.app?.graph && LiteGraph.registered_node_types?.LoHaTrainer)", timeout=120_000)
-    chinese.evaluate("app.graph.clear()")
-    chinese.keyboard.press("Escape")
+    chinese.wait_for_function(READY, timeout=120_000)
+    empty(chinese, nodes_2)
     chinese.evaluate(NODES, ["LoHaLoader", "LoHaStack", "LoHaTrainer"])
     words = read("zh")
     for word in ("model strength", "+ Add", "Add adapters to apply them together.", "Log", "Cancel"):

@@ -10,8 +10,7 @@ import pytest
 from PIL import Image
 from playwright.sync_api import Page, expect
 
-from ..comfy.test_sampling import REPOSITORY, ready  # noqa: F401  (the demo's checkpoint, and random LoHas)
-from .test_nodes import shoot
+from demo.comfyui import REPOSITORY
 
 WORKFLOW = json.loads((REPOSITORY / "example_workflows" / "loha_merge.json").read_text())
 # Where a LiteGraph slider lies on the page; in Nodes 2.0 it is an element.
@@ -85,7 +84,7 @@ def look_at_bars(page: Page, layers: list) -> None:
     sort.click()
 
 
-def test_merge_shows_what_is_lost(page: Page, ready, request):  # noqa: F811
+def test_merge_shows_what_is_lost(page: Page, ready, shoot):
     page.evaluate("workflow => app.loadGraphData(workflow)", WORKFLOW)
     # Ranks of 16 and 16 in 8: some of it is lost.
     for node, name, value in (("KSampler", "steps", 4), ("LoHaMerge", "rank", 8)):
@@ -100,19 +99,19 @@ def test_merge_shows_what_is_lost(page: Page, ready, request):  # noqa: F811
     picture = page.wait_for_function(PICTURE, timeout=120_000).json_value()
     saved = page.locator("pre.loha-info").filter(has_text="loha_demo_merged.safetensors")
     expect(saved).to_have_count(1, timeout=120_000)
-    shoot(page, "merge", request)
+    shoot("merge")
 
     page.wait_for_function("app.ui.lastQueueSize === 0", timeout=120_000)
     *_, entry = ready.get("/history").values()
     [layers] = [output["layers"] for output in entry["outputs"].values() if "layers" in output]
     look_at_bars(page, layers)
-    shoot(page, "merge-bars", request)
+    shoot("merge-bars")
     slide(page, 0.1)
-    assert page.evaluate(WEIGHT) > 2, shoot(page, "merge-slid", request)
+    assert page.evaluate(WEIGHT) > 2, shoot("merge-slid")
     page.evaluate("app.queuePrompt(0)")
     expect(text).not_to_have_text(first, timeout=120_000)
     page.wait_for_function(PICTURE, arg=picture, timeout=120_000)
-    shoot(page, "merge-slid", request)
+    shoot("merge-slid")
 
     page.wait_for_function("app.ui.lastQueueSize === 0", timeout=120_000)
     *_, entry = ready.get("/history").values()

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import re
 import time
 import uuid
+from collections.abc import Iterator
 
 from playwright.sync_api import Page, Route, expect
 
 from demo import comfyui, train_loha
 
-from ..comfy.test_sampling import ready  # noqa: F401  (the demo's checkpoint and pictures)
-from .conftest import STEP
-from .test_nodes import shoot
+from .conftest import HEAR, STEP
 from .test_widgets import add
 
 LOOK = """() => {
@@ -32,6 +32,15 @@ DEAFEN = """() => new Promise(done => {
 })"""
 
 
+@contextlib.contextmanager
+def deaf(page: Page) -> Iterator[None]:
+    page.evaluate(DEAFEN)
+    try:
+        yield
+    finally:
+        page.evaluate(HEAR)
+
+
 SET = """([type, name, value]) => {
   app.graph._nodes.find(n => n.type === type).widgets.find(w => w.name === name).value = value;
 }"""
@@ -46,8 +55,8 @@ def run_of(server: comfyui.Server, name: str) -> dict:
     return next((run for run in server.get("/loha/training")["runs"] if run["name"] == name), {"step": 0})
 
 
-def test_curve_reload_and_cancel(page: Page, ready, request):  # noqa: F811
-    name = "monitored" + request.node.callspec.id.replace(" ", "").replace(".", "")
+def test_curve_reload_and_cancel(page: Page, ready, nodes_2: bool, shoot):
+    name = f"monitored{nodes_2:d}"
     workflow = json.loads(train_loha.WORKFLOW.read_text())
     values = values_of(workflow, "LoHaTrainer")
     values[0], values[1], values[3] = name, 400, 8
@@ -59,7 +68,7 @@ def test_curve_reload_and_cancel(page: Page, ready, request):  # noqa: F811
     expect(page.locator(".loha-monitor")).to_contain_text("left", timeout=120_000)
     page.wait_for_function(f"({SHOWN})() > 5", timeout=120_000)
     page.get_by_role("button", name="Log", exact=True).click()
-    shoot(page, "monitor", request)
+    shoot("monitor")
 
     # The front end 1.58.1 keeps a workflow over a reload once something in it has been changed.
     page.evaluate("() => { app.graph._nodes[0].pos[0] += 10 }")
@@ -70,34 +79,34 @@ def test_curve_reload_and_cancel(page: Page, ready, request):  # noqa: F811
     there = run_of(ready, name)["step"]
     page.wait_for_function(f"({SHOWN})() >= {there}", timeout=120_000)
     page.evaluate(LOOK)
-    shoot(page, "monitor-reloaded", request)
+    shoot("monitor-reloaded")
 
     # With a page's old connection ComfyUI may drop its new one, too; then the page hears nothing more. Here it does.
-    page.evaluate(DEAFEN)
-    cancel = page.locator(".loha-monitor").get_by_role("button", name="Cancel")
-    cancel.focus()
-    before = run_of(ready, name)
-    assert before["state"] == "running"
-    with page.expect_response("**/interrupt"):
-        page.keyboard.press("Enter")
-    asked = run_of(ready, name)["step"]
-    deadline = time.monotonic() + 30
-    while (run := run_of(ready, name))["state"] == "running":
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
-    assert run["state"] == "cancelled"
-    assert before["step"] <= run["step"] <= asked + 1
-    while not (history := ready.get("/history")) or name not in json.dumps(history):
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
-    [entry] = [one for one in history.values() if name in json.dumps(one["prompt"])]
-    assert "execution_interrupted" in [event for event, _ in entry["status"]["messages"]]
-    expect(page.locator(".loha-monitor")).to_contain_text("cancelled")
+    with deaf(page):
+        cancel = page.locator(".loha-monitor").get_by_role("button", name="Cancel")
+        cancel.focus()
+        before = run_of(ready, name)
+        assert before["state"] == "running"
+        with page.expect_response("**/interrupt"):
+            page.keyboard.press("Enter")
+        asked = run_of(ready, name)["step"]
+        deadline = time.monotonic() + 30
+        while (run := run_of(ready, name))["state"] == "running":
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        assert run["state"] == "cancelled"
+        assert before["step"] <= run["step"] <= asked + 1
+        while not (history := ready.get("/history")) or name not in json.dumps(history):
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        [entry] = [one for one in history.values() if name in json.dumps(one["prompt"])]
+        assert "execution_interrupted" in [event for event, _ in entry["status"]["messages"]]
+        expect(page.locator(".loha-monitor")).to_contain_text("cancelled")
     assert list(ready.path("output", "loha", name, "").glob("*state*"))
 
 
-def test_previews_the_run_before_a_fixed_axis_and_another_tab(page: Page, ready, request):  # noqa: F811
-    name = "before" + request.node.callspec.id.replace(" ", "").replace(".", "")
+def test_previews_the_run_before_a_fixed_axis_and_another_tab(page: Page, ready, nodes_2: bool, shoot):
+    name = f"before{nodes_2:d}"
     workflow = json.loads(train_loha.WORKFLOW.read_text()) | {"id": str(uuid.uuid4())}
     trainer = values_of(workflow, "LoHaTrainer")
     trainer[:2], trainer[3], trainer[9:14] = [name, 12], 8, [False, 6, "a handwritten seven", 2, 2.0]
@@ -125,7 +134,7 @@ def test_previews_the_run_before_a_fixed_axis_and_another_tab(page: Page, ready,
     page.evaluate(SET, ["LoHaOptimizer", "learning_rate", 0.5])
     page.evaluate("app.queuePrompt(0)")
     expect(curve).to_have_attribute("aria-label", f"Loss of 12 steps, 12 of the run before; {held}", timeout=120_000)
-    shoot(page, "monitor-fixed", request)
+    shoot("monitor-fixed")
     fix.click()
     expect(curve).not_to_have_attribute("aria-label", re.compile(re.escape(held) + "$"))
 
@@ -153,7 +162,7 @@ RATE = """async events => {
 }"""
 
 
-def test_ten_thousand_points_stay_fluent(page: Page, ready):  # noqa: F811
+def test_ten_thousand_points_stay_fluent(page: Page, ready):
     """The server's answer is made up, to have so many at once; at each frame there is one more."""
     run = {"id": "a", "step": 0, "steps": 10_100, "loss": 0.1, "lr": 1e-3, "seconds_left": 60, "previews": []}
     losses = [0.1 + 0.05 * math.sin(i / 7) + 0.05 * math.cos(i * i) for i in range(10_000)]

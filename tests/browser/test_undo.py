@@ -18,32 +18,23 @@ from playwright.sync_api import Page, Route, expect
 from demo.comfyui import REPOSITORY, Server
 from loha_core.schedule import Schedule
 
-from .conftest import OWN_WIDGETS_ON_SUBGRAPHS, STEP, TRACKER
-from .test_nodes import BUILD, adapter  # noqa: F401
-from .test_widgets import (  # noqa: F401  (fixtures among them)
-    STYLES,
-    adapters,
-    add,
-    drag,
-    opened,
-    page,
-    rows,
-    sent,
-)
+from .conftest import OWN_WIDGETS_ON_SUBGRAPHS, STEP, STYLES, TRACKER, expect_value
+from .test_nodes import BUILD
+from .test_widgets import add, drag, rows, sent
 
 
-def step(page: Page, key: str, by: int) -> None:  # noqa: F811
+def step(page: Page, key: str, by: int) -> None:
     """Press the keys for undo or redo, and wait until it is done."""
     wanted = page.evaluate(f"{TRACKER}.undoQueue.length") + by
     page.keyboard.press(key, delay=100)  # as fingers do: the front end 1.32.9 takes a key that is up at once for a step
     page.wait_for_function(f"n => {TRACKER}.undoQueue.length === n && !{TRACKER}._restoringState", arg=wanted)
 
 
-def undo(page: Page) -> None:  # noqa: F811
+def undo(page: Page) -> None:
     step(page, "Control+z", -1)
 
 
-def redo(page: Page) -> None:  # noqa: F811
+def redo(page: Page) -> None:
     step(page, "Control+y", 1)
 
 
@@ -66,13 +57,13 @@ def click(role: Any, name: str) -> Callable[[Page], None]:
     return lambda it: it.get_by_role(role, name=name).click()
 
 
-def choose(page: Page) -> None:  # noqa: F811
+def choose(page: Page) -> None:
     page.get_by_role("button", name="+ Add").click()
     page.get_by_role("dialog", name="Add adapters").get_by_role("combobox", name="filter").fill("anv2")
     page.keyboard.press("Enter")
 
 
-def raise_strength(page: Page) -> None:  # noqa: F811
+def raise_strength(page: Page) -> None:
     drag(page, page.get_by_role("spinbutton", name="strength of seven"), (0.5, 0.5), (40, 0))
 
 
@@ -106,6 +97,9 @@ BARS = """[document.querySelector(".loha-equaliser textarea").value,
   Object.fromEntries([...document.querySelectorAll(".loha-bar")].map(e => [e.ariaLabel, e.ariaValueNow]))]"""
 FRAMES = """[document.querySelector(".loha-schedule textarea").value,
   [...document.querySelectorAll(".loha-keyframe")].map(e => e.title).sort()]"""
+
+VISIBLE_SLIDERS = """[...document.querySelectorAll(".loha-track")].filter(e => e.checkVisibility())
+  .map(e => Number(e.ariaValueNow))"""
 
 KINDS = {
     "model strength": Kind(
@@ -157,14 +151,13 @@ KINDS = {
 
 
 @pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
-def test_what_is_shown_is_sent(page: Page, server: Server, kind: Kind):  # noqa: F811
+def test_what_is_shown_is_sent(page: Page, server: Server, kind: Kind):
     node = add(page, kind.node, **kind.values)
     page.evaluate(STEP)
 
     def compare() -> Any:
         values = kind.expected(sent(page, node), server)
-        page.wait_for_timeout(300)
-        assert page.evaluate(kind.shown) == values
+        expect_value(page, kind.shown, values)
         return values
 
     first, second = kind.changes
@@ -187,7 +180,7 @@ def test_what_is_shown_is_sent(page: Page, server: Server, kind: Kind):  # noqa:
     assert compare() == changed
 
 
-def test_strengths_of_a_subgraph(page: Page):  # noqa: F811
+def test_strengths_of_a_subgraph(page: Page):
     """Their sliders lie in nodes inside; a user sees them, or plain fields, on the subgraph's own."""
     workflow = json.loads((REPOSITORY / "subgraphs" / "Compare two LoHas.json").read_text("utf-8"))
     page.evaluate("workflow => app.loadGraphData(workflow, true, true)", workflow)
@@ -198,11 +191,10 @@ def test_strengths_of_a_subgraph(page: Page):  # noqa: F811
     def compare() -> list[float]:
         prompt = page.evaluate("async () => (await app.graphToPrompt()).output")
         values = [node["inputs"]["strength_model"] for node in prompt.values() if "strength_model" in node["inputs"]]
-        page.wait_for_timeout(300)
         if own:
-            assert sliders.evaluate_all("all => all.map(e => Number(e.ariaValueNow))") == values
+            expect_value(page, VISIBLE_SLIDERS, values)
         fields = "app.graph._nodes[0].widgets.filter(w => w.name.startsWith('strength_')).map(w => w.value)"
-        assert page.evaluate(fields) == values
+        expect_value(page, fields, values)
         return values
 
     def change(index: int, value: float) -> None:
@@ -227,7 +219,7 @@ def test_strengths_of_a_subgraph(page: Page):  # noqa: F811
     assert compare() == [changed[0], pytest.approx(0.4, abs=0.051)]
 
 
-def test_what_runs_have_shown_stays_and_the_next_run_follows(page: Page, adapter: str):  # noqa: F811
+def test_what_runs_have_shown_stays_and_the_next_run_follows(page: Page, adapter: str):
     """Text, the bars of what is lost, and the layout of block bars."""
     page.evaluate(BUILD, adapter)
     page.evaluate("""() => {
@@ -254,7 +246,7 @@ def test_what_runs_have_shown_stays_and_the_next_run_follows(page: Page, adapter
         expect(lost).to_have_count(layers)
 
 
-def test_the_monitor_goes_on(page: Page):  # noqa: F811
+def test_the_monitor_goes_on(page: Page):
     losses = [0.3, 0.2]
 
     def answer(route: Route) -> None:

@@ -3,25 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
-import torch
-from PIL import Image
-from playwright.sync_api import Browser, Locator, Page, expect
-from safetensors.torch import save_file
+from playwright.sync_api import Locator, Page, expect
 
-from demo.comfyui import CACHE, Server
+from .conftest import MARKUP, STYLES, expect_error
 
-from .conftest import EMPTY, enter, expect_error
-
-SHOTS = CACHE / "screenshots"
-MARKUP = "<img src=x onerror=window.hacked=1>"
-STYLES = [f"styles/film/look_{number:02d}.safetensors" for number in range(30)]
-
-LOADED = """performance.getEntriesByType('resource').filter(e => /ComfyUI-LoHa\\/.*js$/.test(e.name))
-  .reduce((sum, e) => sum + e.decodedBodySize, 0)"""
 ADD = """([kind, x, y, values]) => {
   const node = LiteGraph.createNode(kind);
   node.pos = [x, y];
@@ -35,50 +23,6 @@ ADD = """([kind, x, y, values]) => {
   return node.id;
 }"""
 PLACES = "app.graph._nodes.map(n => [...n.pos].map(Math.round))"
-
-
-@pytest.fixture(scope="module")
-def adapters(server: Server) -> list[str]:
-    """Small adapters in folders; one says things of itself, and has a picture."""
-    factors = {f"lora_unet_mid_block_x.hada_{name}": torch.ones(4, 4) for name in ("w1_a", "w1_b", "w2_a", "w2_b")}
-    factors["lora_unet_mid_block_x.alpha"] = torch.tensor(2.0)
-    about = {"modelspec.trigger_phrase": f"anna, {MARKUP}", "modelspec.architecture": "stable-diffusion-v1"}
-    names = ["characters/anna_v2.safetensors", "seven.safetensors", *STYLES]
-    for name in names:
-        save_file(factors, server.path("models", "loras", *name.split("/")), about if "anna" in name else None)
-    Image.new("RGB", (60, 40), (90, 140, 200)).save(server.path("models", "loras", "characters", "anna_v2.preview.png"))
-    server.object_info("LoHaStack")
-    return names
-
-
-@pytest.fixture(scope="module", params=[False, True], ids=["LiteGraph", "Nodes 2.0"])
-def opened(request: pytest.FixtureRequest, browser: Browser, server: Server, adapters: list[str]) -> Iterator[Page]:
-    """One page for all tests of a renderer."""
-    with browser.new_context(viewport={"width": 1400, "height": 900}, permissions=["clipboard-read"]) as context:
-        context.set_default_timeout(10_000)
-        page = context.new_page()
-        page.add_init_script("window.failures = []; addEventListener('error', e => failures.push(e.message))")
-        enter(page, server, request.param)
-        assert page.evaluate(LOADED) <= 60 * 1024
-        yield page
-        assert page.evaluate("failures") == []
-
-
-@pytest.fixture
-def page(opened: Page) -> Page:
-    opened.evaluate(EMPTY)
-    opened.mouse.move(5, 895)
-    return opened
-
-
-@pytest.fixture
-def shoot(page: Page, request: pytest.FixtureRequest) -> Callable[[str], None]:
-    def shoot(name: str) -> None:
-        SHOTS.mkdir(parents=True, exist_ok=True)
-        renderer = request.node.callspec.id.replace(" ", "")
-        page.screenshot(path=SHOTS / f"widget-{name}-{renderer}.png")
-
-    return shoot
 
 
 def add(page: Page, kind: str, x: int = 300, y: int = 160, **values: Any) -> int:
@@ -167,7 +111,7 @@ def test_strength(page: Page, shoot):
     assert sent(page, node)["strength_clip"] == sent(page, node)["strength_model"] == pytest.approx(0.4, abs=0.051)
     page.keyboard.press("Delete")  # in a widget, this is not the node's
     assert page.evaluate(PLACES) == before
-    shoot("strength")
+    shoot("widget-strength")
 
 
 def test_a_link_between_strengths_is_saved(page: Page):
@@ -202,7 +146,7 @@ def test_stack_rows(page: Page, shoot):
     options.filter(has_text="look_02").click()
     dialog.get_by_role("combobox", name="filter").fill("look07")
     options.filter(has_text="look_07").click()
-    shoot("chooser")
+    shoot("widget-chooser")
     dialog.get_by_role("button", name="Add 2").click()
     names = [row["name"] for row in rows_of(page, node)]
     assert names == ["characters/anna_v2.safetensors", STYLES[2], STYLES[7]]
@@ -229,7 +173,7 @@ def test_stack_rows(page: Page, shoot):
     field.fill("-0.35")
     field.press("Enter")
     assert rows_of(page, node)[1]["strength_clip"] == -0.35 and rows_of(page, node)[1]["strength_model"] == 1
-    shoot("stack")
+    shoot("widget-stack")
     page.get_by_role("button", name="M|C").click()
     assert "strength_clip" not in rows_of(page, node)[1]
     page.get_by_role("button", name="Remove look_07").click()
@@ -252,7 +196,7 @@ def test_stack_tells_what_is_missing_and_what_is_in_a_file(page: Page, shoot):
     dialog.get_by_role("button", name="anna", exact=True).click()
     assert page.evaluate("navigator.clipboard.readText()") == "anna"
     assert page.evaluate("window.hacked") is None
-    shoot("info")
+    shoot("widget-info")
     page.mouse.click(1300, 850)  # outside
     expect(dialog).to_have_count(0)
     page.get_by_role("button", name="About gone").click()

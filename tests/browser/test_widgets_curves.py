@@ -10,21 +10,8 @@ from playwright.sync_api import Locator, Page, expect
 from loha_core.blocks import BlockStrength
 from loha_core.schedule import INTERPOLATIONS, Schedule
 
-from .conftest import READY, STEP, TRACKER, VUE
-from .test_widgets import (  # noqa: F401  (fixtures among them)
-    MARKUP,
-    PLACES,
-    STYLES,
-    adapters,
-    add,
-    drag,
-    opened,
-    page,
-    rows,
-    rows_of,
-    sent,
-    shoot,
-)
+from .conftest import HEAR, MARKUP, READY, STEP, STYLES, TRACKER, VUE, expect_value, settle
+from .test_widgets import PLACES, add, drag, rows, rows_of, sent
 
 WIDGETS = "/extensions/ComfyUI-LoHa"
 SET = """(id, name, value) => {
@@ -38,7 +25,7 @@ SIZES = "app.graph._nodes.map(n => [...n.size].map(Math.round))"
 # --- block equaliser --------------------------------------------------------------------------
 
 
-def test_blocks(page: Page, shoot):  # noqa: F811
+def test_blocks(page: Page, shoot):
     node = add(page, "LoHaBlockStrength", family="SD1.5")
     bars = page.locator(".loha-bar")
     expect(bars).to_have_count(28)
@@ -67,7 +54,7 @@ def test_blocks(page: Page, shoot):  # noqa: F811
     expect(bar("M01")).to_have_attribute("aria-valuenow", "0.25")
     expect(bar("IN01")).to_have_attribute("aria-valuenow", "-0.5")
     expect(bar("OUT07")).to_have_attribute("aria-valuenow", "1")
-    shoot("blocks")
+    shoot("widget-blocks")
     vector.fill("IN04=much")
     expect(page.locator(".loha-equaliser .loha-error")).to_contain_text("expected a number")
     page.evaluate(f"id => ({SET})(id, 'preset', 'OUTALL')", node)
@@ -84,7 +71,7 @@ def test_blocks(page: Page, shoot):  # noqa: F811
     page.wait_for_function("id => app.nodeOutputs[id]?.layout?.[0] === 'SD1.5'", arg=node, timeout=120_000)
 
 
-def test_blocks_of_a_model_that_is_not_known_yet(page: Page):  # noqa: F811
+def test_blocks_of_a_model_that_is_not_known_yet(page: Page):
     node = add(page, "LoHaBlockStrength", vector="OUT03-OUT05=0")
     expect(page.locator(".loha-bar")).to_have_count(8)  # BASE, six parts, and the range
     drag(page, page.get_by_role("slider", name="IN", exact=True), (0.5, 0.5), (0, 0))
@@ -94,7 +81,7 @@ def test_blocks_of_a_model_that_is_not_known_yet(page: Page):  # noqa: F811
         assert BlockStrength.parse(None, written)(f"diffusion_model.{block}.0.weight") == value
 
 
-def test_block_presets_are_kept_and_shared(page: Page, shoot):  # noqa: F811
+def test_block_presets_are_kept_and_shared(page: Page, shoot):
     node = add(page, "LoHaBlockStrength", family="Flux", vector="D00-D02=0.5, S=0.8")
     expect(page.locator(".loha-bar")).to_have_count(58)
     page.get_by_role("button", name="Presets").click()
@@ -105,7 +92,7 @@ def test_block_presets_are_kept_and_shared(page: Page, shoot):  # noqa: F811
     expect(saved).to_be_visible()
     dialog.get_by_role("button", name="Copy as numbers").click()
     page.wait_for_function("async () => (await navigator.clipboard.readText()).split(',').length === 58")
-    shoot("presets")
+    shoot("widget-presets")
     page.keyboard.press("Escape")
 
     other = add(page, "LoHaBlockStrength", 800)
@@ -122,7 +109,7 @@ def test_block_presets_are_kept_and_shared(page: Page, shoot):  # noqa: F811
 # --- schedule ---------------------------------------------------------------------------------
 
 
-def test_schedule(page: Page, shoot):  # noqa: F811
+def test_schedule(page: Page, shoot):
     node = add(page, "LoHaSchedule", keyframes="")
     before = page.evaluate(PLACES)
     plot, handles = page.locator(".loha-plot"), page.locator(".loha-keyframe")
@@ -140,7 +127,7 @@ def test_schedule(page: Page, shoot):  # noqa: F811
     assert 0.3 < x < 0.4 and y < 0.8
     drag(page, handles.first, (0.5, 0.5), (0, 400))  # beyond the plot: negative, and the plot follows
     assert frames()[0][1] < -1
-    shoot("schedule-negative")
+    shoot("widget-schedule-negative")
     page.wait_for_timeout(700)
     handles.first.dblclick()
     assert len(frames()) == 1
@@ -169,10 +156,10 @@ def test_schedule(page: Page, shoot):  # noqa: F811
     page.evaluate(f"id => ({SET})(id, 'interpolation', 'smooth')", node)
     assert curve.get_attribute("d") != straight
     assert page.evaluate(PLACES) == before
-    shoot("schedule")
+    shoot("widget-schedule")
 
 
-def test_the_curve_is_the_one_that_the_server_follows(page: Page):  # noqa: F811
+def test_the_curve_is_the_one_that_the_server_follows(page: Page):
     texts = ["", "0: 0, 1: 1", "0.2: 1, 60%: -0.5; 0.6: 2\n# no: line\n1: 0.3", ".5:1e-1", "0.4: 2, 0.1: 1"]
     module = f"{WIDGETS}/curve.mjs"
     follow = """async ([module, texts, kinds]) => {
@@ -193,7 +180,7 @@ def test_the_curve_is_the_one_that_the_server_follows(page: Page):  # noqa: F811
 # --- what all have in common ------------------------------------------------------------------
 
 
-def everything(page: Page) -> dict[str, dict[str, Any]]:  # noqa: F811
+def everything(page: Page) -> dict[str, dict[str, Any]]:
     """One node of each kind with values of its own -> what they send."""
     add(page, "LoHaLoader", 120, 160, strength_model=0.85, strength_clip=-0.4)
     add(page, "LoHaStack", 120, 520, rows=rows("seven.safetensors", STYLES[1]))
@@ -202,13 +189,13 @@ def everything(page: Page) -> dict[str, dict[str, Any]]:  # noqa: F811
     return output(page)
 
 
-def output(page: Page) -> dict[str, dict[str, Any]]:  # noqa: F811
+def output(page: Page) -> dict[str, dict[str, Any]]:
     """Class of node -> what it sends, without links."""
     prompt = page.evaluate("async () => (await app.graphToPrompt()).output")
     return {node["class_type"]: node["inputs"] for node in prompt.values()}
 
 
-def held(page: Page) -> dict[str, dict[str, Any]]:  # noqa: F811
+def held(page: Page) -> dict[str, dict[str, Any]]:
     """The same from the widgets: making a prompt numbers the nodes anew, which is a step for undo."""
     return page.evaluate(
         "Object.fromEntries(app.graph._nodes.map("
@@ -216,7 +203,7 @@ def held(page: Page) -> dict[str, dict[str, Any]]:  # noqa: F811
     )
 
 
-def shown(page: Page) -> list[Any]:  # noqa: F811
+def shown(page: Page) -> list[Any]:
     """What a user sees of the values."""
     page.wait_for_function("document.querySelectorAll('.loha-bar').length === 22")
     read = """() => [
@@ -225,19 +212,18 @@ def shown(page: Page) -> list[Any]:  # noqa: F811
     return page.evaluate(read)
 
 
-def test_values_survive(page: Page, opened: Page, shoot):  # noqa: F811
+def test_values_survive(page: Page, opened: Page, shoot):
     values = everything(page)
     seen = shown(page)
     assert seen[:2] == [0.85, -0.4] and values["LoHaLoader"]["strength_clip"] == -0.4
 
-    page.wait_for_timeout(300)
+    settle(page, SIZES)
     sizes = page.evaluate(SIZES)
     saved = page.evaluate("JSON.stringify(app.graph.serialize())")
     page.evaluate("async saved => { app.graph.clear(); await app.loadGraphData(JSON.parse(saved)) }", saved)
     assert (output(page), shown(page)) == (values, seen)
     if not page.evaluate(f"app.extensionManager.setting.get('{VUE}')"):  # Nodes 2.0 scales what it did not save itself
-        page.wait_for_timeout(300)
-        assert page.evaluate(SIZES) == sizes
+        expect_value(page, SIZES, sizes)
 
     # Undo and redo, a step for a drag.
     drag(page, page.get_by_role("slider", name="model strength"), (0.3, 0.5), (20, 0))
@@ -267,7 +253,7 @@ def test_values_survive(page: Page, opened: Page, shoot):  # noqa: F811
     first = page.evaluate(f"app.extensionManager.setting.get('{VUE}')")
     for on in (not first, first):
         page.evaluate(f"on => app.extensionManager.setting.set('{VUE}', on)", on)
-        page.wait_for_timeout(500)
+        settle(page, SIZES)
         assert output(page) == changed
         expect(page.locator(".loha-bar")).to_have_count(22)
         expect(page.get_by_role("slider", name="model strength")).to_be_visible()
@@ -277,13 +263,14 @@ def test_values_survive(page: Page, opened: Page, shoot):  # noqa: F811
     page.wait_for_timeout(600)
     page.reload()
     page.wait_for_function(READY, timeout=120_000)
+    page.evaluate(HEAR)
     page.wait_for_function("app.graph._nodes.length === 4")
     assert output(page) == changed
     expect(page.locator(".loha-bar")).to_have_count(22)
-    shoot("after-reload")
+    shoot("widget-after-reload")
 
 
-def test_a_link_overrides_the_widget(page: Page, shoot):  # noqa: F811
+def test_a_link_overrides_the_widget(page: Page, shoot):
     node = add(page, "LoHaStack", 700, rows=rows("seven.safetensors"))
     source = add(page, "PrimitiveStringMultiline", value="[]")
     connect = """([from, to]) => {
@@ -303,7 +290,7 @@ def test_a_link_overrides_the_widget(page: Page, shoot):  # noqa: F811
 
     overridden()
     assert sent(page, node)["rows"] == [str(source), 0]
-    shoot("overridden")
+    shoot("widget-overridden")
     saved = page.evaluate("JSON.stringify(app.graph.serialize())")
     page.evaluate("async saved => { app.graph.clear(); await app.loadGraphData(JSON.parse(saved)) }", saved)
     overridden()
@@ -316,7 +303,7 @@ def test_a_link_overrides_the_widget(page: Page, shoot):  # noqa: F811
 
 
 @pytest.mark.parametrize(("width", "height"), [(225, 200), (620, 620)], ids=["narrow", "wide"])
-def test_sizes(page: Page, shoot, width: int, height: int):  # noqa: F811
+def test_sizes(page: Page, shoot, width: int, height: int):
     everything(page)
     size = """([w, h]) => {
       app.graph._nodes.forEach((n, i) => { n.pos = [60 + i * (w + 30), 160]; n.setSize([w, h]) });
@@ -329,8 +316,8 @@ def test_sizes(page: Page, shoot, width: int, height: int):  # noqa: F811
         page.evaluate(f"on => app.extensionManager.setting.set('{VUE}', on)", on)
     shown(page)
     page.evaluate("app.canvas.setDirty(true, true)")
-    page.wait_for_timeout(400)
-    shoot("narrow" if width < 400 else "wide")
+    settle(page, SIZES)
+    shoot(f"widget-{'narrow' if width < 400 else 'wide'}")
     spill = """() => [...document.querySelectorAll('.loha')].filter(e => {
       const box = e.parentElement.getBoundingClientRect(), scale = box.width / e.parentElement.offsetWidth;
       return [...e.querySelectorAll(':scope > *')].some(c => {

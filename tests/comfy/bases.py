@@ -384,6 +384,7 @@ def nf4(weight: Tensor, bias: Tensor) -> Base:
     layer = bitsandbytes.nn.Linear4bit(*weight.shape[::-1], compute_dtype=torch.float32, quant_type="nf4")
     layer.load_state_dict({"weight": weight, "bias": bias})
     layer = layer.to(CPU).requires_grad_(False).eval()
+    layer.support_avx512bf16_for_cpu = False  # such CPUs pack the weight anew at its first forward, with other scales
     held = bitsandbytes.functional.dequantize_4bit(layer.weight.data, layer.weight.quant_state).float()
     return Base(layer, held)
 

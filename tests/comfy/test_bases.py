@@ -133,7 +133,7 @@ def table(request):
         print("\n".join(lines))
 
 
-def made(name: str) -> tuple[bases.Base, Tensor, Tensor]:
+def base_of(name: str) -> tuple[bases.Base, Tensor, Tensor]:
     torch.manual_seed(1)
     weight, bias = torch.randn(OUT, IN) * 0.05, torch.randn(OUT) * 0.1
     return bases.BASES[name](weight, bias), weight, bias
@@ -148,17 +148,18 @@ class Host:
     """The modules under test."""
 
     live: Any
+    injection: Any
     acting: Any
     patches: Any
     weights: Any
 
 
 @pytest.fixture
-def host(live, acting, patches, weights):
-    return Host(live, acting, patches, weights)
+def host(live, injection, acting, patches, weights):
+    return Host(live, injection, acting, patches, weights)
 
 
-def wanted(host: Host, chosen: Case) -> list[Any]:
+def patches_for(host: Host, chosen: Case) -> list[Any]:
     return [
         host.patches.Patch(t, host.patches.LoHaPatch.from_factors(u) if isinstance(u, LoHaFactors) else u, 1.0)
         for t, u in chosen.patches
@@ -167,7 +168,7 @@ def wanted(host: Host, chosen: Case) -> list[Any]:
 
 def check(host: Host, monkeypatch: pytest.MonkeyPatch, base_name: str, name: str, way: str) -> tuple[float, float]:
     """One cell: (error, the base's rounding), as shares of the effect and of the weight. Raises AssertionError."""
-    base, weight, bias = made(base_name)
+    base, weight, bias = base_of(base_name)
     torch.manual_seed(2)
     patcher, x, chosen = bases.patcher_for(base), torch.randn(2, 20, IN), case(name)
     monkeypatch.setattr(host.acting, "cheaper_to_add", lambda *_: way == "live")
@@ -184,8 +185,8 @@ def check(host: Host, monkeypatch: pytest.MonkeyPatch, base_name: str, name: str
     if way == "merge":
         # ComfyUI 0.33 rounds stochastically: the error of nvfp4 is 1.8 times that of the nearest value.
         allowed = allowed + rounding + (2.0 if base_name == "nvfp4" else 1.5) * lost * exact.norm()
-    apply = host.patches.merge if way == "merge" else host.live.apply
-    alive = apply(patcher, wanted(host, chosen), 0.7)
+    apply = host.patches.merge if way == "merge" else host.live.apply_live
+    alive = apply(patcher, patches_for(host, chosen), 0.7)
     resident = bases.as_resident(monkeypatch) if base_name == "resident" else nullcontext()
     alive.patch_model()
     try:
@@ -235,14 +236,14 @@ BROKEN = {
 
 
 @pytest.mark.parametrize("how", BROKEN)
-def test_the_matrix_sees(host, monkeypatch, how):
+def test_the_matrix_detects(host, monkeypatch, how):
     base_name, name, way = BROKEN[how]
     if base_name not in bases.BASES:
         base_name = "fp8"
     with monkeypatch.context() as broken:
         match how:
             case "a weight function that writes to its argument":
-                broken.setattr(host.acting, "changed", in_place)
+                broken.setattr(host.acting, "updated", in_place)
             case "a scale that is dropped":
                 read = host.weights.dense
                 broken.setattr(host.weights, "dense", lambda *args, **kwargs: read(*args, **kwargs) * 100)
@@ -259,12 +260,12 @@ def test_the_matrix_sees(host, monkeypatch, how):
 @pytest.mark.parametrize("name", ["LoHa", "rows", "DoRA out", "DoRA in", "stack"])
 def test_the_products_of_the_format_go_on(host, base_name, name):
     """Live adds beside a quantised layer's own product instead of turning it off."""
-    base, _, _ = made(base_name)
+    base, _, _ = base_of(base_name)
     patcher, x = bases.patcher_for(base), torch.randn(2, 20, IN)
     with torch.no_grad():
         patcher.model(x)
         assert len(base.products) == 1
-        alive = host.live.apply(patcher, wanted(host, case(name)), 0.7)
+        alive = host.live.apply_live(patcher, patches_for(host, case(name)), 0.7)
         alive.patch_model()
         alive.model(x)  # DoRA looks at the weight once
         base.products.clear()
@@ -277,10 +278,10 @@ def test_the_products_of_the_format_go_on(host, base_name, name):
 @pytest.mark.parametrize("base_name", bases.BASES)
 def test_training(pack, table, base_name, dora):
     """Factors' gradients, DoRA's first magnitudes and the input's gradient, against autograd on the held weight."""
-    network = sys.modules[f"{pack.__name__}.nodes.graph.network"]
-    base, _, bias = made(base_name)
+    layers = sys.modules[f"{pack.__name__}.nodes.host.layers"]
+    base, _, bias = base_of(base_name)
     before, held = storage(base.layer), base.held.double()
-    layer = network._class_for(base.layer)(base.layer)
+    layer = layers.layer_class(base.layer)(base.layer)
     layer._active = [ADAPTER]
     layer.update_layer(ADAPTER, 4, 4.0, LoHaConfig(r=4, alpha=4, init_weights=False, use_dora=dora))
     trained = {name: p for name, p in layer.named_parameters() if "base_layer" not in name}
@@ -323,12 +324,12 @@ def relative(found: Tensor, exact: Tensor) -> float:
 def test_what_extraction_reads(host, pack, table, base_name, way):
     """The weight as it would run, adapters in, whichever way they are; loaded or not."""
     extract = sys.modules[f"{pack.__name__}.nodes.graph.extract"]
-    base, _, _ = made(base_name)
+    base, _, _ = base_of(base_name)
     held, chosen = base.held.double(), case("stack")
     patcher = bases.patcher_for(base)
     if refused(base_name, way):
         return
-    adapted = (host.patches.merge if way == "merge" else host.live.apply)(patcher, wanted(host, chosen), 0.7)
+    adapted = (host.patches.merge if way == "merge" else host.live.apply_live)(patcher, patches_for(host, chosen), 0.7)
     for loaded in (False, True):
         if loaded:
             adapted.patch_model()
@@ -343,11 +344,11 @@ def test_what_extraction_reads(host, pack, table, base_name, way):
 @pytest.mark.parametrize("base_name", bases.BASES)
 def test_saving_is_refused_and_sampling_is_not(host, base_name):
     """GGUF's patcher always forces patching: that is no save."""
-    base, _, _ = made(base_name)
-    alive = host.live.apply(bases.patcher_for(base), wanted(host, case("LoHa")), 0.7)
+    base, _, _ = base_of(base_name)
+    alive = host.live.apply_live(bases.patcher_for(base), patches_for(host, case("LoHa")), 0.7)
     for one in (alive, alive.clone(), alive.clone().clone()):
         one.partially_load(bases.CPU, 1e12)
-        assert host.live.Live._injected[one.model].live is host.live.of(one)
+        assert host.injection.LiveAdapters.injected[one.model].live is host.injection.live_of(one)
         with pytest.raises(LoHaError, match="Set mode to merge"):
             one.partially_load(bases.CPU, 1e12, force_patch_weights=True)
         with pytest.raises(LoHaError, match="Set mode to merge"):
@@ -357,8 +358,26 @@ def test_saving_is_refused_and_sampling_is_not(host, base_name):
         assert "forward" not in vars(base.layer)
 
 
-def test_what_nobody_understands_is_refused_by_name(host, patches):
-    """A packed weight of a kind that we do not know: its plain LoHa is right, all else says so before anything."""
+@pytest.mark.skipif(not bases.bitsandbytes.functional.has_avx512bf16(), reason="a CPU without bfloat16 products")
+@pytest.mark.parametrize("nested", [False, True])
+def test_nf4_as_a_cpu_packs_it_anew(weights, nested):
+    layer = bases.bitsandbytes.nn.Linear4bit(
+        IN, OUT, compute_dtype=torch.float32, quant_type="nf4", compress_statistics=nested
+    )
+    layer.load_state_dict({"weight": torch.randn(OUT, IN) * 0.05, "bias": torch.zeros(OUT)})
+    layer = layer.to(bases.CPU).requires_grad_(False).eval()
+    before, x = weights.dense(layer), torch.randn(9, IN)
+    with torch.no_grad():
+        layer(x)
+        y = layer(x)
+        after = weights.dense(layer)
+        assert layer.weight.quant_state.packing_format_for_cpu and torch.equal(layer(x), y)
+    assert relative(after, before.double()) < 0.004  # of its scales, now in bfloat16
+    assert relative(y, x.double() @ after.double().T) < 0.004
+
+
+def test_unknown_packed_weights_are_refused_by_name(host, patches):
+    """A packed weight of an unknown kind: a plain LoHa is right, other updates are refused before anything changes."""
 
     class Packed(torch.nn.Linear):
         def forward(self, x):
@@ -369,7 +388,7 @@ def test_what_nobody_understands_is_refused_by_name(host, patches):
     patcher, x = bases.patcher_for(bases.Base(layer, layer.weight)), torch.randn(3, IN)
     with torch.no_grad():
         plain = patcher.model(x)
-        alive = host.live.apply(patcher, wanted(host, case("LoHa")), 0.7)
+        alive = host.live.apply_live(patcher, patches_for(host, case("LoHa")), 0.7)
         alive.patch_model()
         y = alive.model(x)
         alive.unpatch_model()
@@ -377,9 +396,9 @@ def test_what_nobody_understands_is_refused_by_name(host, patches):
     assert relative((y - plain).double(), x.double() @ (0.7 * delta(f)).T) < 1e-4
     for name in ("DoRA out", "LoRA", "stack"):
         with pytest.raises(LoHaError, match="Packed.*torch.int8"):
-            host.live.apply(patcher, wanted(host, case(name)), 0.7)
+            host.live.apply_live(patcher, patches_for(host, case(name)), 0.7)
     with pytest.raises(LoHaError, match="Packed"):
-        host.patches.merge(patcher, wanted(host, case("LoHa")), 0.7)
+        host.patches.merge(patcher, patches_for(host, case("LoHa")), 0.7)
     assert "forward" not in vars(layer)
 
 
@@ -399,4 +418,4 @@ def test_expert_banks_and_other_modules_are_refused_by_name(host):
     for layer in (MoEExperts(), torch.nn.Bilinear(IN, 1, OUT)):
         patcher = bases.patcher_for(bases.Base(layer, torch.zeros(1)))
         with pytest.raises(LoHaError, match=type(layer).__name__):
-            host.live.apply(patcher, wanted(host, case("LoHa")), 0.7)
+            host.live.apply_live(patcher, patches_for(host, case("LoHa")), 0.7)

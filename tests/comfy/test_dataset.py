@@ -21,10 +21,10 @@ from PIL import Image
 
 from demo import comfyui, model, prepare
 from loha_core import LoHaError
-from loha_core.training.data.dataset import generator, order
+from loha_core.training.data.batches import BatchOrder
+from loha_core.training.randomness import generator
 
 from . import reduced
-from .test_sampling import ready  # noqa: F401  (the demo's model in the server)
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 WIDGETS: dict[str, Any] = {
@@ -205,7 +205,7 @@ def test_flip_encodes_the_mirrored_picture(run, vae):
 def test_repeats(run):
     dataset, _ = run(images=[picture(), picture(seed=1)], repeats=5, reg_images=[picture(seed=2)])
     assert Counter(dataset.buckets()[0]) == {0: 5, 1: 5, 2: 1}
-    assert order(dataset.buckets(), 1, 0).steps_per_epoch == 11
+    assert BatchOrder(dataset.buckets(), 1, 0).batches_per_epoch == 11
 
 
 def test_masks_are_cropped_and_mirrored_with_their_picture(run):
@@ -429,7 +429,7 @@ GOOD_LATENTS = {**NO_PICTURES, "latents": latents((2, 4, 8, 8)), "conditioning":
         ),
         ({**GOOD_LATENTS, "flip": True}, "latents cannot be mirrored"),
         ({**GOOD_LATENTS, "latents": []}, "no latent to train on"),
-        ({"caption_dropout": 2.0}, "dropout is a share"),
+        ({"caption_dropout": 2.0}, "caption_dropout is 2.0"),
     ],
 )
 def test_bad_input_says_what_to_do(run, inputs, message):
@@ -440,7 +440,7 @@ def test_bad_input_says_what_to_do(run, inputs, message):
 # --- in a real server ---------------------------------------------------------------------------
 
 
-def test_a_folder_becomes_a_dataset_in_the_server(ready, tmp_path):  # noqa: F811
+def test_a_folder_becomes_a_dataset_in_the_server(ready, tmp_path):
     for number, folder in enumerate(("2_cats", "2_cats", ".")):
         path = ready.path("input", "training", folder, f"{number}.png")
         Image.fromarray((picture(32, 40, number)[0].numpy() * 255).astype(np.uint8)).save(path)

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from functools import cache
 from typing import Any, NamedTuple
 
 import pytest
 import torch
 
 from loha_core.naming.families import Family, Span
-from loha_core.naming.names import split
+from loha_core.naming.names import path_of
 from loha_core.naming.tables import FAMILIES
 
 from ..reduced_families import Reduced, dead, flat_path, is_one_of, stretches, tile, variants, weights_of
@@ -57,13 +57,16 @@ class Place(NamedTuple):
     swapped: bool
 
 
-def built(family: Family) -> Iterator[tuple[Reduced, Any]]:
+def built(family: Family) -> list[tuple[Reduced, Any]]:
     """The family's models that ComfyUI has, on no device."""
     if VERSION < NEWER.get(family.name, ()):
         pytest.skip(f"this ComfyUI is older than {family.name}")
-    for reduced in variants(family.name):
-        if reduced.comfyui is not None:
-            yield reduced, model_of(*reduced.comfyui)
+    return models_of(family.name)
+
+
+@cache
+def models_of(family: str) -> list[tuple[Reduced, Any]]:
+    return [(reduced, model_of(*reduced.comfyui)) for reduced in variants(family) if reduced.comfyui is not None]
 
 
 def model_of(kind: str, settings: dict[str, Any]) -> Any:
@@ -127,13 +130,13 @@ def place_in_comfyui(target: str | tuple[Any, ...], weights: dict[str, tuple[int
 
 def places(family: Family, name: str, weights: dict[str, tuple[int, ...]]) -> set[Place]:
     """What the table says of a name, of either side."""
-    path = split(name)[1]
-    found: list[tuple[str, Span | None]] = []
+    path = path_of(name)
+    rows: list[tuple[str, Span | None]] = []
     if whole := family.weight(path):
-        found.append((whole.name, None))
+        rows.append((whole.name, None))
     if part := family.part(path):
-        found.append((part[0], part[1].span))
-    return {place_of(native, span, weights[native]) for native, span in found if native in weights}
+        rows.append((part[0], part[1].span))
+    return {place_of(native, span, weights[native]) for native, span in rows if native in weights}
 
 
 def place_of(native: str, span: Span | None, shape: tuple[int, ...]) -> Place:

@@ -15,7 +15,7 @@ from loha_core.training.attach import attached
 from loha_core.tuner import forwards
 
 from . import bases, training
-from .test_bases import IN, KEY, OUT, case, delta, made, relative, wanted
+from .test_bases import IN, KEY, OUT, case, delta, made, relative, patches_for
 from .test_bases import host as host
 from .training import page as page
 
@@ -35,7 +35,7 @@ def acts(patcher, plain: torch.Tensor, strength: float) -> bool:
 
 @pytest.fixture
 def base():
-    return made("plain")[0]
+    return base_of("plain")[0]
 
 
 @pytest.fixture
@@ -45,7 +45,7 @@ def plain(base):
 
 
 def test_an_input_by_name(host, base, plain):
-    alive = host.live.apply(bases.patcher_for(base), wanted(host, case("LoHa")), 1.0)
+    alive = host.live.apply_live(bases.patcher_for(base), patches_for(host, case("LoHa")), 1.0)
     alive.patch_model()
     with torch.no_grad():
         assert torch.equal(base.layer(input=X), base.layer(X)) and not torch.equal(base.layer(X), plain)
@@ -54,8 +54,8 @@ def test_an_input_by_name(host, base, plain):
 
 def test_one_live_on_two_models(host, base, plain):
     """torch.compile's clone, hooks and several GPUs give a patcher's injections to a clone on another model."""
-    other = made("plain")[0]
-    first = host.live.apply(bases.patcher_for(base), wanted(host, case("LoHa")), 1.0)
+    other = base_of("plain")[0]
+    first = host.live.apply_live(bases.patcher_for(base), patches_for(host, case("LoHa")), 1.0)
     second = first.clone()
     second.model = bases.patcher_for(other).model
     first.patch_model()
@@ -86,13 +86,13 @@ def test_another_packs_injection(host, base, plain, ours_first, they_leave_first
             else:
                 del base.layer.forward
 
-    alive = host.live.apply(bases.patcher_for(base), wanted(host, case("LoHa")), 1.0)
+    alive = host.live.apply_live(bases.patcher_for(base), patches_for(host, case("LoHa")), 1.0)
     [live], theirs = alive.get_injections("loha"), Theirs()
     order = [live, theirs] if ours_first else [theirs, live]
     for one in order:
         one.inject(alive)
     for _ in range(2):
-        host.live._renew(alive)  # as before sampling
+        host.injection.renew(alive)  # as before sampling
         assert acts(alive, plain + 1, 1.0)
     for one in [theirs, live] if they_leave_first else [live, theirs]:
         one.eject(alive)
@@ -100,9 +100,9 @@ def test_another_packs_injection(host, base, plain, ours_first, they_leave_first
 
 
 def test_a_model_is_told_before_sampling(host, base):
-    alive = host.live.apply(bases.patcher_for(base), wanted(host, case("LoHa")), 1.0)
+    alive = host.live.apply_live(bases.patcher_for(base), patches_for(host, case("LoHa")), 1.0)
     called = alive.clone().get_all_callbacks(comfy.model_patcher.CallbacksMP.ON_PRE_RUN)
-    assert host.live._renew in called
+    assert host.injection.renew in called
 
 
 def test_functions_on_norms_reach_whoever_casts_them(host):
@@ -114,7 +114,7 @@ def test_functions_on_norms_reach_whoever_casts_them(host):
     change = torch.randn(IN)
     [(target, native)] = comfy.lora.load_lora({"x.diff": change}, {"x": KEY}).items()
     patcher = bases.patcher_for(bases.Base(layer, layer.weight))
-    alive = host.live.apply(patcher, [host.patches.Patch(target, native, 1.0)], 0.5)
+    alive = host.live.apply_live(patcher, [host.patches.Patch(target, native, 1.0)], 0.5)
     alive.patch_model()
     for _ in range(2):
         weight, _ = comfy.ops.cast_bias_weight(layer, X)[:2]
@@ -150,7 +150,7 @@ if real := getattr(comfy.ops, "linear_input_act", None):
 
 @pytest.mark.parametrize(("fused", "residual"), FUSED)
 def test_a_kernel_that_reads_a_weight_without_calling_its_layer(host, monkeypatch, fused, residual):
-    base, _, _ = made("int8")
+    base, _, _ = base_of("int8")
     monkeypatch.setattr(comfy.ops, "linear_input_act", fused, raising=False)
     more = {"residual": torch.ones(OUT), "residual_scale": torch.full((OUT,), 2.0)} if residual else {}
 
@@ -159,7 +159,7 @@ def test_a_kernel_that_reads_a_weight_without_calling_its_layer(host, monkeypatc
             return comfy.ops.linear_input_act(base.layer, X, "gelu_tanh", **more)
 
     before = call()
-    alive = host.live.apply(bases.patcher_for(base), wanted(host, case("LoHa")), 1.0)
+    alive = host.live.apply_live(bases.patcher_for(base), patches_for(host, case("LoHa")), 1.0)
     alive.patch_model()
     [(_, f)] = case("LoHa").patches
     effect = (2.0 if residual else 1.0) * gelu(X).double() @ delta(f).T
@@ -171,7 +171,7 @@ def test_a_kernel_that_reads_a_weight_without_calling_its_layer(host, monkeypatc
 
 def test_graphs_of_other_adapters_are_forgotten(host, base):
     """ComfyUI 0.33 replays what it has captured of a text encoder's block, whatever acts in it now."""
-    alive = host.live.apply(bases.patcher_for(base), wanted(host, case("LoHa")), 1.0)
+    alive = host.live.apply_live(bases.patcher_for(base), patches_for(host, case("LoHa")), 1.0)
     for change in (alive.patch_model, alive.unpatch_model):
         alive.model._comfy_graph = {"graph": None}
         change()
@@ -183,14 +183,14 @@ def test_layers_that_never_ran_are_named(host, base, caplog):
         def __init__(self):
             super().__init__()
             self.diffusion_model, self.layer, self.device = torch.nn.Identity(), base.layer, bases.CPU
-            self.other = made("plain")[0].layer
+            self.other = base_of("plain")[0].layer
 
         def forward(self, x):
             return self.layer(x)
 
     patcher = comfy.model_patcher.ModelPatcher(Two(), load_device=bases.CPU, offload_device=bases.CPU)
-    [patch] = wanted(host, case("LoHa"))
-    alive = host.live.apply(patcher, [patch, host.patches.Patch("other.weight", patch.update, 1.0)], 1.0)
+    [patch] = patches_for(host, case("LoHa"))
+    alive = host.live.apply_live(patcher, [patch, host.patches.Patch("other.weight", patch.update, 1.0)], 1.0)
     with caplog.at_level(logging.WARNING):
         alive.patch_model()
         alive.unpatch_model()
@@ -203,7 +203,7 @@ def test_layers_that_never_ran_are_named(host, base, caplog):
 
 def test_training_leaves_dynamic_vram(host):
     """Autograd would keep weights in pages that are given to others: training takes a clone that stays resident."""
-    resident = training.node("graph.trainer")._resident
+    resident = training.node("host.training").resident
 
     class Dynamic(comfy.model_patcher.ModelPatcher):
         delegate = True
@@ -217,23 +217,23 @@ def test_training_leaves_dynamic_vram(host):
                 raise RuntimeError("Cannot create non-dynamic delegate")
             return comfy.model_patcher.ModelPatcher(self.model, bases.CPU, bases.CPU)
 
-    patcher = Dynamic(bases.Holder(made("plain")[0].layer), bases.CPU, bases.CPU)
+    patcher = Dynamic(bases.Holder(base_of("plain")[0].layer), bases.CPU, bases.CPU)
     assert type(resident(patcher)) is comfy.model_patcher.ModelPatcher
-    plain = bases.patcher_for(made("plain")[0])
+    plain = bases.patcher_for(base_of("plain")[0])
     assert resident(plain) is not plain and resident(plain).model is plain.model
     Dynamic.delegate = False
-    with pytest.raises(training.node("graph.trainer").LoHaError, match="--disable-dynamic-vram"):
+    with pytest.raises(training.node("host.training").LoHaError, match="--disable-dynamic-vram"):
         resident(patcher)
 
 
 @pytest.mark.parametrize("live_first", [True, False])
 def test_a_training_layer_beneath_a_live_one_in_any_order(host, base, live_first):
     """A preview loads, injects and ejects in the middle of a run."""
-    network = training.node("graph.network")
-    layer = network._class_for(base.layer)(base.layer)
+    network = training.node("host.layers")
+    layer = network.layer_class(base.layer)(base.layer)
     layer._active = [network.ADAPTER]
     layer.update_layer(network.ADAPTER, 4, 4.0, network.LoHaConfig(r=4, alpha=4, init_weights=False))
-    alive = host.live.apply(bases.patcher_for(base), wanted(host, case("LoHa")), 1.0)
+    alive = host.live.apply_live(bases.patcher_for(base), patches_for(host, case("LoHa")), 1.0)
     with torch.no_grad():
         plain = base.layer(X)
         trained = layer(X) - plain
@@ -257,7 +257,7 @@ def test_a_training_layer_beneath_a_live_one_in_any_order(host, base, live_first
         assert torch.equal(base.layer(X), plain) and not forwards.has_links(base.layer)
 
 
-def test_previews_of_text_encoders_that_carry_a_live_loha(bridge, page, tmp_path):
+def test_previews_of_text_encoders_that_carry_a_live_loha(modes, page, tmp_path):
     """Both swap the same layers' forwards; afterwards each is what it was, and the embedding, too."""
     from loha_core import load_adapter
 
@@ -265,7 +265,7 @@ def test_previews_of_text_encoders_that_carry_a_live_loha(bridge, page, tmp_path
 
     m = training.models("sd15")
     adapter = load_adapter(reduced.write(m, "kohya", tmp_path)[0])
-    alive, clip, _ = bridge.apply(m.model, m.clip, adapter, 0.3, 0.3, mode="live")
+    alive, clip, _ = modes.apply(m.model, m.clip, adapter, 0.3, 0.3, mode="live")
 
     def embedding():
         with torch.no_grad():

@@ -12,16 +12,27 @@ from safetensors.torch import load_file, save_file
 
 from loha_core import LoHaError, LoHaFactors, load_adapter
 
+from ..core.pairwise import rows
 from . import reduced
 from .test_patching import loaded
 
+FAMILIES, FILES = ("sd15", "sdxl"), ("kohya", "kohya-dora", "peft")
+# For what does not depend on the file's spelling: with DoRA and without.
+BOTH_FAMILIES = pytest.mark.parametrize(("models", "adapter"), zip(FAMILIES, FILES[1:], strict=True), indirect=True)
 
-@pytest.fixture(scope="module", params=["sd15", "sdxl"])
+
+def families_and_files(axis, values):
+    """Each of them with each of an independent axis."""
+    table = rows(FAMILIES, FILES, values)
+    return pytest.mark.parametrize(("models", "adapter", axis), table, indirect=["models", "adapter"])
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
 def models(request):
     return reduced.build(request.param)
 
 
-@pytest.fixture(scope="module", params=["kohya", "kohya-dora", "peft"])
+@pytest.fixture(scope="module")
 def adapter(request, models, tmp_path_factory):
     """Every layer of the family: flat and Tucker; once with DoRA along either axis in every third layer."""
     dialect, _, dora = request.param.partition("-")
@@ -67,14 +78,14 @@ def close(found: torch.Tensor, wanted: torch.Tensor) -> bool:
     return float((found - wanted).norm() / wanted.norm()) < 2e-5
 
 
-@pytest.mark.parametrize("size", [8, 32], ids=["few tokens", "many tokens"])
-def test_live_is_what_merged_is(bridge, live, models, adapter, size):
+@families_and_files("size", (8, 32))
+def test_live_is_what_merged_is(modes, live, models, adapter, size):
     comfy.model_management.unload_all_models()
     before = models.weights()
     plain, plain_text = run(models.model, size=size), encode(models.clip)
-    merged, merged_clip, _ = bridge.apply(models.model, models.clip, adapter, 0.7, -0.4, mode="merge")
+    merged, merged_clip, _ = modes.apply(models.model, models.clip, adapter, 0.7, -0.4, mode="merge")
     wanted, wanted_text = run(merged, size=size), encode(merged_clip)
-    alive, alive_clip, report = bridge.apply(models.model, models.clip, adapter, 0.7, -0.4, mode="live")
+    alive, alive_clip, report = modes.apply(models.model, models.clip, adapter, 0.7, -0.4, mode="live")
     assert "mode: live" in report.text()
     found, found_text = run(alive, size=size), encode(alive_clip)
     assert close(found, wanted) and close(found_text, wanted_text)
@@ -85,46 +96,49 @@ def test_live_is_what_merged_is(bridge, live, models, adapter, size):
     assert close(run(models.model, size=size), plain) and close(encode(models.clip), plain_text)
 
 
-def test_a_new_strength_touches_no_weight(bridge, models, adapter):
-    first, _, _ = bridge.apply(models.model, None, adapter, 0.5, 1.0, mode="live")
+@BOTH_FAMILIES
+def test_a_new_strength_touches_no_weight(modes, models, adapter):
+    first, _, _ = modes.apply(models.model, None, adapter, 0.5, 1.0, mode="live")
     run(first)
     storage = {n: (p.data_ptr(), p._version) for n, p in models.model.model.named_parameters()}
     identity = models.model.model.current_weight_patches_uuid
-    second, _, _ = bridge.apply(models.model, None, adapter, 0.9, 1.0, mode="live")
+    second, _, _ = modes.apply(models.model, None, adapter, 0.9, 1.0, mode="live")
     del first
     run(second)
     assert {n: (p.data_ptr(), p._version) for n, p in models.model.model.named_parameters()} == storage
     assert models.model.model.current_weight_patches_uuid == identity
 
 
-def test_live_adapters_stack(bridge, models, adapter):
+@BOTH_FAMILIES
+def test_live_adapters_stack(modes, models, adapter):
     merged = models.model
     alive = models.model
     for strength in (0.5, -0.3, 0.2):
-        merged, _, _ = bridge.apply(merged, None, adapter, strength, 1.0, mode="merge")
-        alive, _, _ = bridge.apply(alive, None, adapter, strength, 1.0, mode="live")
+        merged, _, _ = modes.apply(merged, None, adapter, strength, 1.0, mode="merge")
+        alive, _, _ = modes.apply(alive, None, adapter, strength, 1.0, mode="live")
     assert close(run(alive), run(merged))
 
 
-def test_live_on_top_of_merged_and_the_other_way_round(bridge, models, tmp_path):
+def test_live_on_top_of_merged_and_the_other_way_round(modes, models, tmp_path):
     adapter = load_adapter(reduced.write(models, "kohya", tmp_path)[0])
-    wanted, _, _ = bridge.apply(models.model, None, adapter, 0.7, 1.0, mode="merge")
-    wanted, _, _ = bridge.apply(wanted, None, adapter, -0.2, 1.0, mode="merge")
-    one, _, _ = bridge.apply(models.model, None, adapter, 0.7, 1.0, mode="merge")
-    one, _, _ = bridge.apply(one, None, adapter, -0.2, 1.0, mode="live")
-    other, _, _ = bridge.apply(models.model, None, adapter, 0.7, 1.0, mode="live")
-    other, _, _ = bridge.apply(other, None, adapter, -0.2, 1.0, mode="merge")
+    wanted, _, _ = modes.apply(models.model, None, adapter, 0.7, 1.0, mode="merge")
+    wanted, _, _ = modes.apply(wanted, None, adapter, -0.2, 1.0, mode="merge")
+    one, _, _ = modes.apply(models.model, None, adapter, 0.7, 1.0, mode="merge")
+    one, _, _ = modes.apply(one, None, adapter, -0.2, 1.0, mode="live")
+    other, _, _ = modes.apply(models.model, None, adapter, 0.7, 1.0, mode="live")
+    other, _, _ = modes.apply(other, None, adapter, -0.2, 1.0, mode="merge")
     picture = run(wanted)
     assert close(run(one), picture) and close(run(other), picture)
 
 
-def test_every_clone_dies_in_peace(bridge, live, models, adapter):
+@BOTH_FAMILIES
+def test_every_clone_dies_in_peace(modes, live, models, adapter):
     """Whatever the order in which clones are loaded and collected, the base model ends as it began."""
     plain = run(models.model)
-    alive, _, _ = bridge.apply(models.model, None, adapter, 1.0, 1.0, mode="live")
+    alive, _, _ = modes.apply(models.model, None, adapter, 1.0, 1.0, mode="live")
     changed = run(alive)
     again = alive.clone()  # of an injected patcher
-    more, _, _ = bridge.apply(again, None, adapter, 0.5, 1.0, mode="merge")  # add_patches ejects and injects
+    more, _, _ = modes.apply(again, None, adapter, 0.5, 1.0, mode="merge")  # add_patches ejects and injects
     assert close(run(alive), changed)
     more_out = run(more)
     assert not close(more_out, changed)
@@ -139,28 +153,29 @@ def test_every_clone_dies_in_peace(bridge, live, models, adapter):
     assert not any("forward" in vars(m) for m in models.model.model.modules())
 
 
-def test_schedule(bridge, models, adapter):
+@BOTH_FAMILIES
+def test_schedule(modes, models, adapter):
     """Each call of the model has the strength of its moment: a merged reference for each of two moments."""
     schedule = lambda percent: 1.0 if percent < 0.5 else 0.25  # noqa: E731
-    alive, _, _ = bridge.apply(models.model, None, adapter, 0.8, 1.0, mode="auto", schedule=schedule)
+    alive, _, _ = modes.apply(models.model, None, adapter, 0.8, 1.0, mode="auto", schedule=schedule)
     sampling = models.model.model.model_sampling
     for percent in (0.2, 0.8):
         sigma = float(sampling.percent_to_sigma(percent))
-        merged, _, _ = bridge.apply(models.model, None, adapter, 0.8 * schedule(percent), 1.0, mode="merge")
+        merged, _, _ = modes.apply(models.model, None, adapter, 0.8 * schedule(percent), 1.0, mode="merge")
         assert close(run(alive, sigma), run(merged, sigma))
     with pytest.raises(LoHaError, match="choose live or auto"):
-        bridge.apply(models.model, None, adapter, 0.8, 1.0, mode="merge", schedule=schedule)
+        modes.apply(models.model, None, adapter, 0.8, 1.0, mode="merge", schedule=schedule)
 
 
-@pytest.mark.parametrize("mode", ["merge", "live"])
-def test_blocks(bridge, models, adapter, mode):
+@families_and_files("mode", ("merge", "live"))
+def test_blocks(modes, models, adapter, mode):
     """A multiplier for each weight; 0 leaves it out."""
     chosen = lambda key, name: {"input": 0.5, "middle": 0.0}.get(key.split(".")[1].partition("_")[0], 1.0)  # noqa: E731
-    model, _, _ = bridge.apply(models.model, None, adapter, 0.8, 1.0, mode=mode, blocks=chosen)
+    model, _, _ = modes.apply(models.model, None, adapter, 0.8, 1.0, mode=mode, blocks=chosen)
     comfy.model_management.unload_all_models()
     before = models.weights()
-    exact, _, _ = bridge.apply(models.model, None, adapter, 0.8, 1.0, mode="merge")
-    half, _, _ = bridge.apply(models.model, None, adapter, 0.4, 1.0, mode="merge")
+    exact, _, _ = modes.apply(models.model, None, adapter, 0.8, 1.0, mode="merge")
+    half, _, _ = modes.apply(models.model, None, adapter, 0.4, 1.0, mode="merge")
     reference = {}
     for patcher in (exact, half):
         with loaded(patcher):
@@ -181,10 +196,11 @@ def test_blocks(bridge, models, adapter, mode):
     assert close(found, wanted)
 
 
-def test_merging_models_takes_live_adapters_along(bridge, models, adapter):
+@BOTH_FAMILIES
+def test_merging_models_takes_live_adapters_along(modes, models, adapter):
     """ComfyUI's ModelMerge nodes read weights and patches from get_key_patches."""
-    alive, _, _ = bridge.apply(models.model, None, adapter, 0.6, 1.0, mode="live")
-    merged, _, _ = bridge.apply(models.model, None, adapter, 0.6, 1.0, mode="merge")
+    alive, _, _ = modes.apply(models.model, None, adapter, 0.6, 1.0, mode="live")
+    merged, _, _ = modes.apply(models.model, None, adapter, 0.6, 1.0, mode="merge")
     results = []
     for second in (alive, merged):
         mixed = models.model.clone()
@@ -192,13 +208,14 @@ def test_merging_models_takes_live_adapters_along(bridge, models, adapter):
             mixed.add_patches({key: patch}, 0.5, 0.5)
         results.append(run(mixed))
     assert close(*results)
-    scheduled, _, _ = bridge.apply(models.model, None, adapter, 0.6, 1.0, schedule=lambda percent: 1.0)
+    scheduled, _, _ = modes.apply(models.model, None, adapter, 0.6, 1.0, schedule=lambda percent: 1.0)
     with pytest.raises(LoHaError, match="schedule"):
         scheduled.clone().get_key_patches("diffusion_model.")
 
 
-def test_saving_refuses(bridge, models, adapter):
-    alive, clip, _ = bridge.apply(models.model, models.clip, adapter, 0.6, 0.6, mode="live")
+@BOTH_FAMILIES
+def test_saving_refuses(modes, models, adapter):
+    alive, clip, _ = modes.apply(models.model, models.clip, adapter, 0.6, 0.6, mode="live")
     for patcher in (alive.clone(), clip.clone().patcher):
         with pytest.raises(LoHaError, match="Set mode to merge"):
             comfy.model_management.load_models_gpu([patcher], force_patch_weights=True)
@@ -264,7 +281,7 @@ def test_convolutions(live, acting, patches, monkeypatch, kind, tucker, adds):
     f = factors(tuple(layer.weight.shape), tucker)
     monkeypatch.setattr(acting, "cheaper_to_add", lambda *_: adds)
     patch = patches.Patch("layer.weight", patches.LoHaPatch.from_factors(f), 1.0)
-    alive = live.apply(patcher, [patch], 0.7)
+    alive = live.apply_live(patcher, [patch], 0.7)
     x = torch.randn(2, 8, *size)
     with torch.no_grad():
         expected = torch.nn.Module.__call__(layer, x)
@@ -292,7 +309,8 @@ def test_weights_that_comfyui_casts(live, acting, patches, monkeypatch, adds, we
     exact = x.double() @ (layer.weight.double() + 0.7 * f.delta(torch.float64)).T + layer.bias.double()
     monkeypatch.setattr(acting, "cheaper_to_add", lambda *_: adds)
     errors = {}
-    for name, patched in (("live", live.apply(patcher, [patch], 0.7)), ("merge", patches.merge(patcher, [patch], 0.7))):
+    for name, apply in (("live", live.apply_live), ("merge", patches.merge)):
+        patched = apply(patcher, [patch], 0.7)
         patched.patch_model()
         with torch.no_grad():
             errors[name] = float((patcher.model(x).double() - exact).norm() / exact.norm())
@@ -333,7 +351,7 @@ def test_a_layer_whose_forward_asks_no_weight_functions(live, acting, patches, m
         merged.patch_model()
         expected = patcher.model(x)
         merged.unpatch_model()
-        alive = live.apply(patcher, [patch], 0.7)
+        alive = live.apply_live(patcher, [patch], 0.7)
         alive.patch_model()
         for _ in range(2):
             assert close(patcher.model(x), expected) and not close(expected, plain)
@@ -361,7 +379,7 @@ def test_slices_and_other_adapters_live(live, patches):
         merged.patch_model()
         expected = patcher.model(x)
         merged.unpatch_model()
-        alive = live.apply(patcher, both, 0.7)
+        alive = live.apply_live(patcher, both, 0.7)
         alive.patch_model()
         assert close(patcher.model(x), expected)
         alive.unpatch_model()

@@ -112,7 +112,7 @@ def test_chinese_has_the_widgets_words():
     said = set(re.findall(r'\bt\(\s*"([^"\\]+)"', sources))
     assert len(said) > 60 and said <= words.keys(), said - words.keys()
     # The others are said by their variables: hints, a run's states, and what the server tells of a file.
-    told = sources + "".join(path.read_text("utf-8") for path in (REPOSITORY / "nodes").glob("*.py"))
+    told = sources + "".join(path.read_text("utf-8") for path in (REPOSITORY / "nodes").rglob("*.py"))
     assert not {word for word in words.keys() - said if f'"{word}"' not in told and word != "file"}
     for english, text in words.items():
         assert text.strip() and set(re.findall(r"{\w+}", text)) == set(re.findall(r"{\w+}", english)), english

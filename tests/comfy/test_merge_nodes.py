@@ -109,12 +109,12 @@ def _as_saved(path, place, models, shape):
 
 
 @pytest.mark.parametrize("method", ["svd", "ties", "dare", "slerp", "magnitude_prune"])
-def test_every_method_goes_on_a_model(merge_nodes, bridge, models, files, method):
+def test_every_method_goes_on_a_model(merge_nodes, modes, models, files, method):
     first, second = (load_adapter(path) for path in files[0][:2])
     inputs = {"loha_1": first, "loha_2": second, "weight_1": 1.0, "weight_2": 0.5}
     merged, text, _ = run(merge_nodes.LoHaMerge, method=method, **SETTINGS, **inputs)
     assert {f.rank for f in merged.layers.values()} <= set(range(1, 9))
-    _, _, report = bridge.apply(models.model, models.clip, merged, 1.0, 1.0)
+    _, _, report = modes.apply(models.model, models.clip, merged, 1.0, 1.0)
     assert not report.unmatched and len(report.matched["MODEL"]) == sum(k[0] == "MODEL" for k in files[1][0])
     assert "relative error" in text
 
@@ -144,9 +144,9 @@ def test_resize_and_convert(merge_nodes, files):
 
 
 @pytest.mark.parametrize("mode", ["merge", "live"])
-def test_extract_gives_back_what_was_put_in(extract_nodes, bridge, models, files, mode):
+def test_extract_gives_back_what_was_put_in(extract_nodes, modes, models, files, mode):
     adapter = load_adapter(files[0][1])
-    model, clip, _ = bridge.apply(models.model, models.clip, adapter, 0.8, 0.6, mode=mode)
+    model, clip, _ = modes.apply(models.model, models.clip, adapter, 0.8, 0.6, mode=mode)
     found, text, _ = run(
         extract_nodes.LoHaExtract, base=models.model, tuned=model, base_clip=models.clip, tuned_clip=clip,
         rank=4, conv_rank=4, method="svd",

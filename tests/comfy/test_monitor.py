@@ -23,8 +23,7 @@ def monitor(monkeypatch):
 
 def run(flux, node, workflow="w", **values):
     with CurrentNodeContext("prompt", node):
-        job = t.job(flux, **values)
-        job.workflow = workflow
+        job = t.job(flux, workflow=workflow, **values)
         job.run()
     return job
 
@@ -42,24 +41,24 @@ def test_a_run_belongs_to_a_node_of_a_workflow(page, flux, monitor):  # noqa: F8
         ("third", "5"): [],
         ("", ""): ["w5", "w95", "other5", "7"],
     }
-    for asked, wanted in names.items():
-        assert [found.name for found in monitor.found(*asked)] == wanted, asked
+    for asked, expected in names.items():
+        assert [run.name for run in monitor.runs_of(*asked)] == expected, asked
 
 
 def test_the_run_before_and_a_run_that_goes_on(page, flux, monitor):  # noqa: F811
     first = run(flux, "5", name="first", steps=2)
     again = run(flux, "5", name="again", steps=3, training_seed=1)
-    [found] = monitor.found("w", "5")
-    assert (found.losses, found.previous) == (again.losses, first.losses)
+    [second] = monitor.runs_of("w", "5")
+    assert (second.losses, second.previous) == (again.losses, first.losses)
     longer = run(flux, "5", name="again", steps=5, training_seed=1, resume=True)
-    [resumed] = monitor.found("w", "5")
-    assert resumed.id != found.id and resumed.previous == first.losses
+    [resumed] = monitor.runs_of("w", "5")
+    assert resumed.id != second.id and resumed.previous == first.losses
     assert resumed.losses == longer.losses and resumed.losses[:3] == again.losses and len(resumed.losses) == 5
-    assert resumed.brief()["step"] == 5 and resumed.since(3)["losses"] == longer.losses[3:]
-    assert "previous" not in resumed.since(3) and resumed.whole()["previous"] == first.losses
+    assert resumed.summary()["step"] == 5 and resumed.since(3)["losses"] == longer.losses[3:]
+    assert "previous" not in resumed.since(3) and resumed.full()["previous"] == first.losses
 
 
 def test_few_runs_are_kept(page, flux, monitor):  # noqa: F811
-    for node in range(monitor.KEPT + 2):
+    for node in range(monitor.MAX_RUNS + 2):
         run(flux, str(node), steps=1)
-    assert [found.node for found in monitor.found("w", "")] == [str(node) for node in range(2, monitor.KEPT + 2)]
+    assert [run.node for run in monitor.runs_of("w", "")] == [str(node) for node in range(2, monitor.MAX_RUNS + 2)]

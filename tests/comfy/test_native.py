@@ -55,11 +55,11 @@ def ours(patches):
 
 
 @pytest.mark.parametrize("name", ["sd15", "sdxl"])
-def test_plain_files_give_what_the_native_loader_gives(bridge, name, tmp_path, say):
+def test_plain_files_give_what_the_native_loader_gives(modes, name, tmp_path, say):
     models = reduced.build(name)
     path, wanted = reduced.write(models, "kohya-ldm", tmp_path)
     native, native_clip = comfy.sd.load_lora_for_models(models.model, models.clip, load_file(path), 0.8, 0.6)
-    model, clip, _ = bridge.apply(models.model, models.clip, load_adapter(path), 0.8, 0.6, mode="merge")
+    model, clip, _ = modes.apply(models.model, models.clip, load_adapter(path), 0.8, 0.6, mode="merge")
     with loaded(native, native_clip.patcher):
         theirs = models.weights()
     with loaded(model, clip.patcher):
@@ -122,11 +122,11 @@ def test_onetrainer_convolution(ours, tmp_path, say):
     assert mine < 1e-6
 
 
-def test_peft_folder(bridge, tmp_path, say):
+def test_peft_folder(modes, tmp_path, say):
     models = reduced.build("sd15")
     path, wanted = reduced.write(models, "peft", tmp_path)
     before = models.weights()
-    model, clip, _ = bridge.apply(models.model, models.clip, load_adapter(path), 1.0, 1.0, mode="merge")
+    model, clip, _ = modes.apply(models.model, models.clip, load_adapter(path), 1.0, 1.0, mode="merge")
     with loaded(model, clip.patcher):
         after = models.weights()
     mine = max(relative(after[place], before[place].double() + update) for place, update in wanted.items())
@@ -145,7 +145,7 @@ def test_peft_folder(bridge, tmp_path, say):
     assert off > 1e-2
 
 
-def test_a_wrong_shape_is_an_error_not_a_log_line(bridge, tmp_path, say, caplog):
+def test_a_wrong_shape_is_an_error_not_a_log_line(modes, tmp_path, say, caplog):
     weight = torch.randn(12, 8)
     tensors = reduced.random_layer((12, 9), 4, "kohya")
     with caplog.at_level(logging.ERROR):
@@ -161,7 +161,7 @@ def test_a_wrong_shape_is_an_error_not_a_log_line(bridge, tmp_path, say, caplog)
         broken[name] = torch.randn(broken[name].shape[0], 2048)
     save_file(broken, path)
     with pytest.raises(ValueError, match=r"made for another model: 1 of \d+ layers(.|\n)*attn2_to_k") as raised:
-        bridge.apply(models.model, models.clip, load_adapter(path), 1.0, 1.0, mode="merge")
+        modes.apply(models.model, models.clip, load_adapter(path), 1.0, 1.0, mode="merge")
     assert "768" in str(raised.value) and "2048" in str(raised.value)
     assert not models.model.patches and not models.clip.patcher.patches
 
@@ -199,11 +199,27 @@ def test_slices_of_fused_weights(patches):
     assert torch.equal(result[:8], weight[:8]) and torch.equal(result[16:], weight[16:])
 
 
-def test_newer_comfyui_can_rebuild_the_patch(patches):
-    """0.33 moves adapters as type(a)(a.loaded_keys, moved a.weights)."""
-    tensors = reduced.random_layer((6, 5), 2, "kohya")
-    patch = patches.LoHaPatch.from_factors(LoHaFactors(**{k.removeprefix("hada_"): v for k, v in tensors.items()}))
-    again = type(patch)(patch.loaded_keys, tuple(patch.weights))
+@pytest.mark.parametrize("named", [False, True], ids=["plain tuples", "NamedTuples"])
+def test_newer_comfyui_can_rebuild_the_patch(patches, named):
+    """0.33 moves adapters as type(a)(a.loaded_keys, moved a.weights), and walks tuples for the tensors in them."""
+
+    def moved(value):
+        if isinstance(value, torch.Tensor):
+            return value.clone()
+        if not isinstance(value, tuple):
+            return value
+        items = map(moved, value)
+        return type(value)(*items) if named and hasattr(value, "_fields") else tuple(items)
+
+    both = [
+        patches.LoHaPatch.from_factors(LoHaFactors(**{k.removeprefix("hada_"): v for k, v in tensors.items()}))
+        for tensors in (reduced.random_layer((6, 5), rank, "kohya") for rank in (2, 3))
+    ]
+    patch = patches.LoHaPatch(set(), both[0].scaled(0.7) + both[1].scaled(-0.4))
+    again = type(patch)(patch.loaded_keys, moved(patch.weights))
     assert isinstance(patch.weights, tuple) and not isinstance(patch, LoHaAdapter)
+    assert [term.strength for term in again.weights] == [0.7, -0.4]
     weight = torch.randn(6, 5)
-    assert torch.equal(patched(patch, weight), patched(again, weight))
+    assert torch.equal(patched(patch, weight), patched(again, weight)) and not torch.equal(
+        patched(again, weight), weight
+    )

@@ -36,12 +36,12 @@ def family(request):
 
 
 @pytest.mark.parametrize("dialect", reduced.SPELLINGS)
-def test_every_layer_of_every_dialect(bridge, family, dialect, tmp_path):
+def test_every_layer_of_every_dialect(modes, family, dialect, tmp_path):
     path, wanted = reduced.write(family, dialect, tmp_path)
     before = family.weights()
     adapter = load_adapter(path)
     assert len(adapter.layers) == len(wanted)
-    model, clip, report = bridge.apply(
+    model, clip, report = modes.apply(
         family.model, family.clip, adapter, STRENGTHS["MODEL"], STRENGTHS["CLIP"], mode="merge"
     )
     assert not report.unmatched
@@ -62,12 +62,12 @@ def test_every_layer_of_every_dialect(bridge, family, dialect, tmp_path):
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float8_e4m3fn], ids=str)
 @pytest.mark.parametrize("name", ["sd15", "sdxl"])
-def test_rounding_to_the_weights_dtype(bridge, name, dtype, tmp_path):
+def test_rounding_to_the_weights_dtype(modes, name, dtype, tmp_path):
     """W + ΔW, rounded once, as ComfyUI rounds."""
     models = reduced.build(name, dtype)
     path, wanted = reduced.write(models, "kohya", tmp_path)
     before = models.weights()
-    model, clip, _ = bridge.apply(models.model, models.clip, load_adapter(path), 1.0, 1.0, mode="merge")
+    model, clip, _ = modes.apply(models.model, models.clip, load_adapter(path), 1.0, 1.0, mode="merge")
     with loaded(model, clip.patcher):
         after = models.weights()
     for (label, key), update in wanted.items():
@@ -86,12 +86,12 @@ def test_rounding_to_the_weights_dtype(bridge, name, dtype, tmp_path):
         assert torch.equal(weight.flatten().view(torch.uint8), restored[place].flatten().view(torch.uint8)), place
 
 
-def test_stacked_loaders_add_up(bridge, family, tmp_path):
+def test_stacked_loaders_add_up(modes, family, tmp_path):
     path, wanted = reduced.write(family, "kohya", tmp_path)
     before = family.weights()
     adapter = load_adapter(path)
-    once, _, _ = bridge.apply(family.model, None, adapter, 0.5, 1.0, mode="merge")
-    twice, _, _ = bridge.apply(once, None, adapter, 0.25, 1.0, mode="merge")
+    once, _, _ = modes.apply(family.model, None, adapter, 0.5, 1.0, mode="merge")
+    twice, _, _ = modes.apply(once, None, adapter, 0.25, 1.0, mode="merge")
     with loaded(twice):
         after = family.weights()
     for (label, key), update in wanted.items():
@@ -99,7 +99,7 @@ def test_stacked_loaders_add_up(bridge, family, tmp_path):
         assert (after[label, key].double() - expected).norm() <= 1e-6 * expected.norm()
 
 
-def test_a_stack_is_one_patch_per_weight(bridge, family, tmp_path):
+def test_a_stack_is_one_patch_per_weight(modes, family, tmp_path):
     """Also where DoRA is among them, whose order counts; what another node put in between keeps its place."""
     paths = []
     for rank in (2, 3):
@@ -110,31 +110,31 @@ def test_a_stack_is_one_patch_per_weight(bridge, family, tmp_path):
     adapters[1].layers[name] = replace(factors, dora_scale=torch.rand(factors.shape[0], 1) + 0.5)
     strengths, model, clip = (0.7, -0.4, 0.3), family.model, family.clip
     for adapter, strength in zip((*adapters, adapters[0]), strengths, strict=True):
-        model, clip, _ = bridge.apply(model, clip, adapter, strength, strength, mode="merge")
+        model, clip, _ = modes.apply(model, clip, adapter, strength, strength, mode="merge")
     assert model.patches and {len(entries) for entries in model.patches.values()} == {1}
     assert {len(entries) for entries in clip.patcher.patches.values()} == {1} and not family.model.patches
     for key, [entry] in model.patches.items():
         weight = family.weights()["MODEL", key].float()
-        each = [(s, bridge.patches.LoHaPatch(set(), ((1.0, *f),)), 1.0, None, None) for s, *f in entry[1].weights]
+        each = [(s, modes.patches.LoHaPatch(set(), ((1.0, *f),)), 1.0, None, None) for s, *f in entry[1].weights]
         assert [row[0] for row in entry[1].weights] == list(strengths)
         together = comfy.lora.calculate_weight([entry], weight.clone(), key)
         assert torch.allclose(together, comfy.lora.calculate_weight(each, weight.clone(), key), rtol=1e-5, atol=1e-6)
 
-    other = bridge.apply(family.model, None, adapters[0], 1.0, 0.0, mode="merge")[0]
+    other = modes.apply(family.model, None, adapters[0], 1.0, 0.0, mode="merge")[0]
     other.add_patches({key: ("diff", (torch.zeros(1),)) for key in other.patches})
-    other = bridge.apply(other, None, adapters[1], 1.0, 0.0, mode="merge")[0]
+    other = modes.apply(other, None, adapters[1], 1.0, 0.0, mode="merge")[0]
     assert {len(entries) for entries in other.patches.values()} == {3}
 
 
-def test_without_clip_the_report_says_so(bridge, family, tmp_path):
+def test_without_clip_the_report_says_so(modes, family, tmp_path):
     path, wanted = reduced.write(family, "kohya", tmp_path)
-    model, clip, report = bridge.apply(family.model, None, load_adapter(path), 1.0, 1.0, mode="merge")
+    model, clip, report = modes.apply(family.model, None, load_adapter(path), 1.0, 1.0, mode="merge")
     assert clip is None and model is not family.model
     assert len(report.unmatched) == sum(1 for label, _ in wanted if label == "CLIP")
     assert set(report.unmatched.values()) == {"belongs to the CLIP, and none is connected"}
 
 
-def test_strength_zero_returns_what_came_in(bridge, family, tmp_path):
+def test_strength_zero_returns_what_came_in(modes, family, tmp_path):
     path, _ = reduced.write(family, "kohya", tmp_path)
-    model, clip, _ = bridge.apply(family.model, family.clip, load_adapter(path), 0.0, 0.0, mode="merge")
+    model, clip, _ = modes.apply(family.model, family.clip, load_adapter(path), 0.0, 0.0, mode="merge")
     assert model is family.model and clip is family.clip

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from loha_core import load_adapter
 from loha_core.models.extract import extract
-from loha_core.naming import spelling
+from loha_core.naming.unet import to_diffusers
 
 from . import bases, reduced
 
@@ -107,7 +107,7 @@ def output(patcher) -> Tensor:
 
 @torch.inference_mode()  # as a graph runs
 @pytest.mark.parametrize("form", FORMS)
-def test_a_file(bridge, weights_of_a_unet, form, tmp_path, capsys):
+def test_a_file(modes, weights_of_a_unet, form, tmp_path, capsys):
     patcher, held = quantised(weights_of_a_unet, form, tmp_path)
     reference = comfy.sd.load_diffusion_model_state_dict(
         {f"model.diffusion_model.{key}": value for key, value in held.items()}, model_options={"dtype": torch.float32}
@@ -115,14 +115,14 @@ def test_a_file(bridge, weights_of_a_unet, form, tmp_path, capsys):
     models = reduced.Models("sd15", reference, None)
     adapter = load_adapter(reduced.write(models, "kohya-ldm", tmp_path)[0])
     exact_plain, plain = output(reference), output(patcher)
-    merged, _, report = bridge.apply(reference, None, adapter, 1.0, 1.0, mode="merge")
+    merged, _, report = modes.apply(reference, None, adapter, 1.0, 1.0, mode="merge")
     assert not report.unmatched
     exact = output(merged)
     del merged
     effect, noise = (exact - exact_plain).norm(), (plain - exact_plain).norm()
     errors = {}
     for mode in ("auto", "live", "merge"):
-        adapted, _, report = bridge.apply(patcher, None, adapter, 1.0, 1.0, mode=mode)
+        adapted, _, report = modes.apply(patcher, None, adapter, 1.0, 1.0, mode=mode)
         errors[mode] = float((output(adapted) - exact).norm() / effect)
         del adapted
     with capsys.disabled():
@@ -133,18 +133,18 @@ def test_a_file(bridge, weights_of_a_unet, form, tmp_path, capsys):
     assert errors["merge"] < 0.01 + 2 * float(noise / effect) + (0 if form.startswith("Q") else 0.5)
     assert torch.equal(output(patcher), plain)
     comfy.model_management.unload_all_models()
-    extraction(bridge, patcher, adapter)
+    extraction(modes, patcher, adapter)
 
 
-def extraction(bridge, patcher, adapter) -> None:
+def extraction(modes, patcher, adapter) -> None:
     """What the node Extract LoHa finds between a quantised model and itself with a LoHa of rank 3, of matrix rank 9."""
     Patched = sys.modules["ComfyUI-LoHa.nodes.graph.extract"].Patched
     for mode in ("live", "merge"):
-        adapted, _, _ = bridge.apply(patcher, None, adapter, 0.5, 1.0, mode=mode)
+        adapted, _, _ = modes.apply(patcher, None, adapter, 0.5, 1.0, mode=mode)
         models = Patched("base", patcher, None), Patched("tuned", adapted, None)
         found = extract(*models, rank=9, method="svd", only="attn1_to_(q|k)").adapter.layers
         assert len(found) == 2 * 4
         for name, factors in found.items():
-            native = next(other for other in adapter.layers if spelling.to_diffusers(other[10:]) == name[10:])
+            native = next(other for other in adapter.layers if to_diffusers(other[10:]) == name[10:])
             wanted = 0.5 * adapter.layers[native].delta()
             assert (factors.delta() - wanted).norm() < 0.01 * wanted.norm()

@@ -75,18 +75,18 @@ def held(request, weights):
 
 
 @pytest.mark.parametrize("mode", ["auto", "live", "merge"])
-def test_the_effect_of_a_loha(bridge, held, mode, capsys):
+def test_the_effect_of_a_loha(modes, held, mode, capsys):
     name, patcher, reference, adapter = held
     if (name, mode) == ("NF4", "merge"):
         with pytest.raises(Exception, match="Linear4bit.*set mode to live"):
-            bridge.apply(patcher, None, adapter, 0.5, 1.0, mode=mode)
+            modes.apply(patcher, None, adapter, 0.5, 1.0, mode=mode)
         return
     exact_plain, plain = output(reference), output(patcher)
-    wanted, _, report = bridge.apply(reference, None, adapter, 0.5, 1.0, mode="merge")
+    wanted, _, report = modes.apply(reference, None, adapter, 0.5, 1.0, mode="merge")
     assert not report.unmatched
     exact = output(wanted)
     effect, noise = (exact - exact_plain).norm(), (plain - exact_plain).norm()
-    adapted, _, report = bridge.apply(patcher, None, adapter, 0.5, 1.0, mode=mode)
+    adapted, _, report = modes.apply(patcher, None, adapter, 0.5, 1.0, mode=mode)
     found = output(adapted)
     comfy.model_management.unload_all_models()
     del adapted

@@ -16,6 +16,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from demo.comfyui import Server
+from loha_core import load_adapter
 from loha_core.blocks import LAYOUTS, BlockStrength
 
 from . import reduced
@@ -88,12 +89,21 @@ def test_info_of_a_file_and_of_a_folder(server, loras):
         assert answer["picture"] == (name == "routes/good.safetensors")
 
 
-def test_info_reads_no_factor(pack, loras):
+def test_info_reads_no_factor(pack, loras, monkeypatch):
     """Shapes stay on the meta device; only single numbers are read."""
     routes = sys.modules[f"{pack.__name__}.nodes.page.routes"]
-    adapter, dtypes, size = routes._read(loras / "good.safetensors")
+    adapters = []
+
+    def load(*args, **kwargs):
+        adapters.append(load_adapter(*args, **kwargs))
+        return adapters[-1]
+
+    monkeypatch.setattr(routes, "load_adapter", load)
+    path = loras / "good.safetensors"
+    facts = routes._info_of.__wrapped__("good", path, "")["facts"]
+    (adapter,) = adapters
     assert all(tensor.is_meta for layer in adapter.layers.values() for tensor in layer.tensors().values())
-    assert set(dtypes) == {"F32"} and size == (loras / "good.safetensors").stat().st_size
+    assert facts["dtype"] == "float32" and facts["size"] == f"{path.stat().st_size / 2**20:.1f} MB"
 
 
 def test_what_a_file_says_is_data(server, loras):

@@ -8,43 +8,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
 
-from demo import comfyui, model, prepare, train_loha
+from demo import comfyui
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 WORKFLOWS = sorted((REPOSITORY / "example_workflows").glob("*.json"))
-
-
-@pytest.fixture(scope="module")
-def ready(server: comfyui.Server) -> comfyui.Server:
-    """The demo's checkpoint, and in its LoHa's place random LoHas on all of its layers: nothing is trained here."""
-    weights = model.load_int8(prepare.BASE)
-    checkpoint = server.path("models", "checkpoints", prepare.CHECKPOINT)
-    model.save_checkpoint(weights, checkpoint, {})
-    with safe_open(checkpoint, "pt") as file:
-        shapes = {k: file.get_slice(k).get_shape() for k in file.keys() if k.endswith(".weight")}
-    torch.manual_seed(0)
-    names = {"model.diffusion_model.": "lora_unet_", "cond_stage_model.transformer.": "lora_te_"}
-    for seed, file_name in enumerate((prepare.LOHA, "loha_demo_three.safetensors", "second.safetensors")):
-        torch.manual_seed(seed)
-        tensors = {}
-        for key, shape in shapes.items():
-            prefix = next((p for p in names if key.startswith(p)), None)
-            if prefix is None or len(shape) < 2 or "embedding" in key:
-                continue
-            module = names[prefix] + key.removeprefix(prefix).removesuffix(".weight").replace(".", "_")
-            columns = int(np.prod(shape[1:]))
-            for name, size in (("w1_a", (shape[0], 4)), ("w1_b", (4, columns))):
-                tensors[f"{module}.hada_{name}"] = torch.randn(size) * 0.24
-                tensors[f"{module}.hada_{name.replace('1', '2')}"] = torch.randn(size) * 0.24
-            tensors[f"{module}.alpha"] = torch.tensor(4.0)
-        save_file(tensors, server.path("models", "loras", file_name))
-    train_loha.write_pictures(server)
-    server.object_info()
-    return server
 
 
 @pytest.fixture

@@ -53,9 +53,9 @@ def steps(pack):
     merging = sys.modules[f"{pack.__name__}.nodes.graph.merge"]
     return {
         "saved": lambda a: a,
-        "merged": lambda a: merging.merge([a, a], [0.5, 0.5], method="exact").adapter,
-        "converted": lambda a: merging.converted(a, "as it is", 0, "as they are", 8.0, "as it is", None).adapter,
-        "as a LoRA": lambda a: merging.converted(a, "LoRA", 0, "as they are", 0.0, "as it is", None).adapter,
+        "merged": lambda a: merging.merge([a, a], [0.5, 0.5]).adapter,
+        "converted": lambda a: merging.convert(a, alpha=8.0).adapter,
+        "as a LoRA": lambda a: merging.convert(a, compression=merging.Compression("exact", kind="lora")).adapter,
     }
 
 

@@ -18,7 +18,7 @@ from loha_core import LoHaError
 from loha_core.blocks import BlockStrength, Layout, block_of_key
 
 from . import reduced
-from .test_sampling import draw, ready  # noqa: F401  (the demo's model in the server, and what it draws)
+from .test_sampling import draw  # noqa: F401  (what the demo's model in the server draws)
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 BLOCKS: dict[str, Any] = {"preset": "ALL", "vector": "", "rules": "", "family": "auto"}
@@ -130,7 +130,7 @@ OWN = [
 @pytest.mark.parametrize("parts", OWN, ids=str)
 def test_the_widget_draws_the_bars_of_any_model(pack, parts):
     """It asks with what the last run said of the model's blocks."""
-    strength = sys.modules[f"{pack.__name__}.nodes.graph.strength"]
+    page = sys.modules[f"{pack.__name__}.nodes.page.blocks"]
     within = {"double_blocks": "img_mod.lin.", "single_blocks": "modulation.lin."}  # Flux's, reduced
     keys = [
         f"diffusion_model.{part}.{n}.{within.get(part, '')}weight"
@@ -138,7 +138,7 @@ def test_the_widget_draws_the_bars_of_any_model(pack, parts):
         for n in range(count)
     ]
     blocks = BlockStrength.parse(keys, preset="NONE")
-    answer = strength.bars(strength.spell(blocks.layout), "NONE", "")
+    answer = page.bars(page.spell(blocks.layout), "NONE", "")
     assert answer["values"] == blocks.table() and answer["family"] == blocks.layout.family
 
 
@@ -170,20 +170,20 @@ def test_real_models_have_the_blocks_that_we_say_they_have():
         assert Layout.of_keys(f"diffusion_model.{key}" for key in model.state_dict()).family == family
 
 
-def test_blocks_say_how_much_of_each_weight_changes(bridge, stack, loras):
+def test_blocks_say_how_much_of_each_weight_changes(modes, stack, loras):
     models = reduced.build("sd15")
     before = models.weights()
     blocks = BlockStrength.parse(list(models.model.model.state_dict()), "ALL=0, BASE=0.5, OUT01-OUT02=0.25", "attn1: 2")
     adapter = stack.files.load(loras[0])
-    full, _, _ = bridge.apply(models.model, None, adapter, 1, 0, mode="merge")
-    some, some_clip, _ = bridge.apply(models.model, models.clip, adapter, 1, 1, mode="merge", blocks=blocks)
+    full, _, _ = modes.apply(models.model, None, adapter, 1, 0, mode="merge")
+    some, some_clip, _ = modes.apply(models.model, models.clip, adapter, 1, 1, mode="merge", blocks=blocks)
     full_weights, weights = patched(full), patched(some)
     for key, whole in full_weights.items():
-        share = blocks(key)
+        multiplier = blocks(key)
         in_block = 0.25 if "output_blocks.1." in key or "output_blocks.2." in key else 0
-        assert share == (0.5 if block_of_key(key) is None else in_block) * (2 if "attn1" in key else 1)
+        assert multiplier == (0.5 if block_of_key(key) is None else in_block) * (2 if "attn1" in key else 1)
         base = before["MODEL", key]
-        torch.testing.assert_close(weights.get(key, base), base + share * (whole - base), atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(weights.get(key, base), base + multiplier * (whole - base), atol=1e-5, rtol=1e-4)
     assert some_clip is not models.clip
 
 
@@ -220,7 +220,7 @@ def test_schedule_errors_reach_the_user(server, inputs, message):
 
 
 @pytest.fixture
-def sample(ready: Server) -> Any:  # noqa: F811
+def sample(ready: Server) -> Any:
     """Pictures of an example workflow in 4 steps, with other values of its nodes' inputs, by class of node."""
 
     def run(name: str, **changes: dict[str, Any]) -> np.ndarray:
@@ -240,7 +240,7 @@ def pictures(server: Server, prompt: dict, saved: list[str]) -> np.ndarray:
     return server.images({"outputs": {key: outputs[key] for key in saved}}).astype(int)
 
 
-def test_a_schedule_is_what_two_samplings_after_each_other_are(ready, sample):  # noqa: F811
+def test_a_schedule_is_what_two_samplings_after_each_other_are(ready, sample):
     """A step from 0.3 to 1 half way, against merged models in a sampler for each half."""
     settings = {"sampler_name": "euler", "steps": 4}  # euler has no memory of earlier steps
     nothing = {"preset": "ALL", "vector": "", "rules": ""}
@@ -293,7 +293,7 @@ def test_schedules_act_under_other_samplers(sample, sampler):
     assert np.abs(half - run("0: 0.5, 0.6: 0", 1.0)).max() > 5
 
 
-def test_stacked_shares_of_one_adapter_are_the_whole(sample, draw):  # noqa: F811
+def test_stacked_strengths_of_one_adapter_add_up(sample, draw):  # noqa: F811
     for mode in ("merge", "live"):
         whole = draw(mode=mode, strength_model=1.0, strength_clip=1.0)
         assert np.abs(sample("loha_stack", LoHaStack={"mode": mode}) - whole).max() <= 1
@@ -363,7 +363,7 @@ def test_any_number_of_rows(stack, loras):
         ('[{"name": "a"}, {"name": 3}]', "row 2: expected an object with a name"),
         ('[{"name": "a", "on": "yes"}]', "row 1 (a): on is 'yes'; write true or false"),
         ('[{"name": "a", "strength": 1}]', "row 1 (a): unknown strength"),
-        ('[{"name": "a", "strength_model": "1"}]', "row 1 (a): strength_model is '1'; write a finite number"),
+        ('[{"name": "a", "strength_model": "1"}]', "row 1 (a): strength_model is '1'; expected a finite number"),
         ('[{"name": "a", "strength_model": NaN}]', "row 1 (a): strength_model is nan"),
         ('[{"name": "a", "strength_clip": 1e999}]', "row 1 (a): strength_clip is inf"),
         ('[{"name": "a", "strength_clip": true}]', "row 1 (a): strength_clip is True"),

@@ -24,12 +24,12 @@ def adapter(models, tmp_path_factory):
     return load_adapter(reduced.write(models, "kohya", tmp_path_factory.mktemp("adapters"))[0])
 
 
-def test_torch_compile(bridge, models, adapter):
+def test_torch_compile(modes, models, adapter):
     """As ComfyUI's TorchCompileModel node does it; the adapter may be changed under the compiled model."""
     from comfy_api.torch_helpers import set_torch_compile_wrapper
 
     for strength in (0.7, -0.3):
-        alive, _, _ = bridge.apply(models.model, None, adapter, strength, 1.0, mode="live")
+        alive, _, _ = modes.apply(models.model, None, adapter, strength, 1.0, mode="live")
         wanted = run(alive)
         compiled = alive.clone()
         set_torch_compile_wrapper(compiled, backend="eager")
@@ -37,12 +37,12 @@ def test_torch_compile(bridge, models, adapter):
         assert close(run(compiled), wanted)
 
 
-def test_hooks(bridge, models, adapter):
+def test_hooks(modes, models, adapter):
     """A conditioning hook patches weights for some prompts only; live adapters act on top of either."""
     key = "diffusion_model.middle_block.1.proj_in.weight"
     weight = models.model.model.state_dict()[key]
     diff = torch.randn_like(weight) * 0.3
-    alive, _, _ = bridge.apply(models.model, None, adapter, 0.7, 1.0, mode="live")
+    alive, _, _ = modes.apply(models.model, None, adapter, 0.7, 1.0, mode="live")
     hook, group = comfy.hooks.WeightHook(strength_model=1.0, strength_clip=0.0), comfy.hooks.HookGroup()
     hook.need_weight_init = False
     group.add(hook)
@@ -53,17 +53,17 @@ def test_hooks(bridge, models, adapter):
     alive.unpatch_hooks()
     reference = models.model.clone()
     reference.add_patches({key: ("diff", (diff,))}, 1.0)
-    reference, _, _ = bridge.apply(reference, None, adapter, 0.7, 1.0, mode="merge")
+    reference, _, _ = modes.apply(reference, None, adapter, 0.7, 1.0, mode="merge")
     assert close(hooked, run(reference)) and not close(without, hooked)
 
 
-def test_another_packs_forward_stays_beneath(bridge, models, adapter):
+def test_another_packs_forward_stays_beneath(modes, models, adapter):
     module = models.model.model.diffusion_model.middle_block[0].in_layers[2]
     original = module.forward
     module.forward = lambda x: original(x) * 1.5
     try:
-        merged, _, _ = bridge.apply(models.model, None, adapter, 0.4, 1.0, mode="merge")
-        alive, _, _ = bridge.apply(models.model, None, adapter, 0.4, 1.0, mode="live")
+        merged, _, _ = modes.apply(models.model, None, adapter, 0.4, 1.0, mode="merge")
+        alive, _, _ = modes.apply(models.model, None, adapter, 0.4, 1.0, mode="live")
         wanted = run(merged)
         assert close(run(alive), wanted)
         comfy.model_management.unload_all_models()
@@ -72,10 +72,10 @@ def test_another_packs_forward_stays_beneath(bridge, models, adapter):
         del module.forward
 
 
-def test_controlnet_sees_the_plain_features_of_its_own_network(bridge, models, adapter):
+def test_controlnet_sees_the_plain_features_of_its_own_network(modes, models, adapter):
     """ControlNet's residuals enter between the layers; live and merged take them alike."""
-    merged, _, _ = bridge.apply(models.model, None, adapter, 0.7, 1.0, mode="merge")
-    alive, _, _ = bridge.apply(models.model, None, adapter, 0.7, 1.0, mode="live")
+    merged, _, _ = modes.apply(models.model, None, adapter, 0.7, 1.0, mode="merge")
+    alive, _, _ = modes.apply(models.model, None, adapter, 0.7, 1.0, mode="live")
     torch.manual_seed(1)
     control = {"middle": [torch.randn(1, 128, 2, 2)], "output": [torch.randn(1, 128, 2, 2)]}
     results = []

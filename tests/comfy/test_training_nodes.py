@@ -43,7 +43,7 @@ def built(m, text=False, **network):
     config = t.node("graph.network").network_config(**{"rank": 4, "conv_rank": 2, **network})
     patcher, label = (m.clip.patcher, "CLIP") if text else (m.model, "MODEL")
     torch.manual_seed(0)
-    return t.node("graph.network").build(patcher, label, config)
+    return t.node("host.layers").build(patcher, label, config)
 
 
 def ranks(layers, kernel):
@@ -112,7 +112,7 @@ def test_what_the_node_says_is_what_is_trained(sd15, flux):
             {"layers": "attn", "scalar": True, "dora": "input"},
         ):
             config = t.node("graph.network").network_config(**{"rank": 4, **network})
-            text = t.node("graph.network").count(config, m.model, m.clip)
+            text = t.node("host.layers").count(config, m.model, m.clip)
             for line in text.splitlines():
                 layers = built(m, text=line.startswith("CLIP"), **{"conv_rank": 8, **network})
                 count = sum(p.numel() for x in layers.values() for _, p in x._parameters_of(None))
@@ -128,7 +128,123 @@ def test_knobs_that_act_in_the_run(page, flux, knob):  # noqa: F811
     assert all((f.dora_scale is not None) == ("dora" in knob) for f in other.layers.values())
 
 
+def test_the_node_counts_for_what_is_connected(sd15):
+    node = t.node("graph.network").LoHaNetwork
+    lines = lambda **connected: node.execute(**connected).args[1].splitlines()  # noqa: E731
+    assert [line[:5] for line in lines(model=sd15.model, clip=sd15.clip)] == ["MODEL", "CLIP:"]
+    assert lines(model=sd15.model) + lines(clip=sd15.clip) == lines(model=sd15.model, clip=sd15.clip)
+    assert "connect a model" in lines()[0]
+
+
+# --- LoHa Optimizer -----------------------------------------------------------------------------
+
+
+FALLING = {"schedule": "linear", "learning_rate": 0.01}
+
+
+@pytest.mark.parametrize(
+    ("settings", "rates"),
+    [
+        ({"schedule": "constant"}, [1, 1, 1, 1]),
+        (FALLING, [1, 0.75, 0.5, 0.25]),
+        (FALLING | {"end_factor": 0.6}, [1, 0.9, 0.8, 0.7]),
+        (FALLING | {"warmup_steps": 2}, [1 / 3, 2 / 3, 1, 0.5]),
+        ({"schedule": "cosine"}, [1, 0.853553, 0.5, 0.146447]),
+        ({"schedule": "restarts", "cycles": 2}, [1, 0.5, 1, 0.5]),
+    ],
+)
+def test_learning_rates_of_a_run(page, flux, settings, rates):  # noqa: F811
+    t.train(flux, steps=4, optimizer=settings)
+    [run] = t.node("page.monitor").runs.values()
+    assert run.rates == pytest.approx([0.01 * rate for rate in rates], rel=1e-5)
+
+
+@pytest.mark.parametrize("setting", [{"name": "adafactor"}, {"learning_rate": 0.02}, {"weight_decay": 10.0},
+                                     {"lora_plus": 4.0}, {"max_grad_norm": 1e-3}, {"ema_decay": 0.9},
+                                     {"max_norm": 1e-4}, {"options": '{"eps": 1.0}'}])  # fmt: skip
+def test_each_optimizer_setting_acts(page, flux, setting):  # noqa: F811
+    # Adam itself evens out the gradients' size, unless its epsilon is large against them.
+    common = {"max_grad_norm": 0.0, "options": '{"eps": 0.01}'} if "name" not in setting else {"options": ""}
+    plain = t.train(flux, optimizer=common, name="plain")
+    other = t.train(flux, optimizer=common | setting, name="other")
+    assert t.distance(other, plain) > 0.01
+    if "max_norm" in setting:
+        assert max(float(f.norm()) for f in other.layers.values()) <= 1e-4
+
+
+def test_text_encoders_have_a_learning_rate_of_their_own(page, sd15):  # noqa: F811
+    def moved(rate):
+        adapter = t.train(sd15, text=True, optimizer={"text_learning_rate": rate}, name=f"text {rate}")
+        return sum(float(f.norm()) for n, f in adapter.layers.items() if n.startswith("lora_te"))
+
+    assert moved(1e-6) < 0.01 * moved(1e-2)
+
+
+# --- LoHa Objective -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("plain", "setting"),
+    [
+        ({}, {"timesteps": "logit-normal"}),
+        ({"timesteps": "logit-normal"}, {"logit_mean": 1.0}),
+        ({"timesteps": "logit-normal"}, {"logit_std": 0.3}),
+        ({}, {"timesteps": "shifted"}),
+        ({"timesteps": "shifted"}, {"shift": 1.5}),
+        ({}, {"loss_type": "l1"}),
+        ({}, {"loss_type": "huber"}),
+        ({"loss_type": "huber"}, {"huber_delta": 1.0}),
+        ({}, {"min_snr_gamma": 5.0}),
+        ({}, {"debiased": True}),
+        ({}, {"noise_offset": 0.3}),
+    ],
+)
+def test_each_objective_setting_acts(page, flux, plain, setting):  # noqa: F811
+    jobs = [t.job(flux, steps=1, objective=objective) for objective in (plain, plain | setting)]
+    for job in jobs:
+        job.run()
+    assert jobs[0].losses != jobs[1].losses
+
+
 # --- Train LoHa ---------------------------------------------------------------------------------
+
+
+def test_the_node(page, flux, tmp_path, monkeypatch):  # noqa: F811
+    """What it puts out: the adapter, the model with it, and the losses."""
+    monkeypatch.setattr("folder_paths.temp_directory", str(tmp_path))
+    job = t.job(flux, name="node", gradient_checkpointing=True)
+    with torch.inference_mode():
+        adapter, model, clip, losses, curve = (
+            t.node("graph.trainer").LoHaTrainer.execute(name="node", resume=False, **job.values).args
+        )
+    assert clip is None and len(losses["loss"]) == 3 and curve.shape[-1] == 3
+    assert t.distance(adapter, t.train(flux, name="kept", gradient_checkpointing=False)) < 0.01
+    assert not t.same(adapter, t.train(flux, name="other data", dataset=t.data(flux, size=6)))
+    applied = t.node("host.modes").apply(flux.model, None, adapter, 1.0, 1.0)[0]
+    assert model.patches.keys() == applied.patches.keys() and len(model.get_injections("loha") or ()) == len(
+        applied.get_injections("loha") or ()
+    )
+
+
+class Recorder:
+    """A VAE that keeps the latents that it is given."""
+
+    def __init__(self):
+        self.latents = []
+
+    def decode(self, latent):
+        self.latents.append(latent.clone())
+        return torch.zeros(1, 8, 8, 3)
+
+
+@pytest.mark.parametrize("setting", [{"preview_cfg": 7.0}, {"preview_steps": 3}, {"preview_prompt": ""}])
+def test_each_preview_setting_acts(page, flux, setting):  # noqa: F811
+    plain, other = Recorder(), Recorder()
+    previews = {"preview_every": 2, "preview_prompt": "a house", "preview_steps": 2, "preview_cfg": 1.0}
+    t.train(flux, **previews, vae=plain, name="plain")
+    t.train(flux, **previews | setting, vae=other, name="other")
+    assert len(plain.latents) == len(other.latents) == 1
+    assert not torch.allclose(plain.latents[0], other.latents[0], atol=1e-3)
 
 
 def test_the_seed_is_of_everything(page, flux):  # noqa: F811
@@ -143,8 +259,8 @@ def test_the_seed_is_of_everything(page, flux):  # noqa: F811
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
-def test_precision(page, flux, precision):  # noqa: F811
-    exact, other = t.train(flux, name="fp32"), t.train(flux, precision=precision, name=precision)
+def test_mixed_precision(page, flux, precision):  # noqa: F811
+    exact, other = t.train(flux, name="fp32"), t.train(flux, mixed_precision=precision, name=precision)
     assert 0 < t.distance(other, exact) < 0.5
     assert all(x.dtype == torch.float32 for f in other.layers.values() for x in f.tensors().values())
 
@@ -159,14 +275,14 @@ def test_how_long_and_how_much_at_once(page, flux):  # noqa: F811
 
     assert len(losses(steps=2)) == 2
     assert len(losses(epochs=2, batch_size=2)) == 4 and len(losses(epochs=1, batch_size=1)) == 4
-    assert len(losses(epochs=1, batch_size=1, accumulation=2)) == 2
-    singly = losses(steps=1, batch_size=1, accumulation=1)
-    both = losses(steps=1, batch_size=1, accumulation=2)
+    assert len(losses(epochs=1, batch_size=1, gradient_accumulation_steps=2)) == 2
+    singly = losses(steps=1, batch_size=1, gradient_accumulation_steps=1)
+    both = losses(steps=1, batch_size=1, gradient_accumulation_steps=2)
     d = t.diffusion(flux, data, batch_size=1)
     with torch.no_grad():
-        wanted = [float(d.loss(d.batch(i))) for i in range(2)]
-    assert singly[0] == pytest.approx(wanted[0], rel=1e-5)
-    assert both[0] == pytest.approx(sum(wanted) / 2, rel=1e-5)
+        expected = [float(d.loss(d.batch(i))) for i in range(2)]
+    assert singly[0] == pytest.approx(expected[0], rel=1e-5)
+    assert both[0] == pytest.approx(sum(expected) / 2, rel=1e-5)
 
 
 def test_files_events_and_the_curve(page, flux, tmp_path):  # noqa: F811
@@ -234,7 +350,7 @@ def other_channels(m):
 WRONG = {
     "latents of another model": (lambda m: t.train(m, other_channels(m)), "have 4 channels; this model's have 16"),
     "no such layer": (lambda m: t.train(m, network={"layers": "img_atn"}), "img_attn"),
-    "an expression that is none": (lambda m: t.train(m, network={"layers": "(attn"}), "no regular expression"),
+    "an expression that is none": (lambda m: t.train(m, network={"layers": "(attn"}), "is not a regular expression"),
     "a pattern that is none": (lambda m: t.train(m, network={"patterns": "attn"}), "expected 'pattern: rank'"),
     "an explosion": (lambda m: t.train(m, steps=9, optimizer={"learning_rate": 1e30}), "Lower the learning rate"),
     "a preview without a VAE": (lambda m: t.train(m, preview_every=1), "needs the vae input"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor
 
 from loha_core import Adapter
+from loha_core.training.data.batches import BatchSampler
 from loha_core.training.data.dataset import Dataset, Item
 from loha_core.training.objectives import Objective
 
@@ -55,8 +57,8 @@ def models(family: str, dtype: torch.dtype = torch.float32) -> reduced.Models:
 
 def conditioning(tokens: int = 16, seed: int = 0) -> list[Any]:
     """A prompt as Flux's text encoders would give it."""
-    chance = torch.Generator().manual_seed(seed)
-    text, pooled = torch.randn(1, tokens, 4096, generator=chance), torch.randn(1, 768, generator=chance)
+    rng = torch.Generator().manual_seed(seed)
+    text, pooled = torch.randn(1, tokens, 4096, generator=rng), torch.randn(1, 768, generator=rng)
     return [[text, {"pooled_output": pooled, "guidance": 3.5}]]
 
 
@@ -75,6 +77,22 @@ def dataset(m: reduced.Models, items: list[Item]) -> Any:
     return node("graph.dataset").ClipDataset(items, node("graph.dataset").Captions(), m.clip)
 
 
+class Job:
+    """A run as the node Train LoHa makes it, but for the LoHa on the model at the end."""
+
+    losses: list[float]
+
+    def __init__(self, folder: Path, resume: bool, workflow: str, values: dict[str, Any]) -> None:
+        self.trainer, self.folder, self.resume, self.workflow = node("graph.trainer"), folder, resume, workflow
+        self.values = values
+
+    def run(self) -> Adapter:
+        run, preview = self.trainer.training_run(folder=self.folder, **self.values)
+        watch = partial(self.trainer.Watcher, run, preview, self.workflow)
+        adapter, self.losses = run.run(watch, resume=self.resume)
+        return adapter
+
+
 def job(
     m: reduced.Models,
     of: Dataset | None = None,
@@ -85,24 +103,21 @@ def job(
     objective: dict[str, Any] | None = None,
     name: str = "run",
     resume: bool = False,
+    workflow: str = "",
     **values: Any,
-) -> Any:
-    """A run that is short unless ``values`` say otherwise, set up as the node Train LoHa does."""
-    trainer = node("graph.trainer")
-    short = {"steps": 3, "epochs": 0, "batch_size": 2, "accumulation": 1, "precision": "fp32", "save_every": 0}
-    return trainer._job(
-        values.pop("model", m.model),
-        m.clip if text else None,
-        trainer.run_folder(name, resume),
-        resume,
-        dataset=of or data(m),
-        network=node("graph.network").network_config(**{"rank": 4, "conv_rank": 2, **(network or {})}),
-        optimizer=node("graph.optimizer").optimizing(
+) -> Job:
+    """A run that is short unless ``values`` say otherwise."""
+    short = {"model": m.model, "steps": 3, "batch_size": 2, "mixed_precision": "fp32", "save_every": 0}
+    nodes = {
+        "network": node("graph.network").LoHaNetwork.execute(**{"rank": 4, "conv_rank": 2, **(network or {})}),
+        "optimizer": node("graph.optimizer").LoHaOptimizer.execute(
             **{"learning_rate": 0.01, "schedule": "constant", **(optimizer or {})}
         ),
-        objective=Objective(**(objective or {})),
-        **{**short, "gradient_checkpointing": False, **values},
-    )
+        "objective": node("graph.optimizer").LoHaObjective.execute(**(objective or {})),
+    }
+    inputs = {name: output.args[0] for name, output in nodes.items()}
+    inputs |= {"clip": m.clip if text else None, "dataset": of or data(m)}
+    return Job(node("graph.trainer").run_folder(name, resume), resume, workflow, {**inputs, **short, **values})
 
 
 def train(m: reduced.Models, *args: Any, **values: Any) -> Adapter:
@@ -111,12 +126,17 @@ def train(m: reduced.Models, *args: Any, **values: Any) -> Adapter:
 
 
 def diffusion(
-    m: reduced.Models, of: Dataset | None = None, *, batch_size: int = 2, seed: int = 0, **kwargs: Any
+    m: reduced.Models,
+    of: Dataset | None = None,
+    *,
+    batch_size: int = 2,
+    seed: int = 0,
+    patcher: Any = None,
+    **kwargs: Any,
 ) -> Any:
-    comfy.model_management.load_models_gpu([kwargs.get("patcher", m.model)])
-    return node("host.diffusion").Diffusion(
-        kwargs.pop("patcher", m.model), of or data(m), Objective(**kwargs), batch_size, seed
-    )
+    patcher = patcher or m.model
+    comfy.model_management.load_models_gpu([patcher])
+    return node("host.diffusion").Diffusion(patcher, BatchSampler(of or data(m), Objective(**kwargs), batch_size, seed))
 
 
 def held_out(m: reduced.Models, adapter: Adapter | None = None, of: Dataset | None = None) -> float:

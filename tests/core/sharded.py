@@ -24,7 +24,7 @@ class Accelerator(accelerate.Accelerator):
         self.state.distributed_type = DistributedType.FSDP
 
 
-class Output(run.Output):
+class OutputWriter(run.OutputWriter):
     """Says at the end how much of the model this process holds."""
 
     def __call__(self, event: Any) -> None:
@@ -39,5 +39,5 @@ class Output(run.Output):
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    accelerate.Accelerator, run.Output = Accelerator, Output
+    accelerate.Accelerator, run.OutputWriter = Accelerator, OutputWriter
     sys.exit(main(sys.argv[1:]))

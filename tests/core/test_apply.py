@@ -20,6 +20,7 @@ from loha_core.ops import tiles
 
 from . import samples
 from .merging import HALF, LAYOUTS, assert_rounded, cases, expected, update, weight
+from .pairwise import pairwise, rows
 
 DTYPES = [torch.float64, torch.float32, *HALF, torch.float8_e4m3fn]
 
@@ -27,7 +28,7 @@ DTYPES = [torch.float64, torch.float32, *HALF, torch.float8_e4m3fn]
 @contextmanager
 def small_tiles(tile: int, prepared: int):
     """So that a small weight has several tiles, bands and panels."""
-    with mock.patch.multiple(tiles, CPU_TILE=tile, PREPARED=prepared):
+    with mock.patch.multiple(tiles, CPU_TILE=tile, MAX_FACTOR_NUMBERS=prepared):
         yield
 
 
@@ -51,10 +52,7 @@ def test_every_back_end_gives_float64s_result_correctly_rounded(case, backend, t
     assert torch.equal(surroundings(before), around)
 
 
-@pytest.mark.parametrize("backend", ["auto", "tiles", "khatri_rao"])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("kernel", [(), (3,), (3, 3), (2, 1, 3)], ids=str)
+@pairwise(kernel=[(), (3,), (3, 3), (2, 1, 3)], layout=LAYOUTS, dtype=DTYPES, backend=["auto", "tiles", "khatri_rao"])
 def test_a_mixed_stack(kernel, layout, dtype, backend):
     shape = (11, 7, *kernel)
     updates = [
@@ -70,11 +68,15 @@ def test_a_mixed_stack(kernel, layout, dtype, backend):
     assert_rounded(before, exact, size)
 
 
-REAL = [(torch.float32, "whole")] + [(d, b) for d in (torch.float32, *HALF) for b in ("tiles", "khatri_rao", "auto")]
+REAL = [(1500, 1024), (300, 130, 3, 3)]
 
 
-@pytest.mark.parametrize("shape", [(1500, 1024), (300, 130, 3, 3)], ids=str)
-@pytest.mark.parametrize(("dtype", "backend"), REAL, ids=str)
+@pytest.mark.parametrize(
+    ("shape", "dtype", "backend"),
+    [(shape, torch.float32, "dense") for shape in REAL]
+    + rows(REAL, (torch.float32, *HALF), ("tiles", "khatri_rao", "auto")),
+    ids=str,
+)
 def test_weights_of_a_real_size(shape, dtype, backend):
     u = update(shape, 8)
     before = weight(shape, dtype)
@@ -111,7 +113,7 @@ def test_strength_zero_is_bit_for_bit_nothing(dtype):
     assert add_delta_(before, [], []) is before and before._version == version
 
 
-@pytest.mark.parametrize("backend", ["auto", "whole", "tiles", "khatri_rao"])
+@pytest.mark.parametrize("backend", ["auto", "dense", "tiles", "khatri_rao"])
 def test_from_a_backup(backend):
     factors = update((40, 30), 3).factors
     backup, target = weight((40, 30)), torch.full((40, 30), torch.nan)
@@ -159,10 +161,10 @@ def test_nothing_is_written_when_something_does_not_fit():
         add_delta_(before, [good, replace(good, dora_scale=torch.ones(3))])
     with pytest.raises(LoHaError, match="2 updates but 1 strengths"):
         add_delta_(before, [good, good], [1.0])
-    with pytest.raises(LoHaError, match="there are: auto, whole, tiles"):
+    with pytest.raises(LoHaError, match="there are: auto, dense, tiles"):
         add_delta_(before, good, backend="fast")
-    with pytest.raises(LoHaError, match="'whole'"):
-        add_delta_(before, [good, good], backend="whole")
+    with pytest.raises(LoHaError, match="'dense'"):
+        add_delta_(before, [good, good], backend="dense")
     with pytest.raises(LoHaError, match="source"):
         add_delta_(before, good, source=torch.zeros(6, 4))
     with pytest.raises(LoHaError, match="int64"):
@@ -243,7 +245,7 @@ def test_the_plan_follows_from_the_shape_and_can_be_printed():
     def backend(shape, rank, **options):
         return plan(shape, samples.factors(shape, rank), **options).backend
 
-    assert backend((320, 320), 8) == "whole"
+    assert backend((320, 320), 8) == "dense"
     assert backend((3072, 3072), 4) == "khatri_rao"
     assert backend((3072, 3072), 32) == "tiles"
     assert backend((3072, 3072), 8, dtype=torch.float16) == "tiles"

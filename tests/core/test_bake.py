@@ -15,7 +15,8 @@ from safetensors.torch import load_file, save_file
 
 from loha_core import Adapter, LoHaError, apply_to_checkpoint, load_adapter, save_adapter
 from loha_core.blocks import BlockStrength
-from loha_core.models.tensor_file import Weights, network
+from loha_core.models.keys import network
+from loha_core.models.tensor_file import TensorFile
 from loha_core.naming.names import flat
 from loha_core.naming.respell import respelled
 from loha_core.naming.tables import FAMILIES
@@ -154,7 +155,7 @@ def test_a_stack_with_dora_and_lora_in_the_dtype_of_the_weight(tmp_path, dtype):
         metadata = file.metadata()
     assert metadata["title"] == "m" and "modelspec.hash_sha256" not in metadata
     assert json.loads(metadata["loha_history"])[0]["strengths"] == strengths
-    assert list(Weights(tmp_path / "out.safetensors")) == list(Weights(tmp_path / "m.safetensors"))
+    assert list(TensorFile(tmp_path / "out.safetensors")) == list(TensorFile(tmp_path / "m.safetensors"))
 
 
 def test_other_dtypes_and_empty_tensors_are_copied(tmp_path):
@@ -203,7 +204,7 @@ BAD = {
     "another base model": ([adapter((6, 8))], 1.0, r"a.safetensors: made for another model.*\(6, 8\).*\(6, 7\)"),
     "nothing fits": ([adapter(name="lora_unet_x")], 1.0, "nothing in this adapter fits .*m.safetensors"),
     "not finite": ([huge], 5.0, r"m.safetensors: .*to_k.weight: \d+ of 42 values are NaN or infinite"),
-    "NaN strength": ([adapter()], float("nan"), "a.safetensors: its strength is nan"),
+    "NaN strength": ([adapter()], float("nan"), "a.safetensors: strength is nan"),
     "no adapters": ([], 1.0, "0 adapters and 0 strengths"),
     "too many strengths": ([adapter()], [1.0, 1.0], "1 adapters and 2 strengths"),
     "a wrong difference": (
@@ -255,6 +256,15 @@ def test_an_end_in_between_leaves_nothing(source):
 def test_a_disk_that_is_too_small(source, monkeypatch):
     monkeypatch.setattr("shutil.disk_usage", lambda folder: type("Usage", (), {"free": 10})())
     with pytest.raises(LoHaError, match="out.safetensors: needs 0.0 GB, and .* has 0.0 GB left"):
+        apply_to_checkpoint(source, [adapter()], 1.0, source.with_name("out.safetensors"))
+
+
+def test_a_folder_that_may_not_be_read(source, monkeypatch):
+    def refuse(folder):
+        raise PermissionError(13, "Permission denied", folder)
+
+    monkeypatch.setattr("shutil.disk_usage", refuse)
+    with pytest.raises(LoHaError, match="out.safetensors: cannot be checked .*Permission denied"):
         apply_to_checkpoint(source, [adapter()], 1.0, source.with_name("out.safetensors"))
 
 

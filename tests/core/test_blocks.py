@@ -14,7 +14,6 @@ from loha_core import LoHaError, blocks
 from loha_core.blocks import FAMILIES, LAYOUTS, PRESETS, BlockStrength, Layout, block_of_key
 from loha_core.naming import layouts
 from loha_core.naming.families import Family, Size
-from loha_core.naming.layouts import block_of
 from loha_core.naming.tables import FAMILIES as TABLES
 
 UNET = "diffusion_model."
@@ -101,8 +100,8 @@ def test_each_weight_of_a_model_is_in_the_block_that_the_table_says(family, size
     layout = Layout(family.name, parts_of(family, size.blocks))
     strength = BlockStrength((), (), layout)
     for label, module in ((label, module) for label, module in family.blocks if label in dict(layout.parts)):
-        assert block_of(f"{module}.1.x", family) == block_of_key(f"{UNET}{module}.1.x.weight", layout) == (label, 1)
-    assert block_of("head.x", family) is None and strength(f"{UNET}head.x.weight") == 1
+        assert block_of_key(f"{UNET}{module}.1.x.weight", layout) == (label, 1)
+    assert block_of_key(f"{UNET}head.x.weight", layout) is None and strength(f"{UNET}head.x.weight") == 1
 
 
 @every_size
@@ -181,14 +180,22 @@ def test_each_number_of_a_vector_is_for_its_block(family, length):
     assert [strength(key(label)) for label in labels] == values
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-@given(data=st.data())
-def test_every_length_that_an_error_names_is_taken(family, data):
-    labels = data.draw(st.sampled_from(LAYOUTS[family].vectors()))
-    values = data.draw(st.lists(st.floats(-5, 5), min_size=len(labels), max_size=len(labels)))
+def check_vector(family: str, labels: tuple[str, ...], values: list[float]) -> None:
     strength = BlockStrength.parse(family, ", ".join(map(repr, values)))
     assert [strength(key(label, LAYOUTS[family])) for label in labels] == values
     assert set(strength.table()) == {"BASE", *LAYOUTS[family].labels()}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_length_that_an_error_names_is_taken(family):
+    for labels in LAYOUTS[family].vectors():
+        check_vector(family, labels, [n / 7 - 5 for n in range(len(labels))])
+
+
+@given(family=st.sampled_from(FAMILIES), data=st.data())
+def test_any_numbers_are_taken(family, data):
+    labels = data.draw(st.sampled_from(LAYOUTS[family].vectors()))
+    check_vector(family, labels, data.draw(st.lists(st.floats(-5, 5), min_size=len(labels), max_size=len(labels))))
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -342,11 +349,13 @@ def test_rules_multiply_the_block_and_the_last_that_matches_counts():
         ("attn2: strong", "rule in line 1: expected a number such as 0.5, found 'strong'"),
         ("attn2: inf", "rule in line 1: expected a number"),
         ("a{99999999999}: 1", r"rule in line 1: 'a\{9+\}' is not a regular expression"),
-        ("x" * 201 + ": 1", "rule in line 1: 201 characters; at most 200"),
-        ("(a+)+b: 1", r"rule in line 1: '\(a\+\)\+b' repeats a group"),
-        (".*.*.*.*b: 1", "rule in line 1: .* has more than 3 repetitions; write several rules"),
-        ("a?" * 7 + "b: 1", "has more than 6 optional parts"),
-        ("(a|a)" * 13 + "b: 1", "has more than 12 alternatives"),
+        ("x" * 20_001 + ": 1", "rule in line 1: 'x+…' has 20001 letters; at most 20000"),
+        ("(a+)+b: 1", r"rule in line 1: '\(a\+\)\+b' may take very long"),
+        (".*.*.*.*b: 1", "rule in line 1: .* may take very long to match; use fewer repetitions"),
+        (".*.*.*z: 1", "rule in line 1: .* may take very long"),
+        ("a?" * 6 + "a*z: 1", "may take very long"),
+        ("a?" * 20 + "b: 1", "may take very long"),
+        ("(a|ab)" * 20 + "b: 1", "may take very long"),
     ],
 )
 def test_errors_in_rules(rules, message):
@@ -354,11 +363,11 @@ def test_errors_in_rules(rules, message):
         BlockStrength.parse("SD1.5", "", rules)
 
 
-@pytest.mark.parametrize("rule", [".*.*.*z", "a?a?a?a?a?a?a*z", "(a|a)(a|a)(a|a)(a|a)(a|a)(a|a)(a|a)(a|a)(a|a)(a|a)z"])
+@pytest.mark.parametrize("rule", [".*.*z", "a?a?a?a*z", "(a|a)(a|a)(a|a)(a|a)(a|a)(a|a)(a|a)(a|a)(a|a)(a|a)z"])
 def test_no_rule_takes_long(rule):
     strength = BlockStrength.parse("SD1.5", "", rule + ": 1")
     started = time.process_time()  # of this process alone, whatever else the machine does
-    strength(f"{UNET}input_blocks.4." + "a" * 60, "a" * 100)
+    strength(f"{UNET}input_blocks.4." + "a" * 60, "a" * 800)
     assert time.process_time() - started < 1
 
 

@@ -1,4 +1,4 @@
-"""`python -m loha_core inspect`: what it says, and how it ends."""
+"""The command line: what each command says and writes, what each option changes, and how it ends."""
 
 from __future__ import annotations
 
@@ -6,14 +6,17 @@ import json
 import os
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
-from loha_core import Adapter, describe, load_adapter
-from loha_core.cli import main
+from loha_core import load_adapter
+from loha_core.adapter import split_layers
+from loha_core.cli import main, parser
+from loha_core.transform.compress import kind_of
+from loha_core.transform.lowrank import product
 
 from . import samples
 from .processes import PATIENCE
@@ -72,8 +75,13 @@ def test_main_returns_its_status(tmp_path, capsys):
 
 
 def test_legacy_tucker_is_an_option(tmp_path, capsys):
-    path = samples.write(tmp_path / "a.safetensors", samples.module("lora_unet_a", (6, 4, 3, 3), tucker=True))
-    assert main(["inspect", "--legacy-tucker", str(path)]) == 0 and "Tucker        1 layers" in capsys.readouterr().out
+    tensors = samples.module("lora_unet_a", (6, 4, 3, 3), tucker=True)
+    tensors["lora_unet_a.hada_t2"].zero_()
+    path = samples.write(tmp_path / "a.safetensors", tensors)
+    assert main(["inspect", str(path)]) == 0 and "all zero" in capsys.readouterr().out
+    assert main(["inspect", "--legacy-tucker", str(path)]) == 0
+    text = capsys.readouterr().out
+    assert "Tucker        1 layers" in text and "all zero" not in text  # t2 is not used
 
 
 def test_a_peft_folder(tmp_path, capsys):
@@ -81,138 +89,39 @@ def test_a_peft_folder(tmp_path, capsys):
     assert "dialect       peft" in capsys.readouterr().out
 
 
-def line(text: str, label: str) -> str:
-    (found,) = (line for line in text.splitlines() if line.startswith(label))
-    return found.removeprefix(label).strip()
-
-
-MODELS = {
-    "SD 1.x": ({KEY: (6, 768)}, {}),
-    "SD 2.x": ({KEY: (6, 1024)}, {}),
-    "SDXL": ({"diffusion_model.input_blocks.4.1.transformer_blocks.0.attn2.to_v": (6, 2048)}, {}),
-    "SDXL refiner": ({KEY: (6, 1280)}, {}),
-    "cross-attention of width 99": ({KEY: (6, 99)}, {}),
-    "Flux": (
-        {"diffusion_model.double_blocks.18.img_mod.lin": (6, 4), "diffusion_model.single_blocks.37.linear1": (6, 4)},
-        {},
-    ),
-    "SD3": ({"lora_unet_joint_blocks_0_x_block_mlp_fc1": (6, 4)}, {}),
-    "a text encoder (CLIP)": ({"lora_te_text_model_encoder_layers_0_self_attn_q_proj": (6, 4)}, {}),
-    "unknown": ({"lora_unet_a": (6, 4)}, {}),
-    "sdxl_base_v1-0": ({KEY: (6, 768)}, {"ss_base_model_version": "sdxl_base_v1-0"}),
-    "flux-1-dev/lora": ({KEY: (6, 768)}, {"modelspec.architecture": "flux-1-dev/lora", "ss_base_model_version": "x"}),
-}
-
-
-@pytest.mark.parametrize(("model", "file"), MODELS.items(), ids=MODELS)
-def test_the_likely_base_model(model, file):
-    layers, metadata = file
-    adapter = Adapter({name: samples.factors(shape) for name, shape in layers.items()}, metadata=metadata)
-    assert line(describe(adapter), "base model") == model.strip()
-
-
-WORDS = {
-    "counted over folders": ({"1_a": {"cat": 2, " dog ": 3}, "2_b": {"cat": 2}}, "cat, dog"),
-    "a list": (["cat"], None),
-    "a word": ("cat", None),
-    "null": (None, None),
-    "null below": ({"a": None}, None),
-    "counts that are no numbers": ({"a": {"cat": "many"}}, None),
-    "a count beyond any": ({"a": {"cat": float("inf")}}, None),
-    "a count that is none": ({"a": {"cat": float("nan")}}, None),
-    "counts that are lists": ({"a": {"cat": [1]}}, None),
-}
-
-
-@pytest.mark.parametrize(("tags", "words"), WORDS.values(), ids=WORDS)
-def test_trigger_words_from_the_captions(tags, words):
-    adapter = Adapter({KEY: samples.factors((6, 768))}, metadata={"ss_tag_frequency": json.dumps(tags)})
-    text = describe(adapter)
-    assert ("trigger words" in text) == (words is not None)
-    assert words is None or line(text, "trigger words") == words
-
-
-@pytest.mark.parametrize("tags", ["{", "[" * 100_000, "", '{"a": {"x": 1' + "0" * 5000 + "}}"], ids=len)
-def test_captions_that_are_no_json(tags):
-    assert "trigger" not in describe(Adapter({KEY: samples.factors((6, 768))}, metadata={"ss_tag_frequency": tags}))
-
-
-def test_the_trainers_own_trigger_phrase_comes_first():
-    metadata = {"modelspec.trigger_phrase": "sks, a cat", "ss_tag_frequency": '{"a": {"dog": 1}}'}
-    assert line(describe(Adapter({KEY: samples.factors((6, 768))}, metadata=metadata)), "trigger words") == "sks, a cat"
-
-
-good = samples.factors((6, 768))
-SUSPICIOUS = {
-    "untrained": (replace(good, w2_a=torch.zeros(6, 2)), "all zero"),
-    "untrained core": (replace(samples.factors((6, 8, 3), tucker=True), t2=torch.zeros(2, 2, 3)), "all zero"),
-    "a rank too large": (samples.factors((6, 768), 6), r"rank 6 is no smaller"),
-    "a scale too large": (replace(good, alpha=1000.0), "alpha/rank is 500"),
-    "8 bits": (replace(good, w2_a=torch.zeros(6, 2).to(torch.float8_e4m3fn)), "all zero"),
-}
-
-
-@pytest.mark.parametrize(("factors", "message"), SUSPICIOUS.values(), ids=SUSPICIOUS)
-def test_what_looks_suspicious(factors, message):
-    text = describe(Adapter({"good": good, "odd": factors}, notes=["read oddly"]))
-    lines = [line for line in text.splitlines() if line.startswith("suspicious")]
-    assert len(lines) == 2 and "read oddly" in lines[0] and "odd: " in lines[1] and message in lines[1]
-
-
-def test_many_suspicious_layers_are_counted():
-    untrained = {f"layer {i}": replace(good, w2_a=torch.zeros(6, 2)) for i in range(30)}
-    lines = [line for line in describe(Adapter(untrained), limit=3).splitlines() if line.startswith("suspicious")]
-    assert len(lines) == 4 and "… and 27 more" in lines[-1]
-
-
-def test_what_else_the_file_holds(tmp_path):
-    tensors = samples.DIALECTS["kohya with LoRA, LoKr, norms"][1] | {"bundle_emb.cat.clip_l": torch.ones(3)}
-    text = describe(load_adapter(samples.write(tmp_path / "a.safetensors", tensors)))
-    other = line(text, "other")
-    assert other.startswith("9 tensors: ") and all(
-        part in other
-        for part in ("alpha ×2", "lora_up.weight ×1", "lokr_w1 ×1", "w_norm ×1", "not an adapter's key ×1")
-    )
-
-
-def test_every_dialect_can_be_described(tmp_path):
-    for number, (dialect, tensors, _) in enumerate(samples.DIALECTS.values()):
-        adapter = load_adapter(samples.write(tmp_path / f"{number}.safetensors", tensors))
-        text = describe(adapter)
-        assert line(text, "dialect") == dialect and f"{adapter.parameter_count():,} parameters" in text
-
-
-def test_an_adapter_without_loha_layers():
-    text = describe(Adapter({}, extras={"a.lora_up.weight": torch.ones(2, 2)}, source="x"))
-    assert line(text, "rank") == "none" and line(text, "other") == "1 tensors: lora_up.weight ×1"
-
-
-def test_text_from_a_file_cannot_forge_lines_or_drive_the_terminal():
-    metadata = {"modelspec.trigger_phrase": "cat\nsuspicious    nothing", "modelspec.architecture": "SD\x1b[2J"}
-    text = describe(Adapter({"a\x1b[31m": replace(good, alpha=1000.0)}, metadata=metadata))
-    assert not any(line.startswith("suspicious    nothing") for line in text.splitlines()) and "\x1b" not in text
-
-
 # --- merge, resize, convert, extract, bake ---------------------------------------------------------------------------
 
 MID = "lora_unet_mid_block_attentions_0_proj_in"
+CONV = "lora_unet_mid_block_resnets_0_conv1"
+FACTORS = samples.parts((40, 48), 5)
+ADAPTERS = {
+    "1": samples.module(MID, (40, 48), seed=1),
+    "2": samples.module(MID, (40, 48), seed=2),
+    "big": samples.module(MID, (40, 48), 20),
+    "lora": {f"{MID}.lora_up.weight": FACTORS["hada_w1_a"], f"{MID}.lora_down.weight": FACTORS["hada_w1_b"]},
+    "tucker": samples.module(CONV, (6, 4, 3, 3), tucker=True),
+}
+WEIGHTS = {
+    "base": ("model.diffusion_model.middle_block.1.proj_in.weight", (40, 48)),
+    "convolution": ("model.diffusion_model.middle_block.0.in_layers.2.weight", (6, 4, 3, 3)),
+}
 
 
 @pytest.fixture
 def files(tmp_path, one_thread):
-    """Two adapters of one model, and two checkpoints of it."""
-    for number in (1, 2):
-        tensors = samples.module(MID, (40, 48), seed=number)
-        samples.write(tmp_path / f"{number}.safetensors", tensors, {"ss_network_dim": "2"})
-    weight = {"model.diffusion_model.middle_block.1.proj_in.weight": torch.randn(40, 48)}
-    samples.write(tmp_path / "base.safetensors", weight)
-    change = samples.factors((40, 48), 1).delta()
-    samples.write(tmp_path / "tuned.safetensors", {key: t + 0.1 * change for key, t in weight.items()})
+    """Adapters of one model, and checkpoints of it before and after tuning."""
+    for name, tensors in ADAPTERS.items():
+        samples.write(tmp_path / f"{name}.safetensors", tensors, {"ss_network_dim": "2"})
+    for name, (key, shape) in WEIGHTS.items():
+        weight = torch.randn(shape)
+        samples.write(tmp_path / f"{name}.safetensors", {key: weight})
+        change = samples.factors((shape[0], weight[0].numel()), 2).delta().reshape(shape)
+        samples.write(tmp_path / f"tuned_{name}.safetensors", {key: weight + 0.1 * change})
     return tmp_path
 
 
 RUNS = {
-    "merge": (["merge", "1", "2", "--weights", "0.5", "-1"], "rank          8 ×1"),
+    "merge": (["merge", "1", "2", "--weights", "0.5", "-1"], "1 layers, rank 8; relative error 0\n"),
     "merge by svd": (["merge", "1", "2", "--method", "svd", "--rank", "3"], "1 layers, rank 3; relative error 0."),
     "merge by ties": (
         ["merge", "1", "2", "--method", "ties", "--energy", "0.5", "--density", "0.3"],
@@ -225,15 +134,15 @@ RUNS = {
     "convert to LoRA": (["convert", "1", "--to", "lora", "--rank", "2"], "lora_down.weight ×1"),
     "convert alpha and dtype": (["convert", "1", "--alpha", "2", "--dtype", "fp16"], "float16 ×1"),
     "convert names": (["convert", "1", "--unet", "ldm"], "wrote"),
-    "extract": (["extract", "base", "tuned", "--rank", "1"], "1 layers, rank 1; relative error"),
+    "extract": (["extract", "base", "tuned_base", "--rank", "1"], "1 layers, rank 1; relative error"),
     "bake": (["bake", "base", "1", "2", "--strengths", "0.5", "2.0"], "checkpoint: 1 layers matched"),
 }
 
 
 def arguments(words, folder):
     """Words that name one of the files become its path."""
-    plain = {"1", "2", "base", "tuned"}
-    paths = (word in plain and not words[i - 1].startswith("--") for i, word in enumerate(words))
+    known = {*ADAPTERS, *WEIGHTS, *(f"tuned_{name}" for name in WEIGHTS)}
+    paths = (word in known and not words[i - 1].startswith("--") for i, word in enumerate(words))
     return [str(folder / f"{w}.safetensors") if is_path else w for w, is_path in zip(words, paths, strict=True)]
 
 
@@ -263,6 +172,137 @@ def test_no_command_writes_over_its_input(words, files, capsys):
     assert {path: path.read_bytes() for path in files.iterdir()} == before
 
 
+# What an option changes: conditions on the file that is written without it and the one written with it.
+
+
+def layers_in(path):
+    return split_layers(load_adapter(path))[0]
+
+
+def layer(path):
+    (only,) = layers_in(path).values()
+    return only
+
+
+def update(path):
+    """The update of the one layer in a file, or what was added to the one weight of a checkpoint."""
+    stored = {} if path.is_dir() else load_file(path)
+    for name, (key, _) in WEIGHTS.items():
+        if key in stored:
+            return stored[key] - load_file(path.parent / f"{name}.safetensors")[key]
+    u, v = product(layer(path))
+    return (u @ v).float()
+
+
+def times(factor):
+    return lambda plain, changed: torch.allclose(update(changed), factor * update(plain), atol=1e-4)
+
+
+def another_update(plain, changed):
+    return update(plain).shape == update(changed).shape and not torch.allclose(update(plain), update(changed))
+
+
+def lower_rank(plain, changed):
+    lost = float((update(plain) - update(changed)).norm() / update(plain).norm())
+    return layer(changed).rank < layer(plain).rank and 0.1 < lost < 0.7
+
+
+def as_lora(plain, changed):
+    return kind_of(layer(changed)) == "lora" != kind_of(layer(plain))
+
+
+def both_halves(plain, changed):
+    """Only a fit's second half is other than ones."""
+    return [len(layer(path).w2_a.unique()) > 1 for path in (plain, changed)] == [False, True]
+
+
+def fewer_elements(plain, changed):
+    return (update(changed).abs() > 1e-3).sum() < (update(plain).abs() > 1e-3).sum() / 2
+
+
+WRITTEN = {
+    "--format peft": lambda plain, changed: changed.is_dir() and load_adapter(changed).dialect == "peft",
+    "--names native": lambda plain, changed: list(layers_in(changed)) == ["diffusion_model.middle_block.1.proj_in"],
+    "--dtype fp16": lambda plain, changed: layer(changed).dtype == torch.float16 != layer(plain).dtype,
+}
+BLOCKS = {"--blocks MID=0.5": times(0.5), "--rules proj_in:2": times(2)}
+LEGACY = {"--legacy-tucker": another_update}
+OPTIONS = {  # words without the option -> the option -> what it changes; of two values the last counts
+    "merge 1 2": {
+        "--weights 2": times(2),
+        "--kind lora": as_lora,
+        "--method svd --rank 3": lower_rank,
+        "--method svd --energy 0.7": lower_rank,
+        "--method svd --max-error 0.5": lower_rank,
+        **WRITTEN,
+        **BLOCKS,
+    },
+    "merge 1 2 --method slerp --rank 2": {"--factor fit": both_halves},
+    "merge 1 2 --method magnitude_prune --max-error 0": {"--density 0.1": fewer_elements},
+    "merge 1 2 --method ties --max-error 0": {"--majority-sign frequency": another_update},
+    "merge 1 2 --method dare --max-error 0": {"--seed 1": another_update},
+    "merge tucker": LEGACY,
+    "resize 1 --rank 2": WRITTEN,
+    "resize big --rank 20": {"--rank 9": lower_rank},
+    "resize big --energy 1": {"--energy 0.7": lower_rank},
+    "resize big --max-error 0": {"--max-error 0.5": lower_rank},
+    "resize big --rank 2": {"--method fit": both_halves},
+    "resize tucker --rank 1": LEGACY,
+    "convert 1": {
+        "--to lora": as_lora,
+        "--alpha 5": lambda plain, changed: layer(changed).alpha == 5 and times(1)(plain, changed),
+        "--scale 3": lambda plain, changed: layer(changed).scale == 3 and times(1)(plain, changed),
+        "--unet ldm": lambda plain, changed: list(layers_in(changed)) == ["lora_unet_middle_block_1_proj_in"],
+        **WRITTEN,
+        **BLOCKS,
+    },
+    "convert lora --to loha": {"--rank 3": lower_rank, "--energy 0.7": lower_rank, "--max-error 0.5": lower_rank},
+    "convert lora --to loha --rank 2": {"--method fit": both_halves},
+    "convert tucker": LEGACY,
+    "extract base tuned_base --rank 2": {
+        "--rank 1": lower_rank,
+        "--method svd": another_update,
+        "--method svd --kind lora": as_lora,
+        **WRITTEN,
+    },
+    "extract convolution tuned_convolution --rank 2": {"--conv-rank 1": lower_rank},
+    "bake base 1": {"--strengths 0.5": times(0.5), **BLOCKS},
+    "bake convolution tucker": LEGACY,
+}
+ROWS = {f"{words} {option}": (words, option) for words, options in OPTIONS.items() for option in options}
+
+
+@pytest.mark.parametrize(("words", "option"), ROWS.values(), ids=ROWS)
+def test_every_option_does_something(words, option, files):
+    outputs = files / "plain.safetensors", files / ("changed" if "peft" in option else "changed.safetensors")
+    for text, out in zip((words, f"{words} {option}"), outputs, strict=True):
+        assert main([*arguments(text.split(), files), "-o", str(out)]) == 0
+    assert OPTIONS[words][option](*outputs)
+
+
+@pytest.mark.parametrize("words", ["merge 1 2", "convert 1", "bake base 1"])
+def test_a_family_has_blocks_of_its_own(words, files, capsys):
+    call = [*arguments(words.split(), files), "--blocks", "OUT11=0.5", "-o", str(files / "out.safetensors")]
+    assert main([*call, "--family", "SDXL"]) == 1 and "OUT11" in capsys.readouterr().err
+    assert main([*call, "--family", "SD1.5"]) == 0
+
+
+def test_every_option_is_in_a_test():
+    tested = {("merge", "--family"), ("convert", "--family"), ("bake", "--family"), ("inspect", "--legacy-tucker")}
+    lists = [words for words, _ in (*RUNS.values(), *WRONG.values())] + [row.split() for row in ROWS]
+    tested |= {(words[0], word) for words in lists for word in words if word.startswith("-")}
+    tested |= {(words[0], option) for words in lists for option in ("-o", "--force", "--dry-run")}
+    (commands,) = (action.choices for action in parser()._actions if action.dest == "command")
+    untested = {
+        (name, *action.option_strings)
+        for name, command in commands.items()
+        for action in command._actions
+        if action.option_strings and action.dest != "help"
+        if not any((name, option) in tested for option in action.option_strings)
+    }
+    assert not untested
+
+
 def test_a_merge_as_a_peft_folder(files):
     out = files / "peft"
     assert main(["merge", *arguments(["1", "2"], files), "-o", str(out), "--format", "peft"]) == 0
@@ -277,6 +317,7 @@ WRONG = {
     "a bound without a kind": (["convert", "1", "--rank", "3"], "belong to --to"),
     "an unknown block": (["merge", "1", "--blocks", "XX=1"], "no block XX"),
     "no checkpoint": (["extract", "1", "base", "--rank", "1"], "no layer in common"),
+    "only other layers": (["extract", "base", "tuned_base", "--rank", "1", "--only", "attn"], "nothing to extract"),
 }
 
 

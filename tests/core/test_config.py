@@ -7,7 +7,8 @@ import json
 import pytest
 
 from loha_core import LoHaError
-from loha_core.tuner.config import LoHaConfig, get_pattern_key
+from loha_core.naming.patterns import get_pattern_key
+from loha_core.tuner.config import LoHaConfig
 
 
 def test_defaults_are_pefts():
@@ -36,7 +37,7 @@ def test_lora_alpha_is_alpha():
         ({"rank_dropout": 1.0}, "rank_dropout is 1.0"),
         ({"module_dropout": -0.1}, "module_dropout is -0.1"),
         ({"use_effective_conv2d": "yes"}, "use_effective_conv2d is 'yes'"),
-        ({"target_modules": "("}, "no regular expression"),
+        ({"target_modules": "("}, "target_modules: .* is not a regular expression"),
         ({"target_modules": [1]}, r"target_modules is \[1\]"),
         ({"exclude_modules": "["}, "exclude_modules"),
         ({"modules_to_save": "head"}, "expected a list"),
@@ -49,7 +50,12 @@ def test_lora_alpha_is_alpha():
         ({"target_modules": "q", "layers_to_transform": 1}, "put the indices into the pattern"),
         ({"rank_pattern": {"q": 0}}, r"rank_pattern\['q'\] is 0"),
         ({"alpha_pattern": {"q": None}}, r"alpha_pattern\['q'\] is None"),
-        ({"rank_pattern": {"(": 4}}, "rank_pattern"),
+        ({"rank_pattern": {"(": 4}}, "rank_pattern: .* is not a regular expression"),
+        ({"rank_pattern": {".*a.*a.*a.*b": 4}}, "rank_pattern: .* may take very long"),
+        ({"target_modules": "(a+)+b"}, "target_modules: .* may take very long"),
+        ({"exclude_modules": "(a+)+b"}, "exclude_modules: .* may take very long"),
+        ({"modules_to_save": ["(a+)+b"]}, "modules_to_save: .* may take very long"),
+        ({"layers_pattern": ["(a+)+b"], "layers_to_transform": 1}, "layers_pattern: .* may take very long"),
         ({"rank_pattern": [4]}, "rank_pattern is"),
         ({"rnk": 4}, "no field rnk"),
     ],

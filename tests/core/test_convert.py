@@ -11,9 +11,11 @@ from safetensors.torch import load_file
 
 from loha_core import (
     Adapter,
+    Compression,
     LoHaError,
     bake_blocks,
     change_alpha,
+    convert,
     from_lora,
     load_adapter,
     resize,
@@ -24,9 +26,10 @@ from loha_core import (
     to_lycoris,
     to_peft,
 )
-from loha_core.adapter import split
+from loha_core.adapter import split_layers
 from loha_core.blocks import BlockStrength
 from loha_core.naming import spelling
+from loha_core.naming.unet import to_diffusers, to_ldm, unet_blocks
 from loha_core.transform.lowrank import product
 
 from . import oracle, samples
@@ -62,7 +65,7 @@ def file(tmp_path, case="kohya SD1.5", name="a"):
 )
 def test_resize_says_its_error(bound):
     adapter = an_adapter()
-    small, report = resize(adapter, **bound)
+    small, report = resize(adapter, Compression(**bound))
     for entry in report.layers:
         real = oracle.error(update(small.layers[entry.name]), update(adapter.layers[entry.name]))
         assert entry.error == pytest.approx(real, abs=1e-5) and entry.rank == small.layers[entry.name].rank
@@ -71,21 +74,21 @@ def test_resize_says_its_error(bound):
 
 
 def test_a_fit_is_the_better_resize():
-    _, plain = resize(an_adapter(), rank=2)
-    _, fitted = resize(an_adapter(), rank=2, method="fit")
+    _, plain = resize(an_adapter(), Compression(rank=2))
+    _, fitted = resize(an_adapter(), Compression("fit", rank=2))
     assert fitted.error < plain.error
 
 
 def test_what_a_bound_does_not_make_smaller_stays(tmp_path):
     adapter = an_adapter(dtype=torch.float16)
     for bound in ({"rank": 4}, {"rank": 99}, {"energy": 1.0}, {"max_error": 0.0}):
-        same, report = resize(adapter, **bound)
+        same, report = resize(adapter, Compression(**bound))
         assert report.error == 0 and same.layers[NAME] is adapter.layers[NAME]
-    assert resize(adapter, rank=2)[0].layers[NAME].dtype == torch.float16
+    assert resize(adapter, Compression(rank=2)).adapter.layers[NAME].dtype == torch.float16
 
 
 def test_a_resized_file_says_its_new_rank(tmp_path):
-    small, _ = resize(an_adapter(), rank=2)
+    small, _ = resize(an_adapter(), Compression(rank=2))
     save_adapter(small, tmp_path / "small.safetensors")
     found = load_adapter(tmp_path / "small.safetensors").metadata
     assert found["ss_network_dim"] == "2" and found["modelspec.trigger_phrase"] == "cat"
@@ -94,7 +97,7 @@ def test_a_resized_file_says_its_new_rank(tmp_path):
 
 def test_dora_keeps_its_magnitudes():
     adapter = an_adapter(dora_axis=0)
-    small, _ = resize(adapter, rank=2)
+    small, _ = resize(adapter, Compression(rank=2))
     assert torch.equal(small.layers[NAME].dora_scale, adapter.layers[NAME].dora_scale)
     lora, _ = to_lora(adapter)
     assert torch.equal(lora.extras[f"{NAME}.dora_scale"], adapter.layers[NAME].dora_scale)
@@ -116,14 +119,14 @@ def test_loha_to_lora_to_loha_is_the_same_update(tmp_path):
     assert back.layers.keys() == adapter.layers.keys() and not back.extras
     for name, factors in adapter.layers.items():
         assert oracle.error(update(back.layers[name]), update(factors)) < 1e-6
-    fitted, report = from_lora(read, method="fit", rank=4)
+    fitted, report = from_lora(read, Compression("fit", rank=4))
     assert fitted.layers[NAME].rank == 4 and report.layers[0].lora_error is not None
 
 
 def test_a_truncated_lora():
     adapter = an_adapter()
-    lora, report = to_lora(adapter, rank=5)
-    layers, _ = split(lora)
+    lora, report = to_lora(adapter, Compression(rank=5))
+    layers, _ = split_layers(lora)
     for entry in report.layers:
         sigma = np.linalg.svd(update(adapter.layers[entry.name]), compute_uv=False)
         assert entry.error == pytest.approx(np.linalg.norm(sigma[5:]) / np.linalg.norm(sigma), abs=1e-6)
@@ -226,7 +229,7 @@ def test_our_table_is_the_one_that_diffusers_converts_by(family):
     inner = ["in_layers.2", "emb_layers.1", "out_layers.3", "skip_connection", "in_layers.0", "out_layers.0"]
     attention = ["proj_in", "proj_out", "norm", "transformer_blocks.0.attn2.to_k"]
     keys = []
-    for block, diffusers in spelling.unet_blocks(family).items():
+    for block, diffusers in unet_blocks(family).items():
         if family == "SD1.5" and block.startswith("label_emb"):
             continue  # it has none
         suffixes = inner if "resnets" in diffusers else attention if "attentions" in diffusers else [""]
@@ -242,8 +245,8 @@ def test_our_table_is_the_one_that_diffusers_converts_by(family):
     }
     for i, key in enumerate(keys):
         flat = key.replace(".", "_")
-        assert spelling.to_diffusers(flat) == wanted[i].replace(".", "_"), key
-        assert spelling.to_ldm(spelling.to_diffusers(flat), family) == flat
+        assert to_diffusers(flat) == wanted[i].replace(".", "_"), key
+        assert to_ldm(to_diffusers(flat), family) == flat
 
 
 # --- alpha, dtype, blocks --------------------------------------------------------------------------------------------
@@ -255,7 +258,7 @@ def test_another_alpha(options):
     lora = to_lora(an_adapter()).adapter
     for source in (adapter, lora):
         changed, report = change_alpha(source, **options)
-        mine, other = split(source)[0], split(changed)[0]
+        mine, other = split_layers(source)[0], split_layers(changed)[0]
         for name, layer in other.items():
             assert layer.alpha == options.get("alpha", options.get("scale", 0) * layer.rank)
             assert oracle.error(update(layer), update(mine[name])) < 1e-6
@@ -290,11 +293,48 @@ def test_blocks_written_into_the_factors():
     assert len(same.layers) == 2
 
 
+def test_all_steps_at_once():
+    """Blocks, kind, alpha, dtype, names; the report is the worst step's."""
+    adapter = an_adapter()
+    adapter.notes = ["read oddly"]
+    everything, report = convert(
+        adapter,
+        blocks=BlockStrength.parse("SD1.5", "IN=0.5"),
+        compression=Compression(rank=2, kind="lora"),
+        alpha=4.0,
+        dtype=torch.float16,
+        names="native",
+        unet="ldm",
+    )
+    layers, _ = split_layers(everything)
+    assert list(layers) == ["diffusion_model.input_blocks.1.1.proj_in", "diffusion_model.input_blocks.1.0.in_layers.2"]
+    alone = to_lora(adapter, Compression(rank=2))
+    assert report.error == pytest.approx(alone.report.error, rel=1e-3) and report.notes == ["read oddly"]
+    for layer, before in zip(layers.values(), split_layers(alone.adapter)[0].values(), strict=True):
+        assert (layer.rank, layer.alpha, layer.dtype) == (2, 4.0, torch.float16)
+        assert oracle.error(update(layer), 0.5 * update(before)) < 1e-3
+    steps = ["bake blocks", "to LoRA", "alpha", "dtype"]
+    assert [entry["operation"] for entry in json.loads(everything.metadata["loha_history"])] == steps
+
+
+def test_no_step_changes_nothing():
+    adapter = an_adapter()
+    same, report = convert(adapter)
+    assert same is adapter and not report.layers and report.error == 0
+
+
+def test_steps_that_lose_nothing_report_the_last():
+    lora, report = convert(
+        an_adapter(), blocks=BlockStrength.parse("SD1.5", "IN=0.5"), compression=Compression("exact", kind="lora")
+    )
+    assert [entry.rank for entry in report.layers] == [layer.rank for layer in split_layers(lora)[0].values()] == [16, 9]
+
+
 lora_extras = {f"{NAME}.lora_up.weight": torch.ones(2, 2), f"{NAME}.lora_down.weight": torch.ones(2, 2)}
 BAD = {
-    "rank 0": (lambda a: resize(a, rank=0), "rank is 0"),
-    "no bound": (lambda a: resize(a), "one of rank, energy and max_error"),
-    "fit without a rank": (lambda a: resize(a, energy=0.5, method="fit"), "give rank"),
+    "rank 0": (lambda a: resize(a, Compression(rank=0)), "rank is 0"),
+    "no bound": (lambda a: resize(a, Compression()), "one of rank, energy and max_error"),
+    "fit without a rank": (lambda a: resize(a, Compression("fit", energy=0.5)), "give rank"),
     "an integer dtype": (lambda a: to_dtype(a, torch.int32), "floating point"),
     "too large for half": (lambda a: to_dtype(change_alpha(a, alpha=1e-6).adapter, torch.float16), "beyond 65504"),
     "no alpha": (lambda a: change_alpha(a), "either alpha or scale"),
@@ -303,7 +343,7 @@ BAD = {
     "blocks all 0": (lambda a: bake_blocks(a, BlockStrength.parse("SD1.5", "ALL=0")), "nothing would be left"),
     "an unknown spelling": (lambda a: respell(a, "x"), "no spelling 'x'"),
     "native names with another's blocks": (lambda a: respell(a, "native", "diffusers"), "ldm's blocks in a U-Net"),
-    "nothing to convert": (lambda a: resize(Adapter({}, source="x"), rank=1), "x: holds no LoHa or LoRA"),
+    "nothing to convert": (lambda a: resize(Adapter({}, source="x"), Compression(rank=1)), "x: holds no LoHa or LoRA"),
 }
 
 

@@ -26,7 +26,7 @@ def run(source: str, path: Path, monkeypatch, capsys, steps: int = 8) -> str:
     return capsys.readouterr().out
 
 
-NAMES = ["language_model", "stable_diffusion", "layer_specific_ranks", "several_adapters", "dropout"]
+NAMES = ["language_model", "stable_diffusion", "layer_specific_ranks", "several_adapters", "dropout", "train_minimal"]
 
 
 def test_every_example_is_tested():
@@ -52,7 +52,7 @@ def test_counts_are_pefts(name, monkeypatch, capsys):
     path = EXAMPLES / f"{name}.py"
     ours = counts(run(path.read_text("utf-8"), path, monkeypatch, capsys, steps=1))
     # PEFT's LoHaModel alone prints nothing: its PeftModel does.
-    source = path.read_text("utf-8").split("\nids, wanted")[0].split("\nids = ")[0].split("\nsize, ")[0]
+    source = re.split(r"\n(?:ids, wanted|ids = |size, |# 2\.)", path.read_text("utf-8"))[0]
     source = re.sub(r"for name, layer in model\.layers.*?\n\n", "\n", source + "\n\n", flags=re.S)
     source = source.replace("lora_alpha=", "alpha=").replace(", get_peft_model", "")
     source = source.replace(OURS, "from peft import LoHaConfig, get_peft_model")

@@ -8,8 +8,9 @@ import torch
 from safetensors.torch import save_file
 
 from loha_core import Adapter, LoHaError, apply_to_checkpoint, extract, load_adapter, save_adapter
-from loha_core.adapter import split
-from loha_core.models.tensor_file import Weights, modules
+from loha_core.adapter import split_layers
+from loha_core.models.keys import modules
+from loha_core.models.tensor_file import TensorFile
 from loha_core.transform.lowrank import product
 
 from . import oracle, samples
@@ -75,7 +76,7 @@ def test_a_known_loha_comes_back_from_half_precision(tmp_path):
     save_file(before, tmp_path / "base.safetensors")
     path, layers = tuned(tmp_path / "base.safetensors", 2, size=0.05)
     found, report = extract(tmp_path / "base.safetensors", path, rank=2)
-    after = Weights(path)
+    after = TensorFile(path)
     for entry in report.layers:
         key = modules(after.shapes())[entry.name]
         change = (after[key].double() - before[key].double()).flatten(1)
@@ -89,8 +90,8 @@ def test_a_known_loha_comes_back_from_half_precision(tmp_path):
 def test_svd_is_the_best_of_its_rank(base, kind):
     path, _ = tuned(base)
     found, report = extract(base, path, rank=4, method="svd", kind=kind)
-    layers, _ = split(found)
-    before, after = Weights(base), Weights(path)
+    layers, _ = split_layers(found)
+    before, after = TensorFile(base), TensorFile(path)
     for entry in report.layers:
         key = modules(after.shapes())[entry.name]
         change = oracle.wide((after[key] - before[key]).flatten(1))
@@ -134,7 +135,7 @@ def test_what_is_adapted_and_what_is_not():
 def test_checkpoints_of_two_dialects(base):
     """The tuned one as diffusers writes a U-Net."""
     path, layers = tuned(base)
-    found = Weights(path)
+    found = TensorFile(path)
     unet = {
         "down_blocks.0.attentions.0.proj_in.weight": f"{LEAD}input_blocks.1.1.proj_in.weight",
         "up_blocks.0.upsamplers.0.conv.weight": f"{LEAD}output_blocks.2.1.conv.weight",
@@ -150,7 +151,7 @@ def test_checkpoints_of_two_dialects(base):
 def test_in_memory_and_from_file_are_the_same(base):
     path, _ = tuned(base)
     one, _ = extract(base, path, rank=2, method="svd")
-    two, _ = extract(tensors(), {key: Weights(path)[key] for key in Weights(path)}, rank=2, method="svd")
+    two, _ = extract(tensors(), {key: TensorFile(path)[key] for key in TensorFile(path)}, rank=2, method="svd")
     assert all(torch.equal(one.layers[n].w1_a, f.w1_a) for n, f in two.layers.items()) and len(one.layers) == 5
 
 
@@ -204,3 +205,13 @@ def test_files_that_are_none(base):
     broken.write_bytes(base.read_bytes()[:-1000])
     with pytest.raises(LoHaError, match="broken.safetensors: not a readable safetensors file"):
         extract(base, broken, rank=2)
+
+
+def test_a_file_that_changes_or_goes_away_while_it_is_read(base):
+    file, key = TensorFile(base), next(iter(BASE))
+    base.write_bytes(base.read_bytes()[:600])
+    with pytest.raises(LoHaError, match=r"base\.safetensors: .*weight: the file ends within this tensor"):
+        [file[key] for key in BASE]
+    base.unlink()
+    with pytest.raises(LoHaError, match=rf"base\.safetensors: {key}: cannot be read"):
+        file[key]

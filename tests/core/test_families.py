@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 import pytest
 import torch
 
@@ -16,10 +18,14 @@ IN_DIFFUSERS = [family for family in FAMILIES.values() if family.diffusers]
 each_family = pytest.mark.parametrize("family", IN_DIFFUSERS, ids=lambda family: family.name)
 
 
-def built(family: Family, reduced: Reduced) -> dict[str, tuple[int, ...]]:
-    """The weights of a family's class in diffusers."""
+@cache
+def built(family: Family) -> list[tuple[Reduced, dict[str, tuple[int, ...]]]]:
+    """The family's models, and the weights of its class in diffusers for each."""
     with torch.device("meta"):
-        return weights_of(getattr(diffusers, reduced.kind or family.diffusers)(**reduced.diffusers))
+        return [
+            (reduced, weights_of(getattr(diffusers, reduced.kind or family.diffusers)(**reduced.diffusers)))
+            for reduced in variants(family.name)
+        ]
 
 
 def test_every_family_has_a_reduced_model() -> None:
@@ -28,23 +34,22 @@ def test_every_family_has_a_reduced_model() -> None:
 
 @each_family
 def test_every_weight_is_known_and_leads_back_to_its_name(family: Family) -> None:
-    for reduced in variants(family.name):
-        weights = [name for name in built(family, reduced) if not is_one_of(name, reduced.only_diffusers)]
+    for reduced, shapes in built(family):
+        weights = [name for name in shapes if not is_one_of(name, reduced.only_diffusers)]
         found = {name: family.part(flat_path(name)) for name in weights}
         assert {name: part and part[1].name for name, part in found.items()} == {name: name for name in weights}
 
 
 @each_family
 def test_every_line_is_found_in_the_class(family: Family) -> None:
-    modules = {name for reduced in variants(family.name) for name in built(family, reduced)}
-    only_native = tuple(pattern for reduced in variants(family.name) for pattern in reduced.only_native)
+    modules = {name for _, shapes in built(family) for name in shapes}
+    only_native = tuple(pattern for reduced, _ in built(family) for pattern in reduced.only_native)
     assert not dead({row.diffusers for row in family.rows if not is_one_of(row.native, only_native)}, modules)
 
 
 @each_family
 def test_parts_cover_the_original_weight_once_and_have_their_own_shapes(family: Family) -> None:
-    for reduced in variants(family.name):
-        weights = built(family, reduced)
+    for _, weights in built(family):
         parts: dict[str, list[str]] = {}
         for name in weights:
             if found := family.part(flat_path(name)):

@@ -20,6 +20,8 @@ from ..reduced_families import Reduced, flat_path, is_one_of, variants, weights_
 diffusers = pytest.importorskip("diffusers", reason="its classes are the reference: pip install .[peers]")
 peft = pytest.importorskip("peft", reason="it is a reference: pip install .[peers]")
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 IN_DIFFUSERS = [family for family in FAMILIES.values() if family.diffusers]
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import product
+
 import pytest
 import torch
 from torch.autograd import gradcheck
@@ -10,7 +12,9 @@ from torch.nn import functional as F
 from loha_core import LoHaError, LoHaFactors
 from loha_core.ops.functional import loha_conv, loha_delta, loha_linear
 
-PATHS = ["khatri-rao", "rebuild"]
+from .pairwise import pairwise
+
+STRATEGIES = ["khatri-rao", "rebuild"]
 CONV = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 
 
@@ -54,30 +58,29 @@ def test_delta_equals_einsum_and_passes_gradcheck(kind):
     assert gradcheck(lambda *t: loha_delta(factors(t)), tensors)
 
 
-@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("strategy", STRATEGIES)
 @pytest.mark.parametrize("with_weight", [True, False])
-def test_linear(path, with_weight):
+def test_linear(strategy, with_weight):
     x, tensors, weight, bias = rand(2, 3, 5), flat(4, 5), rand(4, 5, grad=False), rand(4, grad=False)
     base = {"weight": weight, "bias": bias} if with_weight else {}
-    y = loha_linear(x, factors(tensors), path=path, **base)
+    y = loha_linear(x, factors(tensors), strategy=strategy, **base)
     expected = F.linear(x, delta(tensors)) + (F.linear(x, weight, bias) if with_weight else 0)
     torch.testing.assert_close(y, expected)
-    assert gradcheck(lambda x, *t: loha_linear(x, factors(t), path=path, **base), (x, *tensors))
+    assert gradcheck(lambda x, *t: loha_linear(x, factors(t), strategy=strategy, **base), (x, *tensors))
 
 
-@pytest.mark.parametrize("path", PATHS)
-@pytest.mark.parametrize("kind", ["flat", "tucker"])
-@pytest.mark.parametrize(
-    ("kernel", "options"),
-    [
+@pairwise(
+    way=list(product(STRATEGIES, ["flat", "tucker"])),
+    conv=[
         ((3,), {"stride": 2, "padding": 1}),
         ((3, 2), {"stride": (2, 1), "padding": (1, 0), "dilation": (1, 2), "groups": 2}),
         ((1, 1), {}),
         ((2, 1, 2), {"padding": (0, 1, 0)}),
     ],
+    with_weight=[True, False],
 )
-@pytest.mark.parametrize("with_weight", [True, False])
-def test_conv(path, kind, kernel, options, with_weight):
+def test_conv(way, conv, with_weight):
+    (strategy, kind), (kernel, options) = way, conv
     groups, inner, out = options.get("groups", 1), 2, 4
     size = torch.Size(kernel).numel()
     tensors = flat(out, inner * size) if kind == "flat" else tucker(out, inner, kernel)
@@ -86,7 +89,7 @@ def test_conv(path, kind, kernel, options, with_weight):
     base = {"weight": weight, "bias": bias} if with_weight else {"kernel_size": kernel}
 
     def run(x, *t):
-        return loha_conv(x, factors(t), path=path, **options, **base)
+        return loha_conv(x, factors(t), strategy=strategy, **options, **base)
 
     conv = CONV[len(kernel)]
     expected = conv(x, delta(tensors).view(weight.shape), **options)
@@ -120,17 +123,17 @@ def test_dora_conv(axis, kind):
     assert gradcheck(run, (x, magnitude, *tensors), fast_mode=True)
 
 
-@pytest.mark.parametrize("path", PATHS)
-def test_a_base_in_training_gets_its_gradient_too(path):
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_a_base_in_training_gets_its_gradient_too(strategy):
     x, tensors, weight, bias = rand(3, 5), flat(4, 5), rand(4, 5), rand(4)
     assert gradcheck(
-        lambda x, w, b, *t: loha_linear(x, factors(t), weight=w, bias=b, path=path), (x, weight, bias, *tensors)
+        lambda x, w, b, *t: loha_linear(x, factors(t), weight=w, bias=b, strategy=strategy), (x, weight, bias, *tensors)
     )
 
 
-@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("strategy", STRATEGIES)
 @pytest.mark.parametrize("base", [True, False])
-def test_nothing_of_the_weights_size_is_kept_for_the_backward(path, base):
+def test_nothing_of_the_weights_size_is_kept_for_the_backward(strategy, base):
     out, inner, rank = 256, 192, 4
     weight = torch.randn(out, inner)
     tensors = [t.float().detach().requires_grad_() for t in flat(out, inner, rank)]
@@ -142,32 +145,32 @@ def test_nothing_of_the_weights_size_is_kept_for_the_backward(path, base):
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        loha_linear(x, factors(tensors), weight=weight if base else None, path=path)
+        loha_linear(x, factors(tensors), weight=weight if base else None, strategy=strategy)
     ours = [t for t in kept if t is not weight]
     assert max(t.numel() for t in ours) < out * inner / 8
 
 
-@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("strategy", STRATEGIES)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision_keeps_small_updates(path, dtype):
+def test_half_precision_keeps_small_updates(strategy, dtype):
     """ΔW below W's rounding still reaches the output: it is applied beside W, not added to it."""
     torch.manual_seed(0)
     tensors = [t.detach().float() * 0.05 for t in flat(32, 48)]
     x, weight = torch.randn(64, 48).to(dtype), torch.zeros(32, 48)
     weight[:, 0] = 64.0
     x[:, 0] = 0  # W's large column sees nothing: what comes out is the update alone
-    y = loha_linear(x, factors(tensors), weight=weight.to(dtype), path=path)
+    y = loha_linear(x, factors(tensors), weight=weight.to(dtype), strategy=strategy)
     expected = F.linear(x.double(), weight.double() + delta([t.double() for t in tensors]))
     error = (y.double() - expected).norm() / expected.norm()
     assert y.dtype == dtype and error < 0.02
 
 
-@pytest.mark.parametrize("path", PATHS)
-def test_autocast(path):
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_autocast(strategy):
     tensors = [t.detach().float().requires_grad_() for t in flat(8, 6)]
     x, weight = torch.randn(5, 6, requires_grad=True), torch.randn(8, 6)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        y = loha_linear(x, factors(tensors), weight=weight, path=path)
+        y = loha_linear(x, factors(tensors), weight=weight, strategy=strategy)
         y.float().sum().backward()
     assert y.dtype == torch.bfloat16 and x.grad.dtype == torch.float32
     exact = torch.autograd.grad(F.linear(x, weight + delta(tensors)).sum(), [x, *tensors])
@@ -176,25 +179,19 @@ def test_autocast(path):
 
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
-# What 5 tensors are of, such that any two of them meet in each pair of dtypes: the lines over the field of 4 elements.
-TIMES = [[0, 0, 0, 0], [0, 1, 2, 3], [0, 2, 3, 1], [0, 3, 1, 2]]
-MIXED = [[DTYPES[n] for n in (a, *(b ^ TIMES[a][c] for c in range(4)))] for a in range(4) for b in range(4)]
+WAYS = [
+    (kind, strategy, weight)
+    for kind in ("linear", "conv", "tucker")
+    for strategy in (*STRATEGIES, "dora")
+    for weight in ("frozen", "trained", None)
+    if (strategy, weight) != ("dora", None)
+]
 
 
-def test_mixed_has_every_pair():
-    pairs = {(i, j, row[i], row[j]) for row in MIXED for i in range(5) for j in range(i)}
-    assert len(pairs) == 10 * 16
-
-
-@pytest.mark.parametrize("kind", ["linear", "conv", "tucker"])
-@pytest.mark.parametrize(
-    ("path", "with_weight"),
-    [(p, w) for p in (*PATHS, "dora") for w in ("frozen", "trained", None) if (p, w) != ("dora", None)],
-)
-@pytest.mark.parametrize("dtypes", MIXED, ids=lambda dtypes: "-".join(str(d).removeprefix("torch.") for d in dtypes))
-def test_each_tensor_may_have_its_own_dtype(path, kind, with_weight, dtypes):
+@pairwise(way=WAYS, of_x=DTYPES, one=DTYPES, other=DTYPES, of_weight=DTYPES, of_rest=DTYPES)
+def test_each_tensor_may_have_its_own_dtype(way, of_x, one, other, of_weight, of_rest):
+    kind, strategy, with_weight = way
     torch.manual_seed(0)
-    of_x, one, other, of_weight, of_rest = dtypes
     kernel = () if kind == "linear" else (3, 2)
     tensors = tucker(8, 6, kernel) if kind == "tucker" else flat(8, 6 * torch.Size(kernel).numel())
     own = [one, other, other, one, one, other]
@@ -203,15 +200,15 @@ def test_each_tensor_may_have_its_own_dtype(path, kind, with_weight, dtypes):
     learns = with_weight == "trained"
     weight = rand(8, 6, *kernel).detach().to(of_weight).requires_grad_(learns) if with_weight else None
     bias = rand(8).detach().to(of_rest).requires_grad_(learns) if with_weight else None
-    magnitude = rand(8, 1).detach().to(of_rest).requires_grad_() if path == "dora" else None
+    magnitude = rand(8, 1).detach().to(of_rest).requires_grad_() if strategy == "dora" else None
 
-    def run(x, weight, bias, magnitude, tensors, path):
+    def run(x, weight, bias, magnitude, tensors, strategy):
         f = factors(tensors, dora=magnitude)
         if kind == "linear":
-            return loha_linear(x, f, weight=weight, bias=bias, path=path)
-        return loha_conv(x, f, weight=weight, bias=bias, kernel_size=kernel, path=path)
+            return loha_linear(x, f, weight=weight, bias=bias, strategy=strategy)
+        return loha_conv(x, f, weight=weight, bias=bias, kernel_size=kernel, strategy=strategy)
 
-    y = run(x, weight, bias, magnitude, tensors, "rebuild" if path == "dora" else path)
+    y = run(x, weight, bias, magnitude, tensors, "rebuild" if strategy == "dora" else strategy)
     assert y.dtype == of_x
     there = [t for t in (x, weight, bias, magnitude, *tensors) if t is not None]
     asked = [t for t in there if t.requires_grad]
@@ -229,9 +226,9 @@ def test_each_tensor_may_have_its_own_dtype(path, kind, with_weight, dtypes):
         assert (got.double() - exact).norm() <= 32 * max(torch.finfo(d).eps for d in (of_x, dtype)) * exact.norm(), name
 
 
-@pytest.mark.parametrize("dtypes", MIXED[:4])
-def test_delta_of_mixed_factors_is_in_the_dtype_that_holds_them_all(dtypes):
-    tensors = [t.detach().to(d).requires_grad_() for t, d in zip(flat(5, 6), dtypes, strict=False)]
+@pairwise(w1_a=DTYPES, w1_b=DTYPES, w2_a=DTYPES, w2_b=DTYPES)
+def test_delta_of_mixed_factors_is_in_the_dtype_that_holds_them_all(w1_a, w1_b, w2_a, w2_b):
+    tensors = [t.detach().to(d).requires_grad_() for t, d in zip(flat(5, 6), (w1_a, w1_b, w2_a, w2_b), strict=True)]
     y = loha_delta(factors(tensors))
     torch.testing.assert_close(y.double(), delta([t.double() for t in tensors]), rtol=1e-2, atol=1e-2)
     assert y.dtype == sum(torch.zeros((), dtype=t.dtype) for t in tensors).dtype
@@ -245,10 +242,36 @@ def test_what_does_not_fit_is_named():
     with pytest.raises(LoHaError, match="weight is \\(4, 6\\)"):
         loha_linear(rand(2, 5), f, weight=rand(4, 6))
     with pytest.raises(LoHaError, match="expected 'auto'"):
-        loha_linear(rand(2, 5), f, path="fast")  # type: ignore[arg-type]
+        loha_linear(rand(2, 5), f, strategy="fast")  # type: ignore[arg-type]
     with pytest.raises(LoHaError, match="pass weight"):
         loha_linear(rand(2, 5), factors(flat(4, 5), dora=rand(4, 1)))
     with pytest.raises(LoHaError, match="kernel"):
         loha_conv(rand(1, 5, 3, 3), factors(flat(4, 45)))
     with pytest.raises(LoHaError, match="does not fit"):
         loha_delta(f, shape=(4, 6))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("layer", ["matrix", "tokens", "pointwise", "convolution", "tucker", "delta", "tucker delta"])
+@pytest.mark.parametrize("with_base", [True, False])
+def test_what_comes_next_may_write_into_the_result(layer, strategy, dtype, with_base):
+    """`nn.ReLU(inplace=True)` after an adapted layer: autograd forbids it where a Function gives out a view."""
+    torch.manual_seed(0)
+    kernel = {"pointwise": (1, 1), "convolution": (3, 3), "tucker": (3, 3), "tucker delta": (3, 3)}.get(layer, ())
+    tensors = tucker(6, 4, kernel) if "tucker" in layer else flat(6, 4 * torch.Size(kernel).numel())
+    adapter = factors([t.detach().float().requires_grad_() for t in tensors])
+    weight = torch.randn(6, 4, *kernel, dtype=dtype) if with_base else None
+    x = torch.randn(*{"matrix": (5, 4), "tokens": (1, 5, 4)}.get(layer, (1, 4, 5, 5)), dtype=dtype)
+
+    def run() -> torch.Tensor:
+        if "delta" in layer:
+            return loha_delta(adapter)
+        if not kernel:
+            return loha_linear(x, adapter, weight=weight, strategy=strategy)
+        return loha_conv(x, adapter, weight=weight, kernel_size=kernel, strategy=strategy)
+
+    plain, written = run().relu().float(), torch.relu_(run()).float()
+    torch.testing.assert_close(written, plain)
+    grads = [torch.autograd.grad(y.sum(), adapter.w1_a, retain_graph=True)[0] for y in (plain, written)]
+    torch.testing.assert_close(*grads)

@@ -1,4 +1,4 @@
-"""float16 on the Khatri–Rao path: whatever can be said in it is said right, between the layers as well."""
+"""float16 by Khatri–Rao: what is within its range comes out right, also between the layers."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch.autograd import gradcheck
 from torch.nn import functional as F
 
 from loha_core import LoHaFactors
-from loha_core.ops.autograd import Geometry
+from loha_core.ops.autograd import Geometry, LayerSpec
 from loha_core.ops.functional import loha_conv, loha_linear
 from loha_core.ops.half import KhatriRao
 
@@ -41,7 +41,7 @@ def test_large_activations_stay_finite():
     )  # fmt: skip
     x = (300 * torch.randn(512, inner)).half()
     weight = (torch.randn(out, inner) * 0.01).half()
-    y = loha_linear(x, f, weight=weight, path="khatri-rao")
+    y = loha_linear(x, f, weight=weight, strategy="khatri-rao")
     share = float(y.isfinite().double().mean())
     print(f"finite: {share:.2%}")
     assert share == 1
@@ -63,12 +63,12 @@ def case(kind: str, seed: int, sizes: list[float], x_size: float):
     return (x_size * torch.randn(shape)).half(), tensors, options
 
 
-def run(kind, x, tensors, options, weight=None, path="khatri-rao"):
+def run(kind, x, tensors, options, weight=None, strategy="khatri-rao"):
     f = LoHaFactors(*tensors[:4], 2.0, *tensors[4:])
     if kind == "linear":
-        return loha_linear(x, f, weight=weight, path=path)
+        return loha_linear(x, f, weight=weight, strategy=strategy)
     kernel = {} if weight is not None else {"kernel_size": (3, 2)}
-    return loha_conv(x, f, weight=weight, path=path, **kernel, **options)
+    return loha_conv(x, f, weight=weight, strategy=strategy, **kernel, **options)
 
 
 def plain(kind, x, update, options):
@@ -106,18 +106,18 @@ def test_gradcheck(kind, with_weight):
     x, tensors, options = case(kind, 0, [1.0] * 4, 1.0)
     x = rand(2, *x.shape[1:])
     tensors = [t.requires_grad_() for t in tensors]
-    walk = options and Geometry(options["stride"], (1, 1), (1, 1), options["groups"])
-    kernel = (3, 2) if options else ()
-    weight, bias = (rand(24, *((6, *kernel) if options else (40,)), grad=False), rand(24, grad=False))
+    geometry = Geometry(options["stride"], (1, 1), (1, 1), options["groups"]) if options else None
+    spec = LayerSpec((24, 6, 3, 2) if options else (24, 40), geometry, 0.7)
+    weight, bias = rand(*spec.shape, grad=False), rand(24, grad=False)
     base = (weight, bias) if with_weight else (None, None)
     blank = [None] * (6 - len(tensors))
 
     def apply(x, *t):
-        return KhatriRao.apply(x, 0.7, *base, kernel, walk or None, *t, *blank)
+        return KhatriRao.apply(x, *base, spec, *t, *blank)
 
     expected = plain(kind, x, delta(tensors, 0.7 * 3), options)
     if with_weight:
-        expected = expected + bias.view(-1, *[1] * len(kernel)) + plain(kind, x, weight, options)
+        expected = expected + bias.view(-1, *[1] * len(spec.kernel)) + plain(kind, x, weight, options)
     torch.testing.assert_close(apply(x, *tensors), expected)
     assert gradcheck(apply, (x, *tensors), fast_mode=True)
 

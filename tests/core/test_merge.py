@@ -15,12 +15,12 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 from torch import nn
 
-from loha_core import Adapter, LoHaError, LoHaFactors, load_adapter, merge, save_adapter
+from loha_core import Adapter, Compression, LoHaError, LoHaFactors, Sparse, load_adapter, merge, save_adapter
 from loha_core.blocks import BlockStrength
+from loha_core.transform import compress
 from loha_core.transform.fit import fit
 from loha_core.transform.lowrank import product, range_of, truncate
-from loha_core.transform.merge import METHODS
-from loha_core.transform.sparse import Sparse
+from loha_core.transform.merge import METHODS, combination
 
 from . import oracle, samples
 
@@ -150,7 +150,7 @@ def test_lycoris_reads_the_sum(tmp_path):
 @given(st.integers(2, 40), st.integers(2, 40), st.integers(1, 6), st.integers(1, 8), st.integers(0, 99))
 def test_svd_is_the_optimal_truncation(out, inner, rank, wanted, seed):
     stack = [samples.factors((out, inner), rank, seed=seed), samples.factors((out, inner), 2, seed=seed + 1)]
-    merged, report = merge([single(f) for f in stack], [1.0, -0.5], method="svd", rank=wanted)
+    merged, report = merge([single(f) for f in stack], [1.0, -0.5], Compression(rank=wanted))
     whole = sum(w * oracle.wide(f.delta(torch.float64)) for f, w in zip(stack, [1.0, -0.5], strict=True))
     sigma = np.linalg.svd(whole, compute_uv=False)
     best = np.linalg.norm(sigma[wanted:])
@@ -163,7 +163,7 @@ def test_svd_is_the_optimal_truncation(out, inner, rank, wanted, seed):
 @pytest.mark.parametrize("bound", [{"energy": 0.9}, {"max_error": 0.3}, {"max_error": 0.0}, {"energy": 1.0}], ids=str)
 def test_the_least_rank_that_is_within_a_bound(bound):
     stack = [samples.factors((30, 40), 3, seed=seed) for seed in (0, 1)]
-    merged, report = merge([single(f) for f in stack], method="svd", **bound)
+    merged, report = merge([single(f) for f in stack], 1.0, Compression(**bound))
     sigma = np.linalg.svd(sum(oracle.wide(f.delta()) for f in stack), compute_uv=False)
     allowed = bound.get("max_error", (1 - bound.get("energy", 0)) ** 0.5)
     lost = np.sqrt(np.cumsum((sigma**2)[::-1])[::-1] / (sigma**2).sum())
@@ -210,9 +210,9 @@ def test_a_fit_is_never_worse_than_the_svd_of_its_rank(out, inner, rank, seed):
 def test_the_report_says_whether_a_fit_beats_a_lora_of_its_size():
     """One LoHa with itself: half the exact rank of the sum holds it. Two unrelated ones: it does not."""
     a, b = samples.factors((100, 120), 4), samples.factors((100, 120), 4, seed=9)
-    _, same = merge([single(a), single(a)], 0.5, method="fit", rank=4)
+    _, same = merge([single(a), single(a)], 0.5, Compression("fit", rank=4))
     assert same.error < 1e-5 < (same.lora_error or 0) and "LoHa is better, and wins 1 layers" in same.text()
-    merged, other = merge([single(a), single(b)], 0.5, method="fit", rank=1)
+    merged, other = merge([single(a), single(b)], 0.5, Compression("fit", rank=1))
     assert other.error >= (other.lora_error or 0) and "LoHa is not better, and wins 0" in other.text()
     assert merged.layers[NAME].rank == 1
 
@@ -246,19 +246,24 @@ def test_elements_as_peft_merges_them(method, sign, density):
 
 def test_elements_through_the_whole_merge():
     stack = [samples.factors((12, 9), 2, seed=seed) for seed in (0, 1)]
-    merged, report = merge([single(f) for f in stack], [1.0, 0.5], method="ties", rank=9, density=0.4)
     sparse = Sparse("ties", 0.4)
+    merged, report = merge([single(f) for f in stack], [1.0, 0.5], Compression(rank=9), combine=sparse)
     wanted = sparse.combine([f.delta() for f in stack], [1.0, 0.5], torch.Generator())
     assert report.error < 1e-6 and oracle.error(merged.layers[NAME].delta(), oracle.wide(wanted)) < 1e-5
-    fitted, worse = merge([single(f) for f in stack], method="ties", factor="fit", rank=2)
+    fitted, worse = merge([single(f) for f in stack], 1.0, Compression("fit", rank=2), combine=sparse)
     assert fitted.layers[NAME].rank == 2 and worse.lora_error is not None
 
 
 def test_chance_depends_on_seed_and_name_alone():
     stack = [samples.factors((12, 9), seed=seed) for seed in (0, 1)]
     runs = [
-        merge([Adapter({n: f for n in order}, source="x") for f in stack], method="dare", rank=9, seed=seed)[0]
-        .layers[NAME]
+        merge(
+            [Adapter({n: f for n in order}, source="x") for f in stack],
+            1.0,
+            Compression(rank=9),
+            combine=Sparse("dare", 0.5, seed=seed),
+        )
+        .adapter.layers[NAME]
         .delta()
         for order, seed in (((NAME, CONV), 0), ((CONV, NAME), 0), ((NAME, CONV), 1))
     ]
@@ -268,7 +273,7 @@ def test_chance_depends_on_seed_and_name_alone():
 @pytest.mark.parametrize("t", [0.0, 0.25, 0.5, 1.0])
 def test_slerp_turns_evenly(t):
     x, y = samples.factors((12, 9)), samples.factors((12, 9), 3, seed=1)
-    merged, _ = merge([single(x), single(y)], [1 - t, t], method="slerp", max_error=0)
+    merged, _ = merge([single(x), single(y)], [1 - t, t], Compression(max_error=0), combine="slerp")
     a, b, found = (oracle.wide(f.delta(torch.float64)).ravel() for f in (x, y, merged.layers[NAME]))
 
     def angle(p, q):
@@ -280,7 +285,7 @@ def test_slerp_turns_evenly(t):
 
 def test_slerp_along_one_line_is_linear():
     x = samples.factors((12, 9))
-    merged, _ = merge([single(x), single(x)], [0.25, 0.75], method="slerp", max_error=0)
+    merged, _ = merge([single(x), single(x)], [0.25, 0.75], Compression(max_error=0), combine="slerp")
     assert oracle.error(merged.layers[NAME].delta(), oracle.wide(x.delta())) < 1e-5
 
 
@@ -359,7 +364,7 @@ def test_metadata_of_a_merge(tmp_path):
     }  # fmt: skip
     new = old | {"modelspec.trigger_phrase": "dog", "ss_tag_frequency": '{"a": {"x": 2}, "b": {"y": 1}}'}
     files = [adapter(tmp_path, samples.module(NAME, (12, 9), seed=i), str(i), m) for i, m in enumerate((old, new))]
-    merged, _ = merge(files, [0.5, 0.7], method="svd", rank=3)
+    merged, _ = merge(files, [0.5, 0.7], Compression(rank=3))
     save_adapter(merged, tmp_path / "m.safetensors")
     found = load_adapter(tmp_path / "m.safetensors").metadata
     assert found["ss_network_dim"] == found["ss_network_alpha"] == "3" and json.loads(found["ss_network_args"])
@@ -385,7 +390,7 @@ def test_differences_and_embeddings():
 
 def test_as_lora():
     x, y = samples.factors((6, 5, 3, 3), tucker=True), samples.factors((6, 5, 3, 3), seed=1)
-    merged, _ = merge([single(x, CONV), single(y, CONV)], kind="lora", method="svd", rank=4)
+    merged, _ = merge([single(x, CONV), single(y, CONV)], 1.0, Compression(kind="lora", rank=4))
     assert not merged.layers and merged.extras[f"{CONV}.lora_down.weight"].shape == (4, 5, 3, 3)
     assert merged.extras[f"{CONV}.lora_up.weight"].shape == (6, 4, 1, 1)
     assert merged.metadata["ss_network_module"] == "networks.lora" and merged.metadata["ss_network_dim"] == "4"
@@ -393,7 +398,7 @@ def test_as_lora():
 
 def test_a_smaller_dtype_and_what_it_costs():
     stack = [samples.factors((30, 20), seed=seed) for seed in (0, 1)]
-    merged, report = merge([single(f) for f in stack], dtype=torch.float16)
+    merged, report = merge([single(f) for f in stack], 1.0, Compression("exact", dtype=torch.float16))
     real = oracle.error(merged.layers[NAME].delta(), sum(oracle.wide(f.delta()) for f in stack))
     assert merged.layers[NAME].dtype == torch.float16 and 1e-5 < report.error < 1e-3
     assert report.error == pytest.approx(real, rel=0.05)
@@ -421,6 +426,15 @@ def test_dora_alone_at_weight_one_stays():
     f = samples.factors((6, 5), dora_axis=0)
     merged, _ = merge([single(f), Adapter({CONV: f, NAME: f}, source="y")], [1.0, 0.0])
     assert torch.equal(merged.layers[NAME].dora_scale, f.dora_scale) and merged.layers[NAME].alpha == f.alpha
+
+
+def merged_by(
+    adapters, weights, *, method="exact", factor="svd", density=0.5, majority_sign="total", blocks=None, **form
+):
+    """By a method's name, as the command line and the node do it."""
+    combine = combination(method, density, majority_sign)
+    compression = Compression(method if method in compress.METHODS else factor, **form)
+    return merge(adapters, weights, compression, combine=combine, blocks=blocks)
 
 
 plain, dora = samples.factors((6, 5)), samples.factors((6, 5), dora_axis=0)
@@ -468,7 +482,12 @@ BAD = {
 @pytest.mark.parametrize(("factors", "weights", "options", "message"), BAD.values(), ids=BAD)
 def test_bad_input(factors, weights, options, message):
     with pytest.raises(LoHaError, match=message):
-        merge([single(f, source=f"x{i}") for i, f in enumerate(factors)], weights, **options)
+        merged_by([single(f, source=f"x{i}") for i, f in enumerate(factors)], weights, **options)
+
+
+def test_an_unknown_combination():
+    with pytest.raises(LoHaError, match="combine is 'mean'; expected 'sum', 'slerp'"):
+        merge([single(plain)], combine="mean")
 
 
 def test_no_layer_in_common():
@@ -494,6 +513,6 @@ def test_inputs_stay_as_they_are():
     source = single(f, metadata={"a": "b"}, extras={"lora_unet_a.w_norm": torch.ones(4)})
     for method in METHODS:
         bound = {} if method == "exact" else {"rank": 2}
-        merge([source, source], [1.0, 0.5], method=method, **bound)
+        merged_by([source, source], [1.0, 0.5], method=method, **bound)
     assert all(torch.equal(f.tensors()[key], tensor) for key, tensor in before.items())
     assert source.metadata == {"a": "b"} and torch.equal(source.extras["lora_unet_a.w_norm"], torch.ones(4))

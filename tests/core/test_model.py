@@ -9,6 +9,9 @@ import torch
 from torch import nn
 
 from loha_core import LoHaError
+from loha_core.adapter import split_layers
+from loha_core.factors import LoRAFactors
+from loha_core.transform.report import Result
 from loha_core.tuner.config import LoHaConfig
 from loha_core.tuner.layers import LoHaLayer
 from loha_core.tuner.model import LoHaModel, get_peft_model
@@ -262,24 +265,37 @@ def test_weighted_sums_of_lower_rank_and_what_has_no_sum():
         model.add_weighted_adapter(["default", "dora"], [1, 1], "again")
 
 
+def loras(converted: Result) -> tuple[dict[str, LoRAFactors], dict[str, float]]:
+    """LoRA layers and their errors by name."""
+    layers, others = split_layers(converted.adapter)
+    assert not others and not converted.adapter.layers
+    return layers, {entry.name: entry.error for entry in converted.report.layers}
+
+
+def delta_of(layer: LoRAFactors) -> torch.Tensor:
+    """B·A, shaped as the weight; the scale is 1."""
+    assert layer.scale == 1
+    return (layer.up.flatten(1) @ layer.down.flatten(1)).reshape(layer.shape)
+
+
 @pytest.mark.parametrize("effective", [True, False])
 def test_convert_to_lora(effective):
     model = adapted(target_modules=["conv", "0", "1"], use_effective_conv2d=effective)
-    exact = model.convert_to_lora()
-    for name, layer in model.layers():
-        wanted = layer.get_delta_weight("default").detach()
-        torch.testing.assert_close(exact.delta(name), wanted)
-        assert exact.a[name].shape[0] == 4 and exact.errors[name] == 0
-    cut = model.convert_to_lora(rank=2)
-    for name, layer in model.layers():
-        wanted = layer.get_delta_weight("default").detach()
-        error = float((cut.delta(name) - wanted).norm() / wanted.norm())
-        sigma = torch.linalg.svdvals(wanted.flatten(1))
+    deltas = {name: layer.get_delta_weight("default").detach() for name, layer in model.layers()}
+    layers, errors = loras(model.convert_to_lora())
+    assert layers.keys() == deltas.keys()
+    for name, delta in deltas.items():
+        torch.testing.assert_close(delta_of(layers[name]), delta)
+        assert layers[name].rank == 4 and errors[name] == 0
+    layers, errors = loras(model.convert_to_lora(rank=2))
+    for name, delta in deltas.items():
+        error = float((delta_of(layers[name]) - delta).norm() / delta.norm())
+        sigma = torch.linalg.svdvals(delta.flatten(1))
         best = float(sigma[2:].norm() / sigma.norm())
-        assert cut.a[name].shape[0] == 2 and abs(error - cut.errors[name]) < 1e-5 and abs(error - best) < 1e-5
-    kept = model.convert_to_lora(energy=0.9)
-    assert all(error**2 <= 0.1 + 1e-6 for error in kept.errors.values())
-    assert all(1 <= a.shape[0] <= 4 for a in kept.a.values())
+        assert layers[name].rank == 2 and abs(error - errors[name]) < 1e-5 and abs(error - best) < 1e-5
+    layers, errors = loras(model.convert_to_lora(energy=0.9))
+    assert all(error**2 <= 0.1 + 1e-6 for error in errors.values())
+    assert all(1 <= layer.rank <= 4 for layer in layers.values())
     with pytest.raises(LoHaError, match="grouped"):
         adapted().convert_to_lora()
 

@@ -141,10 +141,31 @@ def test_a_lycoris_file_loads_into_a_diffusers_unet(tmp_path):
 
 def test_our_lora_is_pefts_lora(tmp_path):
     peft = pytest.importorskip("peft")
-    model, base = adapted(rank_pattern={"proj": 3})
-    model.convert_to_lora().save_pretrained(tmp_path)
-    theirs = peft.PeftModel.from_pretrained(base, tmp_path)
-    torch.testing.assert_close(theirs(X), model(X))
+    for number, config in enumerate(({"rank_pattern": {"proj": 3}}, {"alpha": 5}, {"use_effective_conv2d": True})):
+        model, base = adapted(**config)
+        folder = tmp_path / str(number)
+        save_adapter(model.convert_to_lora().adapter, folder, format="peft")
+        config = json.loads((folder / "adapter_config.json").read_text())
+        assert config["peft_type"] == "LORA" and bool(config["rank_pattern"]) == (number == 0)
+        theirs = peft.PeftModel.from_pretrained(base, folder)
+        torch.testing.assert_close(theirs(X), model(X))
+
+
+def test_what_pefts_lora_cannot_hold_is_refused_by_name(tmp_path):
+    lora = adapted()[0].convert_to_lora().adapter
+    conv = lora.extras["conv.lora_down.weight"].shape
+    core = {"conv.lora_mid.weight": torch.ones(4, 4, 3, 3), "conv.lora_down.weight": torch.ones(4, conv[1], 1, 1)}
+    for extras, layers, message in (
+        ({"conv.dora_scale": torch.ones(8, 1, 1, 1)}, {}, r"PEFT's LoRA format cannot hold DoRA \(conv\)"),
+        (core, {}, r"PEFT's LoRA format cannot hold a LoRA's core \(conv\)"),
+        ({"norm.weight": torch.ones(3)}, {}, "PEFT's LoRA format cannot hold norm.weight"),
+        ({}, {"other": samples.factors((4, 6))}, "PEFT's LoHa format cannot hold LoRA layers beside LoHa layers"),
+    ):
+        with pytest.raises(LoHaError, match=message):
+            save_adapter(Adapter(layers, lora.extras | extras), tmp_path / "peft", format="peft")
+    with pytest.raises(LoHaError, match=r"cannot hold DoRA \("):
+        save_adapter(adapted(use_dora=True)[0].convert_to_lora().adapter, tmp_path / "peft", format="peft")
+    assert not (tmp_path / "peft").exists()
 
 
 def test_a_model_whose_paths_look_like_a_pipelines(tmp_path):

@@ -77,4 +77,4 @@ def test_dots_come_back(make):
     ],
 )
 def test_block_and_kind(name, block, kind):
-    assert (names.block_of(name), names.kind_of(name)) == (block, kind)
+    assert (names.block_label(name), names.kind_of(name)) == (block, kind)

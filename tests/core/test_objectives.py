@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from loha_core import LoHaError
-from loha_core.training.data.dataset import generator
 from loha_core.training.objectives import PREDICTIONS, Objective
+from loha_core.training.randomness import generator
 
 ONE = torch.ones(1)
 sigmas = st.floats(0.001, 0.999)
@@ -28,8 +28,8 @@ def plan(prediction: str, sigma: float) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def picture(seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
-    chance = generator(seed, "picture")
-    return tuple(torch.randn(1, 4, 3, 5, generator=chance, dtype=torch.float64) for _ in range(2))  # type: ignore
+    rng = generator(seed, "picture")
+    return tuple(torch.randn(1, 4, 3, 5, generator=rng, dtype=torch.float64) for _ in range(2))  # type: ignore
 
 
 # What each paper says x₀ is, given x and the output; nothing here looks at `PREDICTIONS`.
@@ -119,7 +119,7 @@ def huber(e, delta):
 )
 def test_distances(distance, delta, pairs):
     output, target = (torch.tensor(side, dtype=torch.float64).reshape(1, 1, 2, 2) for side in zip(*pairs, strict=True))
-    found = Objective(distance=distance.__name__, huber_delta=delta).loss(output, target, ONE, ONE)
+    found = Objective(loss_type=distance.__name__, huber_delta=delta).loss(output, target, ONE, ONE)
     expected = sum(distance(a - b, delta) for a, b in pairs) / 4
     assert float(found) == pytest.approx(expected, rel=1e-5, abs=1e-6)
 
@@ -130,14 +130,14 @@ def test_the_loss_is_computed_in_float32():
     assert found.dtype == torch.float32 and float(found) == 90_000
 
 
-# --- mask and share -------------------------------------------------------------------------------
+# --- mask and weights -------------------------------------------------------------------------------
 
 
 @given(st.sampled_from([(2, 3), (2, 2, 3)]), st.integers(0, 2**31))
 def test_a_mask_takes_the_mean_over_what_it_shows(size, seed):
-    chance = generator(seed)
-    output, target = (torch.randn(2, 3, *size, generator=chance) for _ in range(2))
-    mask = torch.rand(2, 1, *size, generator=chance).round(decimals=1)
+    rng = generator(seed)
+    output, target = (torch.randn(2, 3, *size, generator=rng) for _ in range(2))
+    mask = torch.rand(2, 1, *size, generator=rng).round(decimals=1)
     mask[:, :, 0] = 1
     found = Objective().loss(output, target, torch.ones(2), torch.ones(2), mask=mask)
     expected = 0.0
@@ -154,10 +154,10 @@ def test_what_is_masked_gets_no_gradient():
     assert torch.equal(output.grad != 0, (mask != 0).expand_as(output))
 
 
-def test_share_weighs_samples():
+def test_sample_weights():
     output, target = torch.zeros(3, 1, 1, 1), torch.tensor([1.0, 2.0, 3.0]).reshape(3, 1, 1, 1)
     three = torch.ones(3)
-    found = Objective().loss(output, target, three, three, share=torch.tensor([1.0, 0.5, 0.0]))
+    found = Objective().loss(output, target, three, three, sample_weight=torch.tensor([1.0, 0.5, 0.0]))
     assert float(found) == pytest.approx((1 * 1 + 0.5 * 4 + 0 * 9) / 3)
 
 
@@ -165,8 +165,8 @@ def test_share_weighs_samples():
 
 
 def times(count: int = 4000, **settings) -> torch.Tensor:
-    objective, chance = Objective(**settings), generator(1, "times")
-    return torch.tensor([objective.time(chance) for _ in range(count)], dtype=torch.float64)
+    objective, rng = Objective(**settings), generator(1, "times")
+    return torch.tensor([objective.time(rng) for _ in range(count)], dtype=torch.float64)
 
 
 P = torch.tensor([0.1, 0.25, 0.5, 0.75, 0.9], dtype=torch.float64)
@@ -220,7 +220,7 @@ def test_noise_is_the_generators_and_its_offset_is_one_number_per_channel():
     ("settings", "says"),
     [
         ({"timesteps": "cosine"}, "timesteps is 'cosine'; expected one of uniform"),
-        ({"distance": "l2"}, "distance is 'l2'"),
+        ({"loss_type": "l2"}, "loss_type is 'l2'"),
         ({"huber_delta": 0}, "huber_delta is 0"),
         ({"shift": -1}, "shift is -1"),
         ({"logit_std": math.nan}, "logit_std is nan"),

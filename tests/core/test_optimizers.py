@@ -19,7 +19,7 @@ from loha_core.tuner.layers import LoHaLinear
 
 def installed(name: str) -> bool:
     try:
-        SOURCES[name].find()
+        SOURCES[name].load()
     except ImportError:
         return False
     return True
@@ -196,7 +196,7 @@ def test_restarts_are_cosines_one_after_the_other():
 
 @pytest.mark.parametrize("schedule", ["linear", "cosine", "restarts"])
 def test_warm_up_rises_to_the_rate_and_the_curve_follows(schedule):
-    found = curve(110, schedule=schedule, warmup=10, cycles=2)
+    found = curve(110, schedule=schedule, warmup_steps=10, cycles=2)
     assert found[:10] == pytest.approx([(i + 1) / 11 for i in range(10)])
     assert found[10:] == pytest.approx(curve(100, schedule=schedule, cycles=2))
 
@@ -209,7 +209,7 @@ def test_warm_up_rises_to_the_rate_and_the_curve_follows(schedule):
     st.floats(0, 1),
 )
 def test_every_rate_is_between_zero_and_the_full_one(schedule, steps, warmup, cycles, lr_end):
-    found = curve(steps, schedule=schedule, warmup=warmup, cycles=cycles, lr_end=lr_end)
+    found = curve(steps, schedule=schedule, warmup_steps=warmup, cycles=cycles, lr_end=lr_end)
     assert all(0 < f <= 1 for f in found)
     assert OptimizerConfig(schedule=schedule, lr_end=lr_end).factor(steps, steps) == pytest.approx(
         {"constant": 1.0, "restarts": 1.0}.get(schedule, lr_end)
@@ -227,8 +227,8 @@ def test_every_rate_is_between_zero_and_the_full_one(schedule, steps, warmup, cy
         ({"lora_plus": -1}, "lora_plus is -1"),
         ({"weight_decay": -1}, "weight_decay is -1"),
         ({"lr_end": math.nan}, "lr_end is nan"),
-        ({"warmup": -1}, "warmup is -1"),
-        ({"warmup": 2.5}, "warmup is 2.5"),
+        ({"warmup_steps": -1}, "warmup_steps is -1"),
+        ({"warmup_steps": 2.5}, "warmup_steps is 2.5"),
         ({"cycles": 0}, "cycles is 0"),
     ],
 )

@@ -8,12 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from loha_core import Adapter, LoHaError, load_adapter, merge, save_adapter, to_lora
-from loha_core.adapter import modules, split
+from loha_core import Adapter, Compression, LoHaError, load_adapter, merge, save_adapter, to_lora
+from loha_core.adapter import module_names, split_layers
 from loha_core.cli import main
 from loha_core.factors import LoRAFactors
-from loha_core.naming.names import flat
-from loha_core.naming.names import split as path_of
+from loha_core.naming.names import flat, path_of
 from loha_core.naming.parts import cut, joined, swapped
 from loha_core.naming.readers import unread
 from loha_core.naming.recognise import families_of
@@ -22,6 +21,9 @@ from loha_core.naming.tables import FAMILIES
 from loha_core.transform.lowrank import product
 
 from . import families
+from .pairwise import pairwise
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 STYLES = {
     "kohya": r"lora_unet_\w+(-\d)?\w*",
@@ -35,12 +37,12 @@ EVERY = pytest.mark.parametrize("family", FAMILIES.values(), ids=list(FAMILIES))
 
 def deltas(adapter: Adapter) -> dict[str, torch.Tensor]:
     """By the original's weight, from layers on either side: put together here by the table's spans."""
-    family = families_of(path_of(name)[1] for name in modules(adapter))[0]
-    side = family.side([path_of(name)[1] for name in modules(adapter)])
+    family = families_of(path_of(name) for name in module_names(adapter))[0]
+    side = family.side([path_of(name) for name in module_names(adapter)])
     shapes = families.weights(family)
     found = {}
-    for name, layer in split(adapter)[0].items():
-        weight, span = family.place(path_of(name)[1], side)
+    for name, layer in split_layers(adapter)[0].items():
+        weight, span = family.place(path_of(name), side)
         u, v = product(layer)
         whole = found.setdefault(weight, torch.zeros(shapes[weight], dtype=torch.float64))
         if span is None:
@@ -96,7 +98,7 @@ def test_parts_that_were_trained_apart_are_joined(family):
     adapter = Adapter(apart, source="apart")
     made = respelled(adapter, "native")
     assert_same(deltas(made), deltas(adapter))
-    counts = {name: len(family.weight(path_of(name)[1]).parts) for name in made.layers}
+    counts = {name: len(family.weight(path_of(name)).parts) for name in made.layers}
     assert {name: layer.rank for name, layer in made.layers.items()} == {n: 2 * count for n, count in counts.items()}
     if max(counts.values()) > 1:
         assert any("joined" in note for note in made.notes)
@@ -104,17 +106,15 @@ def test_parts_that_were_trained_apart_are_joined(family):
     assert_same(deltas(respelled(lora, "native")), deltas(adapter))
 
 
-@EVERY
-@pytest.mark.parametrize("first", ["kohya", "native", "diffusers"])
-def test_two_spellings_of_one_adapter_merge_to_twice_the_adapter(family, first):
+@pairwise(family=list(FAMILIES), first=list(STYLES), second=list(STYLES))
+def test_two_spellings_of_one_adapter_merge_to_twice_the_adapter(family, first, second):
     """Row 3 of issue 14."""
-    adapter = families.native(family)
+    adapter = families.native(FAMILIES[family])
     one = respelled(adapter, first)
-    for second in STYLES:
-        made, report = merge([one, respelled(adapter, second)])
-        assert sorted(made.layers) == sorted(one.layers)
-        assert_same(deltas(made), deltas(adapter), 2.0)
-        assert report.error < 1e-6
+    made, report = merge([one, respelled(adapter, second)])
+    assert sorted(made.layers) == sorted(one.layers)
+    assert_same(deltas(made), deltas(adapter), 2.0)
+    assert report.error < 1e-6
 
 
 def test_flux_and_its_parts_trained_apart():
@@ -131,7 +131,7 @@ def test_flux_and_its_parts_trained_apart():
         assert_same(found, wanted)
         assert any("cut into their parts" in note or "joined" in note for note in report.notes)
     assert {
-        type(layer) for layer in split(merge([fused, parts], kind="lora", method="svd", rank=4)[0])[0].values()
+        type(layer) for layer in split_layers(merge([fused, parts], 1.0, Compression(kind="lora", rank=4)).adapter)[0].values()
     } == {LoRAFactors}
 
 
@@ -174,7 +174,7 @@ def test_a_lora_in_pefts_names():
     loras = to_lora(respelled(families.native(FAMILIES["Flux"]), "diffusers")).adapter
     keys = {f"base_model.model.{key.removeprefix('transformer.')}": t for key, t in loras.extras.items()}
     found = respelled(Adapter({}, keys), "native")
-    assert all(name.startswith("diffusion_model.") for name in split(found)[0])
+    assert all(name.startswith("diffusion_model.") for name in split_layers(found)[0])
     assert_same(deltas(found), deltas(families.native(FAMILIES["Flux"])))
 
 

@@ -18,8 +18,11 @@ from hypothesis import strategies as st
 from loha_core import LoHaError
 from loha_core.training import state as checkpoint
 from loha_core.training.attach import attached
+from loha_core.training.config import TrainingConfig
+from loha_core.training.events import Saved, Stepped, Stopped
 from loha_core.training.optimizers import SOURCES, OptimizerConfig
-from loha_core.training.trainer import HISTORY, STATE, Diverged, Saved, Stepped, Stopped, TrainingConfig
+from loha_core.training.state import LOSSES, STATE
+from loha_core.training.trainer import Diverged
 from loha_core.tuner.config import LoHaConfig
 
 from .test_formats import files_of_at_most
@@ -44,7 +47,7 @@ def test_a_run_that_is_killed_again_and_again_ends_as_if_it_never_were(tmp_path)
     for folder in cut.iterdir():
         # Nothing else is left lying there, such as files that were never finished.
         assert {f.name: f.read_bytes() for f in folder.iterdir()} == {f.name: f.read_bytes() for f in whole.iterdir()}
-    rows = (whole / HISTORY).read_text().splitlines()
+    rows = (whole / LOSSES).read_text().splitlines()
     assert rows[0] == "step,loss" and rows[1:] == [f"{step},{loss!r}" for step, loss in enumerate(losses, 1)]
 
 
@@ -56,15 +59,15 @@ def test_each_optimizer_goes_on_bit_for_bit(name, tmp_path):
     if not installed(name):
         pytest.skip(f"needs the extra {SOURCES[name].extra}")
     rate = 1.0 if name == "prodigy" else 0.01
-    optimizer = OptimizerConfig(name, lr=rate, weight_decay=0.01, warmup=2, options=OPTIONS.get(name, {}))
-    config = TrainingConfig(steps=9, save_every=0, ema=0.9 if name == "adamw" else 0)
+    optimizer = OptimizerConfig(name, lr=rate, weight_decay=0.01, warmup_steps=2, options=OPTIONS.get(name, {}))
+    config = TrainingConfig(steps=9, save_every=0, ema_decay=0.9 if name == "adamw" else 0)
     whole = Task().run(config, optimizer, folder=tmp_path / "whole")
     begun = Task().run(replace(config, steps=5), optimizer, folder=tmp_path / "cut")
     assert any(not torch.equal(a, b) for a, b in zip(begun.parameters, whole.parameters, strict=True))
     resumed = Task().run(config, optimizer, folder=tmp_path / "cut")
     for found, expected in zip(resumed.factors()["model"].values(), whole.factors()["model"].values(), strict=True):
         assert all(map(torch.equal, found.tensors().values(), expected.tensors().values()))
-    for file in (STATE, HISTORY):
+    for file in (STATE, LOSSES):
         assert (tmp_path / "cut" / file).read_bytes() == (tmp_path / "whole" / file).read_bytes()
     if name == "adamw8bit":  # it did keep its state in 8 bits
         kept = checkpoint.load(tmp_path / "whole" / STATE)["optimizer"]["state"].values()
@@ -78,12 +81,12 @@ def test_fp16_goes_on_with_its_scale(tmp_path):
         made.loss = lambda batch: own(batch) * 10  # overflows at first
         return made
 
-    config = TrainingConfig(steps=6, precision="fp16", save_every=2)
+    config = TrainingConfig(steps=6, mixed_precision="fp16", save_every=2)
     task().run(config, folder=tmp_path / "whole")
     task().run(replace(config, steps=3), folder=tmp_path / "cut")
     resumed = task().run(config, folder=tmp_path / "cut")
     assert resumed.step == 6
-    for file in (STATE, HISTORY):
+    for file in (STATE, LOSSES):
         assert (tmp_path / "cut" / file).read_bytes() == (tmp_path / "whole" / file).read_bytes()
 
 
@@ -144,7 +147,7 @@ def test_a_state_comes_back_as_it_was(tmp_path_factory, state):
 
 
 def test_what_a_killed_save_left_behind_goes(tmp_path):
-    for name in (f".{STATE}.a1b2.tmp", f".{HISTORY}.a1b2.tmp", ".tmpHFaoQh", "mine.tmp", ".tmp", "a.safetensors"):
+    for name in (f".{STATE}.a1b2.tmp", f".{LOSSES}.a1b2.tmp", ".tmpHFaoQh", "mine.tmp", ".tmp", "a.safetensors"):
         (tmp_path / name).touch()
     assert not Task().trainer(TrainingConfig(), folder=tmp_path).resume()
     assert sorted(os.listdir(tmp_path)) == [".tmp", "a.safetensors", "mine.tmp"]
@@ -172,9 +175,9 @@ ADAMW = OptimizerConfig(lr=0.01)
     ("config", "optimizer", "task", "identity", "says"),
     [
         (replace(CONFIG, seed=1), ADAMW, {}, "a", r"seed \(0 then, 1 now\)"),
-        (replace(CONFIG, accumulation=2), ADAMW, {}, "a", "accumulation"),
-        (replace(CONFIG, precision="bf16"), ADAMW, {}, "a", "precision"),
-        (replace(CONFIG, ema=0.9), ADAMW, {}, "a", "ema"),
+        (replace(CONFIG, gradient_accumulation_steps=2), ADAMW, {}, "a", "gradient_accumulation_steps"),
+        (replace(CONFIG, mixed_precision="bf16"), ADAMW, {}, "a", "mixed_precision"),
+        (replace(CONFIG, ema_decay=0.9), ADAMW, {}, "a", "ema_decay"),
         (CONFIG, replace(ADAMW, lr=0.02), {}, "a", r"lr \(0.01 then, 0.02 now\)"),
         (CONFIG, OptimizerConfig("adafactor", lr=0.01), {}, "a", r"name \(adamw then, adafactor now\)"),
         (CONFIG, replace(ADAMW, schedule="cosine"), {}, "a", r"schedule \(.*, steps \(not set then, 4 now\)"),
@@ -222,7 +225,7 @@ def test_cancel_keeps_the_state_and_can_go_on(tmp_path, once):
         if (isinstance(event, Stepped) and event.step == 3) or (not once and isinstance(event, Saved)):
             raise Cancelled(f"at {event.step}")
 
-    config = TrainingConfig(steps=6, save_every=0, ema=0.5)
+    config = TrainingConfig(steps=6, save_every=0, ema_decay=0.5)
     task = Task()
     trainer = task.trainer(config, folder=tmp_path / "cut", callbacks=[events.append, cancel])
     with attached(task.layers), pytest.raises(Cancelled, match="at 3") as caught:
@@ -289,7 +292,7 @@ def test_a_folder_that_cannot_be_written(tmp_path):
 
 # --- diverged -------------------------------------------------------------------------------------
 
-ADVICE = r"Lower the learning rate \(.* now\), add warm-up steps, or use a wider precision than fp32"
+ADVICE = r"Lower the learning rate \(.* now\), add warm-up steps, or train without mixed precision \(no now\)"
 
 
 def test_nan_in_a_loss_stops_and_keeps_the_last_good_state(tmp_path):

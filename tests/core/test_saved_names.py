@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from loha_core import Adapter, LoHaConfig, LoHaError, LoHaModel, load_adapter, merge, resize, save_adapter
+from loha_core import Adapter, Compression, LoHaConfig, LoHaError, LoHaModel, load_adapter, merge, resize, save_adapter
 from loha_core.cli import main
 from loha_core.naming import spelling
 from loha_core.transform.convert import change_alpha, to_dtype, to_lora, to_peft
@@ -64,8 +64,8 @@ def written(tmp_path, adapter, **options) -> list[str]:
 
 WAYS = {
     "as it is": lambda a: a,
-    "merged": lambda a: merge([a, a], [0.5, 0.5], method="svd", rank=2).adapter,
-    "resized": lambda a: resize(a, rank=1).adapter,
+    "merged": lambda a: merge([a, a], [0.5, 0.5], Compression(rank=2)).adapter,
+    "resized": lambda a: resize(a, Compression(rank=1)).adapter,
     "another alpha": lambda a: change_alpha(a, alpha=8.0).adapter,
     "another dtype": lambda a: to_dtype(a, torch.float16).adapter,
 }

@@ -12,20 +12,12 @@ from torch import nn
 
 from loha_core import LoHaError
 from loha_core.training.attach import attached
+from loha_core.training.config import TrainingConfig
+from loha_core.training.events import PreviewDue, Saved, Stepped, Stopped
 from loha_core.training.objectives import Objective
 from loha_core.training.optimizers import SOURCES, OptimizerConfig
-from loha_core.training.trainer import (
-    ADAPTER,
-    MOST_SCALE,
-    PreviewDue,
-    Saved,
-    Stepped,
-    Stopped,
-    Trainer,
-    TrainingConfig,
-    limit_norm,
-    own_randomness,
-)
+from loha_core.training.randomness import fork_rng
+from loha_core.training.trainer import ADAPTER, MAX_LOSS_SCALE, Trainer, clip_delta_norm_
 from loha_core.tuner.config import LoHaConfig
 from loha_core.tuner.layer import LoHaLayer
 from loha_core.tuner.model import LoHaModel
@@ -99,7 +91,7 @@ def test_accumulation_equals_the_bigger_batch(parts):
         return whole.batch(step, range(place * size, (place + 1) * size))
 
     big = whole.run(config)
-    accumulated = Task().run(replace(config, accumulation=parts), batches=part)
+    accumulated = Task().run(replace(config, gradient_accumulation_steps=parts), batches=part)
     torch.testing.assert_close(values(accumulated), values(big), rtol=1e-4, atol=1e-6)
     assert accumulated.losses == pytest.approx(big.losses, rel=1e-5)
     ignored = Task().run(config, batches=part)
@@ -154,7 +146,7 @@ def test_precision_is_the_losss_and_factors_stay_float32(precision, dtype):
         assert not torch.is_autocast_enabled("cpu")
         return task.batch(number)
 
-    trainer = task.run(TrainingConfig(steps=3, precision=precision), batches=batches)
+    trainer = task.run(TrainingConfig(steps=3, mixed_precision=precision), batches=batches)
     full = Task().run(TrainingConfig(steps=3))
     assert seen == {dtype} and {p.dtype for p in trainer.parameters} == {torch.float32}
     assert trainer.losses != full.losses and trainer.losses == pytest.approx(full.losses, rel=0.02)
@@ -171,20 +163,20 @@ def scaled(factor: float) -> Task:
 def test_small_gradients_survive_fp16():
     """Those of a layer's output are 1e-9 here, and fp16 begins at 6e-8; the loss is scaled, the learning isn't."""
     norms = {}
-    for precision in ("fp32", "fp16"):
-        _, (event,) = watch(TrainingConfig(steps=1, precision=precision), task=scaled(1e-6))
+    for precision in ("no", "fp16"):
+        _, (event,) = watch(TrainingConfig(steps=1, mixed_precision=precision), task=scaled(1e-6))
         norms[precision] = event.norm
-    assert norms["fp16"] == pytest.approx(norms["fp32"], rel=0.02) and norms["fp32"] > 0
+    assert norms["fp16"] == pytest.approx(norms["no"], rel=0.02) and norms["no"] > 0
 
 
 def test_an_overflow_in_fp16_halves_the_scale_and_takes_the_step_again(monkeypatch):
-    config = TrainingConfig(steps=4, precision="fp16", max_grad_norm=0.0)
+    config = TrainingConfig(steps=4, mixed_precision="fp16", max_grad_norm=0.0)
     trainer, events = watch(config, task=scaled(10))
-    full, _ = watch(replace(config, precision="fp32"), task=scaled(10))
-    assert len(events) == 4 and 1 <= trainer._loss_scale < MOST_SCALE
+    full, _ = watch(replace(config, mixed_precision="no"), task=scaled(10))
+    assert len(events) == 4 and 1 <= trainer._loss_scale < MAX_LOSS_SCALE
     assert trainer.losses == pytest.approx(full.losses, rel=0.02)
-    assert watch(config, task=scaled(1e-6))[0]._loss_scale == MOST_SCALE
-    monkeypatch.setattr("loha_core.training.trainer.RAISE_SCALE_AFTER", 3)
+    assert watch(config, task=scaled(1e-6))[0]._loss_scale == MAX_LOSS_SCALE
+    monkeypatch.setattr("loha_core.training.trainer.LOSS_SCALE_GROWTH_INTERVAL", 3)
     assert watch(config, task=scaled(10))[0]._loss_scale == 2 * trainer._loss_scale
 
 
@@ -208,7 +200,7 @@ def test_ema_is_what_is_saved_and_shown_and_averages_the_raw_factors():
         if isinstance(event, PreviewDue):
             shown.append([p.detach().clone() for p in trainer.parameters])
 
-    trainer = task.trainer(TrainingConfig(steps=30, ema=0.7, preview_every=30), callbacks=[look])
+    trainer = task.trainer(TrainingConfig(steps=30, ema_decay=0.7, preview_every=30), callbacks=[look])
     average = [p.detach().double() for p in trainer.parameters]
     with attached(task.layers):
         trainer.run()
@@ -252,10 +244,10 @@ def test_limiting_a_norm_keeps_the_direction_and_leaves_what_is_within(size):
     layer.update_layer(ADAPTER, 2, 3, LoHaConfig(init_weights=False))
     before = layer.factors(ADAPTER).delta().clone()
     norm = norm_of(layer.factors(ADAPTER))
-    limit_norm(layer, norm * 1.01)
+    clip_delta_norm_(layer, norm * 1.01)
     assert torch.equal(layer.factors(ADAPTER).delta(), before)
     for most in (norm / 2, norm / 1000, 1e-12):
-        limit_norm(layer, most)
+        clip_delta_norm_(layer, most)
         assert norm_of(layer.factors(ADAPTER)) <= most
         torch.testing.assert_close(layer.factors(ADAPTER).delta() / most, before / norm, rtol=1e-4, atol=1e-5)
 
@@ -264,7 +256,7 @@ def test_what_explodes_is_not_made_small_in_silence():
     layer = Task().networks["text"]["text"]
     for broken in (1e30, math.nan, math.inf):
         trained = [p.fill_(broken) for p in map(torch.Tensor.detach, layer.parameters())]
-        limit_norm(layer, 1.0)
+        clip_delta_norm_(layer, 1.0)
         assert all(torch.equal(p, torch.full_like(p, broken)) or p.isnan().all() for p in trained)
 
 
@@ -272,7 +264,7 @@ def test_what_explodes_is_not_made_small_in_silence():
 @pytest.mark.parametrize("ema", [0.0, 0.9])
 def test_the_bound_holds_for_averages_too(ema):
     """An average of factors can be longer than each of them; what is saved is within the bound all the same."""
-    config = TrainingConfig(steps=12, max_norm=0.02, ema=ema)
+    config = TrainingConfig(steps=12, max_norm=0.02, ema_decay=ema)
     for name in ("adamw", "schedule-free"):
         trainer = Task().run(config, OptimizerConfig(name, lr=0.3))
         assert all(norm_of(f) <= 0.02 for layers in trainer.factors().values() for f in layers.values())
@@ -307,10 +299,10 @@ def test_a_preview_shows_what_would_be_saved_and_leaves_no_trace(name, ema):
                 )
             shown.append(inside)
 
-    trainer = task.trainer(TrainingConfig(steps=4, ema=ema, preview_every=1), optimizer, callbacks=[look])
+    trainer = task.trainer(TrainingConfig(steps=4, ema_decay=ema, preview_every=1), optimizer, callbacks=[look])
     with attached(task.layers):
         trainer.run()
-    blind = Task(config=DROPPING).run(TrainingConfig(steps=4, ema=ema), optimizer)
+    blind = Task(config=DROPPING).run(TrainingConfig(steps=4, ema_decay=ema), optimizer)
     assert equal(trainer, blind) and trainer.losses == blind.losses
     for layer_name, factors in trainer.factors()["model"].items():
         assert all(map(torch.equal, factors.tensors().values(), shown[-1][layer_name].tensors().values()))
@@ -333,7 +325,7 @@ def test_factors_are_copies():
 
 @pytest.mark.parametrize("schedule", ["constant", "linear", "cosine", "restarts"])
 def test_the_schedule_reaches_the_optimizer(schedule):
-    optimizer = OptimizerConfig(lr=0.02, lr_text=0.01, schedule=schedule, warmup=2, cycles=2, lr_end=0.1)
+    optimizer = OptimizerConfig(lr=0.02, lr_text=0.01, schedule=schedule, warmup_steps=2, cycles=2, lr_end=0.1)
     found = []
     task = Task()
     trainer = task.trainer(
@@ -374,8 +366,8 @@ def test_each_network_moves_at_its_rate():
     [
         {"timesteps": "logit-normal"},
         {"timesteps": "shifted"},
-        {"distance": "huber"},
-        {"distance": "l1"},
+        {"loss_type": "huber"},
+        {"loss_type": "l1"},
         {"min_snr_gamma": 1.0},
         {"debiased": True},
         {"noise_offset": 0.5},
@@ -411,7 +403,7 @@ def test_training_leaves_the_base_as_it_was():
     task = Task(config=DROPPING)
     task.model.blocks[0].train(False)
     frozen, training = Frozen(task.model), [layer.training for layer in task.layers]
-    trainer = task.run(TrainingConfig(steps=3, ema=0.9, max_norm=1, preview_every=1, precision="bf16"))
+    trainer = task.run(TrainingConfig(steps=3, ema_decay=0.9, max_norm=1, preview_every=1, mixed_precision="bf16"))
     assert frozen.same() and training == [layer.training for layer in task.layers]
     assert not equal(trainer, Task(config=DROPPING).trainer(TrainingConfig()))
     # A weight that asks for gradients is not trained either.
@@ -432,7 +424,9 @@ def test_so_does_a_cancel(tmp_path, kind):
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        task.run(TrainingConfig(steps=5, preview_every=2, save_every=2, ema=0.5), folder=tmp_path, callbacks=[cancel])
+        task.run(
+            TrainingConfig(steps=5, preview_every=2, save_every=2, ema_decay=0.5), folder=tmp_path, callbacks=[cancel]
+        )
     assert frozen.same() and training == [layer.training for layer in task.layers]
 
 
@@ -520,14 +514,14 @@ def test_adapters_that_are_not_active():
         ({"steps": 0}, "steps is 0; expected a whole number from 1"),
         ({"steps": math.nan}, "steps is nan"),
         ({"steps": 2.5}, "steps is 2.5"),
-        ({"accumulation": 0}, "accumulation is 0"),
+        ({"gradient_accumulation_steps": 0}, "gradient_accumulation_steps is 0"),
         ({"save_every": -1}, "save_every is -1"),
         ({"preview_every": -1}, "preview_every is -1"),
         ({"max_grad_norm": math.inf}, "max_grad_norm is inf"),
         ({"max_norm": -1.0}, "max_norm is -1.0"),
-        ({"ema": 1.0}, "ema is 1.0"),
-        ({"ema": math.nan}, "ema is nan"),
-        ({"precision": "fp8"}, "precision is 'fp8'; expected one of fp32, bf16, fp16"),
+        ({"ema_decay": 1.0}, "ema_decay is 1.0"),
+        ({"ema_decay": math.nan}, "ema_decay is nan"),
+        ({"mixed_precision": "fp8"}, "mixed_precision is 'fp8'; expected one of no, fp16, bf16"),
     ],
 )
 def test_values_out_of_range(settings, says):
@@ -554,7 +548,7 @@ class Device:
 @pytest.mark.parametrize("kind", ["cuda", "xpu", "mps"])
 def test_seeds_are_not_seen_outside_on_any_device(monkeypatch, kind):
     device, before = Device(monkeypatch, kind), torch.get_rng_state()
-    with pytest.raises(KeyError), own_randomness():
+    with pytest.raises(KeyError), fork_rng():
         torch.manual_seed(3)
         torch.rand(2)
         assert device.seeds == [3, 3]

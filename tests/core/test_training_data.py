@@ -16,11 +16,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from loha_core import LoHaError
+from loha_core.training import randomness
 from loha_core.training.data import captions, pictures
-from loha_core.training.data import dataset as data
+from loha_core.training.data.batches import BatchOrder
 from loha_core.training.data.captions import Captions
-from loha_core.training.data.dataset import Dataset, Item, generator, order
+from loha_core.training.data.dataset import Dataset, Item
 from loha_core.training.data.pictures import Sizes, at_latent_size, check_picture, fit
+from loha_core.training.randomness import generator
 
 from .processes import PATIENCE
 
@@ -33,7 +35,7 @@ def item(seed: int = 0, shape: tuple[int, ...] = (4, 8, 8), caption: str = "a, b
     return Item(torch.randn(shape, generator=generator("item", seed)), caption, **rest)
 
 
-@pytest.mark.parametrize("module", [data, captions, pictures])
+@pytest.mark.parametrize("module", [randomness, captions, pictures])
 def test_examples(module):
     found = doctest.testmod(module)
     assert found.failed == 0 and found.attempted
@@ -50,10 +52,10 @@ def buckets_of(sizes: list[int], repeats: int = 1) -> list[list[int]]:
 @given(sizes=bucket_sizes, repeats=st.integers(1, 3), batch=st.integers(1, 5), seed=seeds, epoch=st.integers(0, 4))
 def test_an_epoch_shows_everything_and_never_mixes_buckets(sizes, repeats, batch, seed, epoch):
     buckets = buckets_of(sizes, repeats)
-    run = order(buckets, batch, seed)
-    assert run.steps_per_epoch == sum(math.ceil(len(bucket) / batch) for bucket in buckets)
-    start = epoch * run.steps_per_epoch
-    batches = [run.at(number) for number in range(start, start + run.steps_per_epoch)]
+    run = BatchOrder(buckets, batch, seed)
+    assert run.batches_per_epoch == sum(math.ceil(len(bucket) / batch) for bucket in buckets)
+    start = epoch * run.batches_per_epoch
+    batches = [run.indices(number) for number in range(start, start + run.batches_per_epoch)]
     assert all(len(found) == batch for found in batches)
     assert all(any(set(found) <= set(bucket) for bucket in buckets) for found in batches)
     seen = Counter(itertools.chain.from_iterable(batches))
@@ -71,42 +73,44 @@ def test_an_epoch_shows_everything_and_never_mixes_buckets(sizes, repeats, batch
 @given(sizes=bucket_sizes, batch=st.integers(1, 5), seed=seeds, numbers=st.lists(st.integers(0, 60), max_size=12))
 def test_it_is_a_function_of_the_seed_and_the_number_alone(sizes, batch, seed, numbers):
     buckets = buckets_of(sizes)
-    kept = order(buckets, batch, seed)
-    assert [kept.at(number) for number in numbers] == [order(buckets, batch, seed).at(number) for number in numbers]
+    kept = BatchOrder(buckets, batch, seed)
+    assert [kept.indices(number) for number in numbers] == [
+        BatchOrder(buckets, batch, seed).indices(number) for number in numbers
+    ]
     for number in numbers:
-        kept.at(number).append(-1)  # what it gives is the caller's
-        assert -1 not in kept.at(number)
+        kept.indices(number).append(-1)  # what it gives is the caller's
+        assert -1 not in kept.indices(number)
 
 
 def test_epochs_seeds_and_batches_differ():
-    run, other = order([list(range(40))], 4, 1), order([list(range(40))], 4, 2)
-    epochs = [[run.at(number) for number in range(10 * e, 10 * e + 10)] for e in range(3)]
+    run, other = BatchOrder([list(range(40))], 4, 1), BatchOrder([list(range(40))], 4, 2)
+    epochs = [[run.indices(number) for number in range(10 * e, 10 * e + 10)] for e in range(3)]
     assert epochs[0] != epochs[1] != epochs[2]
-    assert epochs[0] != [other.at(number) for number in range(10)]
-    mixed = order([list(range(20)), list(range(20, 40))], 4, 1)
-    assert len({mixed.at(n)[0] < 20 for n in range(5)}) == 2, "batches of one bucket would come after each other"
+    assert epochs[0] != [other.indices(number) for number in range(10)]
+    mixed = BatchOrder([list(range(20)), list(range(20, 40))], 4, 1)
+    assert len({mixed.indices(n)[0] < 20 for n in range(5)}) == 2, "batches of one bucket would come after each other"
 
 
 def test_a_batch_larger_than_its_bucket_repeats_it_evenly():
-    assert all(sorted(Counter(order([[0, 1, 2]], 8, 0).at(n)).values()) == [2, 3, 3] for n in range(9))
-    filling = Counter(itertools.chain.from_iterable(order([[0, 1, 2]], 2, 0).at(n) for n in range(600)))
+    assert all(sorted(Counter(BatchOrder([[0, 1, 2]], 8, 0).indices(n)).values()) == [2, 3, 3] for n in range(9))
+    filling = Counter(itertools.chain.from_iterable(BatchOrder([[0, 1, 2]], 2, 0).indices(n) for n in range(600)))
     assert max(filling.values()) - min(filling.values()) < 120, "the same picture always fills up"
 
 
-@pytest.mark.parametrize(("buckets", "batch", "message"), [([[0]], 0, "batch size must be 1"), ([[]], 1, "nothing")])
+@pytest.mark.parametrize(("buckets", "batch", "message"), [([[0]], 0, "batch_size is 0"), ([[]], 1, "nothing")])
 def test_orders_that_cannot_be(buckets, batch, message):
     with pytest.raises(LoHaError, match=message):
-        order(buckets, batch, 0)
+        BatchOrder(buckets, batch, 0)
 
 
-# --- chance -------------------------------------------------------------------------------------
+# --- generators -------------------------------------------------------------------------------------
 
 
 def test_generators_are_the_same_in_every_process_and_differ_by_every_part():
     draw = lambda *parts: torch.rand(4, generator=generator(*parts)).tolist()  # noqa: E731
     parts = [(1, "draw", 2), (1, "draw", 3), (2, "draw", 2), (1, "noise", 2), ("1", "draw", 2), (1, "draw2"), (12, "")]
     assert len({tuple(draw(*each)) for each in parts}) == len(parts)
-    code = "import torch; from loha_core.training.data.dataset import generator as g; "
+    code = "import torch; from loha_core.training.randomness import generator as g; "
     code += "print(torch.rand(4, generator=g(1, 'x')))"
     run = [sys.executable, "-c", code]
     found = subprocess.run(run, capture_output=True, text=True, cwd=ROOT, timeout=PATIENCE, check=True)
@@ -143,7 +147,7 @@ def test_shuffle_reaches_every_order_and_keeps_the_first_tags():
 
 @pytest.mark.parametrize("share", [0.0, 0.1, 0.5, 1.0])
 def test_dropouts_happen_as_often_as_they_say(share):
-    empty = drawn(Captions("sks", dropout=share), times=1000).count("") / 1000
+    empty = drawn(Captions("sks", caption_dropout=share), times=1000).count("") / 1000
     assert abs(empty - share) < 0.05
     kept = [caption.split(", ") for caption in drawn(Captions("sks", tag_dropout=share, keep_tokens=1), times=1000)]
     assert all(tags[:2] == ["sks", "one"] for tags in kept)
@@ -156,7 +160,11 @@ def test_a_tag_with_the_trigger_is_never_dropped():
 
 @pytest.mark.parametrize(
     ("bad", "message"),
-    [({"dropout": 1.5}, "dropout"), ({"tag_dropout": -1}, "tag_dropout"), ({"keep_tokens": -1}, "keep_tokens")],
+    [
+        ({"caption_dropout": 1.5}, "caption_dropout"),
+        ({"tag_dropout": -1}, "tag_dropout"),
+        ({"keep_tokens": -1}, "keep_tokens"),
+    ],
 )
 def test_settings_that_cannot_be(bad, message):
     with pytest.raises(LoHaError, match=message):
@@ -165,7 +173,7 @@ def test_settings_that_cannot_be(bad, message):
 
 @given(st.text("ab, s", max_size=12), st.sampled_from(["", "s"]), st.sampled_from([0.0, 0.5]), st.booleans())
 def test_all_lists_what_draw_gives(caption, trigger, dropout, takes_trigger):
-    settings = Captions(trigger, dropout=dropout)
+    settings = Captions(trigger, caption_dropout=dropout)
     found = set(drawn(settings, caption, 60, trigger=takes_trigger))
     assert found == set(settings.all(caption, trigger=takes_trigger))
     assert Captions(shuffle=True).all(caption) is None
@@ -241,7 +249,7 @@ def test_what_inference_mode_made_can_be_trained_on():
 
 def test_all_captions_are_those_that_are_drawn():
     items = [item(0, caption="x"), item(1, caption="y"), item(2, caption="x"), item(3, caption="z", conditioning=[1])]
-    assert Dataset(items, Captions("sks", dropout=0.1)).all_captions() == ["sks, x", "", "sks, y"]
+    assert Dataset(items, Captions("sks", caption_dropout=0.1)).all_captions() == ["sks, x", "", "sks, y"]
     assert Dataset(items, Captions(shuffle=True)).all_captions() == []
 
 
@@ -283,7 +291,13 @@ def test_the_fingerprint_changes_with_the_content(changed):
 def test_the_fingerprint_changes_with_the_order_and_the_settings_only():
     assert Dataset([whole(name="a")]).fingerprint() == Dataset([whole(name="b")]).fingerprint()
     assert Dataset([item(0), item(1)]).fingerprint() != Dataset([item(1), item(0)]).fingerprint()
-    settings = [Captions(), Captions("x"), Captions(shuffle=True), Captions(dropout=0.1), Captions(keep_tokens=1)]
+    settings = [
+        Captions(),
+        Captions("x"),
+        Captions(shuffle=True),
+        Captions(caption_dropout=0.1),
+        Captions(keep_tokens=1),
+    ]
     assert len({Dataset([whole()], each).fingerprint() for each in settings}) == 5
     encoding = Dataset([whole()], encode=lambda caption: caption)
     encoding.encode("x")
@@ -311,8 +325,8 @@ def test_with_a_source_the_last_bits_of_a_latent_do_not_matter():
         ([item(), Item(torch.full((4, 8, 8), math.nan))], "item 2: its latent holds NaN"),
         ([item(), item(shape=(16, 8, 8))], r"item 2 has a latent \(16, 8, 8\).*one VAE"),
         ([item(), item(shape=(4, 1, 8, 8))], "item 2 has a latent"),
-        ([item(weight=math.inf)], "weight must be 0 or more"),
-        ([item(repeats=0)], "repeats must be 1 or more"),
+        ([item(weight=math.inf)], r"item 1 \(a, b\): weight is inf; expected a finite number from 0"),
+        ([item(repeats=0)], "repeats is 0; expected a whole number from 1"),
     ],
 )
 def test_items_that_cannot_be_trained_on(items, message):
@@ -336,7 +350,7 @@ def test_a_bucket_is_made_of_steps_has_the_pixels_and_the_nearest_shape(resoluti
     assert (tall + step) * (wide + step) > square**2
     error = abs(math.log(tall / wide) - math.log(height / width))
     assert all(abs(math.log(h / w) - math.log(height / width)) >= error - 1e-9 for h, w in sizes.all())
-    assert Sizes(resolution, step, aspect=False).of(height, width) == (square, square)
+    assert Sizes(resolution, step, aspect_buckets=False).of(height, width) == (square, square)
 
 
 def test_known_buckets():
@@ -393,7 +407,7 @@ def test_pictures_that_are_none(picture, message):
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: Sizes(512, 0), "1 pixel or more"),
+        (lambda: Sizes(512, 0), "step is 0; expected a whole number from 1"),
         (lambda: Sizes(32, 64), "less than the step"),
         (lambda: Sizes(0, 64).of(100, 63), "smaller than 64×64"),
     ],

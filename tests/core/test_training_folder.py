@@ -194,7 +194,9 @@ def test_a_picture_that_would_fill_the_memory(tmp_path, monkeypatch):
 
 def test_without_pillow_it_names_the_extra(tmp_path):
     save(tmp_path / "a.png")
-    code = "import sys; sys.modules['PIL'] = None; from pathlib import Path; from loha_core.training import folder\n"
+    code = (
+        "import sys; sys.modules['PIL'] = None; from pathlib import Path; from loha_core.training.data import folder\n"
+    )
     code += f"folder.read_folder(Path({str(tmp_path)!r}))"
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, timeout=PATIENCE)
     assert "LoHaError: reading pictures needs Pillow: pip install 'comfyui-loha[train]'" in found.stderr

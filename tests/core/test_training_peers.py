@@ -13,8 +13,9 @@ import torch
 from torch import nn
 
 from loha_core.training import state as checkpoint
+from loha_core.training.config import TrainingConfig
 from loha_core.training.optimizers import OptimizerConfig
-from loha_core.training.trainer import HISTORY, STATE, TrainingConfig
+from loha_core.training.state import LOSSES, STATE
 from loha_core.tuner.config import LoHaConfig
 
 from .processes import PATIENCE, ended_well
@@ -96,4 +97,4 @@ def test_two_processes_are_one_with_the_doubled_batch_and_go_on(tmp_path):
     # Half of the batch is another run: the processes did share.
     half = Task(batch_size=2).run(SHARED)
     assert not torch.allclose(half.parameters[0], one.parameters[0], atol=1e-3)
-    assert (tmp_path / "two" / HISTORY).read_text().count("\n") == SHARED.steps + 1
+    assert (tmp_path / "two" / LOSSES).read_text().count("\n") == SHARED.steps + 1

@@ -15,6 +15,7 @@ from loha_core import LoHaError, add_delta_
 from loha_core.ops import triton as triton_merge
 
 from .merging import HALF, LAYOUTS, assert_rounded, cases, expected, update, weight
+from .pairwise import pairwise
 from .processes import PATIENCE
 
 
@@ -40,9 +41,7 @@ def test_float64s_result_correctly_rounded(case):
     assert_rounded(merged(before, updates), exact, size)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, *HALF], ids=str)
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("kernel", [(), (3,), (3, 3), (2, 1, 3)], ids=str)
+@pairwise(kernel=[(), (3,), (3, 3), (2, 1, 3)], layout=LAYOUTS, dtype=[torch.float32, *HALF])
 def test_a_stack_of_several_ranks(kernel, layout, dtype):
     shape = (37, 7, *kernel)
     updates = [
@@ -57,10 +56,7 @@ def test_a_stack_of_several_ranks(kernel, layout, dtype):
     assert before._version == around + 1
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, *HALF], ids=str)
-@pytest.mark.parametrize("axis", [0, 1])
-@pytest.mark.parametrize("kernel", [(), (3, 3)], ids=str)
-@pytest.mark.parametrize("layout", ["plain", "inputs last"])
+@pairwise(kernel=[(), (3, 3)], axis=[0, 1], layout=["plain", "inputs last"], dtype=[torch.float32, *HALF])
 def test_dora(kernel, axis, layout, dtype):
     shape = (37, 11, *kernel)
     updates = [update(shape, 5, dora_axis=axis, tucker=bool(kernel), strength=0.7)]
@@ -108,7 +104,7 @@ def test_what_it_does_not_take_is_refused_before_anything_is_written():
 
 
 def test_it_is_found_to_work_here():
-    assert triton_merge.works(torch.device("cpu"))
+    assert triton_merge.is_available(torch.device("cpu"))
 
 
 def test_a_merge_on_the_cpu_never_imports_triton():

@@ -19,10 +19,11 @@ import torch
 from torch import Tensor, nn
 
 from loha_core.training.attach import attached
-from loha_core.training.data.dataset import generator
+from loha_core.training.config import TrainingConfig
 from loha_core.training.objectives import PREDICTIONS, Objective
 from loha_core.training.optimizers import OptimizerConfig
-from loha_core.training.trainer import ADAPTER, Trainer, TrainingConfig
+from loha_core.training.randomness import generator
+from loha_core.training.trainer import ADAPTER, Trainer
 from loha_core.tuner.config import LoHaConfig
 from loha_core.tuner.layers import LoHaConv2d, LoHaLayer, LoHaLinear
 
@@ -85,7 +86,7 @@ class Task:
 
     def batch(self, number: int, places: Iterable[int] | None = None) -> Batch:
         """Batch ``number``, or only those places in it that are one process's share."""
-        chance = [generator(self.seed, "draw", number, place) for place in places or range(self.batch_size)]
+        rngs = [generator(self.seed, "draw", number, place) for place in places or range(self.batch_size)]
         drawn = [
             (
                 self.objective.time(g),
@@ -93,7 +94,7 @@ class Task:
                 torch.randn(5, generator=g),
                 self.objective.noise((3, 6, 6), g),
             )
-            for g in chance
+            for g in rngs
         ]
         x0, caption, noise = (torch.stack([row[i] for row in drawn]) for i in (1, 2, 3))
         sigma = torch.tensor([row[0] for row in drawn])
@@ -123,7 +124,7 @@ class Task:
 
 # --- a run that is killed -------------------------------------------------------------------------
 
-KILLED = TrainingConfig(steps=50, save_every=1, ema=0.9, accumulation=2)
+KILLED = TrainingConfig(steps=50, save_every=1, ema_decay=0.9, gradient_accumulation_steps=2)
 
 
 def killed(folder: Path) -> Trainer:
@@ -140,7 +141,7 @@ def kill_often(root: Path, kills: int) -> None:
     """
     import torch._dynamo  # noqa: F401  (what the first optimizer imports, which takes a second)
 
-    chance, done, amid = random.Random(0), 0, 0
+    rng, done, amid = random.Random(0), 0, 0
     while done < kills:
         folder = root / f"run{done}"
         folder.mkdir()
@@ -152,10 +153,10 @@ def kill_often(root: Path, kills: int) -> None:
                 killed(folder)
                 os._exit(0)
             if done < kills:
-                time.sleep(chance.uniform(0.01, 0.3))
+                time.sleep(rng.uniform(0.01, 0.3))
                 while done % 2 and _alive(child) and not _writing(folder) - left:
                     pass
-                time.sleep(chance.uniform(0, 0.001))
+                time.sleep(rng.uniform(0, 0.001))
                 os.kill(child, signal.SIGKILL)  # a child that has ended waits to be asked how
             status = os.waitpid(child, 0)[1]
             assert status in (0, signal.SIGKILL), status
@@ -177,7 +178,9 @@ def _alive(child: int) -> bool:
 
 # --- a run that is shared out among processes -----------------------------------------------------
 
-SHARED = TrainingConfig(steps=6, accumulation=2, max_grad_norm=0.5, max_norm=0.5, ema=0.5, save_every=3)
+SHARED = TrainingConfig(
+    steps=6, gradient_accumulation_steps=2, max_grad_norm=0.5, max_norm=0.5, ema_decay=0.5, save_every=3
+)
 
 
 def share(folder: Path) -> None:
@@ -203,7 +206,7 @@ def share(folder: Path) -> None:
     accelerator.wait_for_everyone()
     task = Task(batch_size=4)
     run = task.run(SHARED, folder=folder, batches=mine(task), accelerator=accelerator)
-    assert accelerator.num_processes == 2 and asked == list(range(SHARED.steps * SHARED.accumulation))
+    assert accelerator.num_processes == 2 and asked == list(range(SHARED.steps * SHARED.gradient_accumulation_steps))
     for parameter in run.parameters:
         every = accelerator.gather(parameter.detach()[None])
         assert torch.equal(every[0], every[1])  # the processes have not drifted apart

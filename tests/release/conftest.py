@@ -14,7 +14,7 @@ import pytest
 
 from demo import comfyui
 
-from ..browser.conftest import browser  # noqa: F401
+from ..browser.conftest import browser, ready, shoot  # noqa: F401
 
 comfyui.importable()  # before anything imports comfy
 

@@ -22,7 +22,7 @@ else:
 MOST_BYTES = 3_000_000
 FILES = {"__init__.py", "pyproject.toml", "README.md", "CHANGELOG.md", "LICENSE"}
 SUFFIXES = {
-    "loha_core": {".py"},
+    "loha_core": {".py", ".typed"},
     "nodes": {".py"},
     "web": {".js", ".mjs", ".css", ".md", ".png", ".jpg", ".webp"},
     "locales": {".json"},

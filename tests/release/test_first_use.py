@@ -16,8 +16,6 @@ from playwright.sync_api import Browser, Page, expect
 from demo.comfyui import Server
 
 from ..browser.conftest import VUE
-from ..browser.test_nodes import shoot
-from ..comfy.test_sampling import ready  # noqa: F401  (the demo's checkpoint, and random LoHas)
 from .conftest import FOLDER
 
 # The address of the picture that the last node shows: LiteGraph draws it, Nodes 2.0 has an element.
@@ -29,7 +27,7 @@ SHOWN = """old => {
 
 
 @pytest.fixture
-def page(browser: Browser, ready: Server) -> Iterator[Page]:  # noqa: F811
+def page(browser: Browser, ready: Server) -> Iterator[Page]:
     """ComfyUI's page as it opens for somebody who has never been here."""
     ready.path("user", "default", "comfy.settings.json").unlink(missing_ok=True)
     ready.post("/free", {"unload_models": True, "free_memory": True})
@@ -56,12 +54,12 @@ def loads(log: str) -> list[str]:
 
 
 @pytest.mark.parametrize("renderer", ["LiteGraph", "Nodes 2.0"])
-def test_first_use(page: Page, ready: Server, renderer: str, request: pytest.FixtureRequest):  # noqa: F811
+def test_first_use(page: Page, ready: Server, renderer: str, shoot):
     # The template browser opens by itself. Our pack is among the extensions; its workflows have names.
     templates = page.get_by_role("dialog")
     templates.get_by_text(FOLDER, exact=True).click(timeout=300_000)
     expect(templates.get_by_text("loha_loader", exact=True)).to_be_visible()
-    shoot(page, "first-use-1-templates", request)
+    shoot("first-use-1-templates")
 
     templates.get_by_text("loha_loader", exact=True).click()
     page.wait_for_function("app.graph._nodes.some(n => n.type === 'LoHaLoader')", timeout=300_000)
@@ -73,11 +71,11 @@ def test_first_use(page: Page, ready: Server, renderer: str, request: pytest.Fix
     strength = page.get_by_role("slider", name="model strength")
     expect(strength).to_have_attribute("aria-valuenow", "1")
     expect(strength).to_be_visible()
-    shoot(page, "first-use-2-workflow", request)
+    shoot("first-use-2-workflow")
 
     shown, pictures, log = press_run(page, ready, None)
     assert loads(log)  # this is how the log tells of it
-    shoot(page, "first-use-3-run", request)
+    shoot("first-use-3-run")
 
     strength.hover()  # waits until it stands still
     box = strength.bounding_box()
@@ -88,12 +86,12 @@ def test_first_use(page: Page, ready: Server, renderer: str, request: pytest.Fix
     page.mouse.move(box["x"] + 0.6 * box["width"], y, steps=8)
     page.mouse.up()
     expect(strength).to_have_attribute("aria-valuenow", "0.4")
-    shoot(page, "first-use-4-slider", request)
+    shoot("first-use-4-slider")
 
     shown, changed, log = press_run(page, ready, shown)
     assert np.abs(changed - pictures).max() > 20
     assert loads(log) == []
-    shoot(page, "first-use-5-changed", request)
+    shoot("first-use-5-changed")
 
     *_, entry = ready.get("/history").values()
     [loader] = [node for node in entry["prompt"][2].values() if node["class_type"] == "LoHaLoader"]

@@ -37,13 +37,14 @@ single_transformer_blocks.N.proj_out             single_blocks.N.linear2
 _QUERIES_KEYS_VALUES = """
 single_blocks.N.linear1_qkv                      single_blocks.N.linear1        0:3i
 """
-_MODULATION = """
+_MODULATION_OF_TWO = """
 transformer_blocks.N.norm1.linear                double_blocks.N.img_mod.lin
 transformer_blocks.N.norm1_context.linear        double_blocks.N.txt_mod.lin
 """
 _MODULATION_OF_ONE = """
 single_transformer_blocks.N.norm.linear          single_blocks.N.modulation.lin
 """
+_BLOCK_LINES = _TWO_STREAMS + _FEED_FORWARD + _ONE_STREAM + _MODULATION_OF_TWO + _MODULATION_OF_ONE
 _TIME_AND_TEXT = """
 time_text_embed.timestep_embedder.linear_1       time_in.in_layer
 time_text_embed.timestep_embedder.linear_2       time_in.out_layer
@@ -70,14 +71,7 @@ _BLOCKS = (("D", "double_blocks"), ("S", "single_blocks"))
 
 FLUX = Family(
     "Flux",
-    _TWO_STREAMS
-    + _FEED_FORWARD
-    + _ONE_STREAM
-    + _MODULATION
-    + _MODULATION_OF_ONE
-    + _TIME_AND_TEXT
-    + _ENDS
-    + _LAST_MODULATION,
+    _BLOCK_LINES + _TIME_AND_TEXT + _ENDS + _LAST_MODULATION,
     also=_FEED_FORWARD_IN_OUT + _QUERIES_KEYS_VALUES,
     blocks=_BLOCKS,
     sizes=(Size("Flux", (19, 38), 3072),),
@@ -129,7 +123,7 @@ distilled_guidance_layer.out_proj
 # The text goes through two blocks of its own first, which adapters seldom change.
 _REFINER = "context_embedder.token_refiner.refiner_blocks.N"
 _REFINER_NATIVE = "txt_in.individual_token_refiner.blocks.N"
-_HUNYUAN_TEXT = f"""
+_HUNYUAN = f"""
 context_embedder.time_text_embed.timestep_embedder.linear_1   txt_in.t_embedder.in_layer
 context_embedder.time_text_embed.timestep_embedder.linear_2   txt_in.t_embedder.out_layer
 context_embedder.time_text_embed.text_embedder.linear_1       txt_in.c_embedder.in_layer
@@ -142,10 +136,9 @@ context_embedder.proj_in                                      txt_in.input_embed
 {_REFINER}.ff.net.0.proj                                      {_REFINER_NATIVE}.mlp.0
 {_REFINER}.ff.net.2                                           {_REFINER_NATIVE}.mlp.2
 {_REFINER}.norm_out.linear                                    {_REFINER_NATIVE}.adaLN_modulation.1
-"""
-_HUNYUAN_ENDS = """
-x_embedder.proj                                  img_in.proj
-proj_out                                         final_layer.linear
+x_embedder.proj                                               img_in.proj
+proj_out                                                      final_layer.linear
+norm_out.linear                                               final_layer.adaLN_modulation.1   swapped
 """
 _GLYPHS = """
 context_embedder_2.linear_1                      byt5_in.fc1
@@ -172,8 +165,6 @@ txt_in.c_embedder.linear_2                       txt_in.c_embedder.out_layer
 """
 _MAKERS_OF_ONE = """
 single_blocks.N.modulation.linear                single_blocks.N.modulation.lin
-"""
-_MAKERS_GUIDANCE = """
 guidance_in.mlp.0                                guidance_in.in_layer
 guidance_in.mlp.2                                guidance_in.out_layer
 """
@@ -185,16 +176,8 @@ time_r_in.mlp.2                                  time_r_in.out_layer
 # FramePack is of this build, and ComfyUI has no model of its own for it.
 HUNYUAN_VIDEO = Family(
     "HunyuanVideo",
-    _TWO_STREAMS
-    + _FEED_FORWARD
-    + _ONE_STREAM
-    + _MODULATION
-    + _MODULATION_OF_ONE
-    + _TIME_AND_TEXT
-    + _HUNYUAN_TEXT
-    + _HUNYUAN_ENDS
-    + _LAST_MODULATION,
-    also=_HUNYUAN_MAKERS + _MAKERS_OF_ONE + _MAKERS_GUIDANCE,
+    _BLOCK_LINES + _TIME_AND_TEXT + _HUNYUAN,
+    also=_HUNYUAN_MAKERS + _MAKERS_OF_ONE,
     blocks=_BLOCKS,
     sizes=(Size("HunyuanVideo", (20, 40), 3072),),
     diffusers="HunyuanVideoTransformer3DModel",
@@ -202,21 +185,15 @@ HUNYUAN_VIDEO = Family(
 
 HUNYUAN_IMAGE = Family(
     "HunyuanImage 2.1",
-    _TWO_STREAMS
-    + _FEED_FORWARD
-    + _ONE_STREAM
-    + _MODULATION
-    + _MODULATION_OF_ONE
+    _BLOCK_LINES
     + _TIME_AND_GUIDANCE
-    + _HUNYUAN_TEXT
-    + _HUNYUAN_ENDS
-    + _LAST_MODULATION
+    + _HUNYUAN
     + _GLYPHS
     + """
 time_guidance_embed.timestep_embedder_r.linear_1 time_r_in.in_layer
 time_guidance_embed.timestep_embedder_r.linear_2 time_r_in.out_layer
 """,
-    also=_HUNYUAN_MAKERS + _MAKERS_OF_ONE + _MAKERS_GUIDANCE + _MAKERS_SECOND_TIME,
+    also=_HUNYUAN_MAKERS + _MAKERS_OF_ONE + _MAKERS_SECOND_TIME,
     blocks=_BLOCKS,
     sizes=(Size("HunyuanImage 2.1", (20, 40), 3584),),
     diffusers="HunyuanImageTransformer2DModel",
@@ -226,10 +203,8 @@ HUNYUAN_VIDEO15 = Family(
     "HunyuanVideo 1.5",
     _TWO_STREAMS
     + _FEED_FORWARD
-    + _MODULATION
-    + _HUNYUAN_TEXT
-    + _HUNYUAN_ENDS
-    + _LAST_MODULATION
+    + _MODULATION_OF_TWO
+    + _HUNYUAN
     + _GLYPHS
     + """
 time_embed.timestep_embedder.linear_1            time_in.in_layer

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ..families import Family, Size
+from ..families import Family, Size, each
 
 SD3 = Family(
     "SD3",
@@ -68,40 +68,31 @@ proj_out
     diffusers="QwenImageTransformer2DModel",
 )
 
+_HIDREAM_BLOCK = """
+LIST.N.block.attn1.to_q
+LIST.N.block.attn1.to_k
+LIST.N.block.attn1.to_v
+LIST.N.block.attn1.to_out
+LIST.N.block.ff_i.shared_experts.w1
+LIST.N.block.ff_i.shared_experts.w2
+LIST.N.block.ff_i.shared_experts.w3
+LIST.N.block.ff_i.experts.N.w1
+LIST.N.block.ff_i.experts.N.w2
+LIST.N.block.ff_i.experts.N.w3
+LIST.N.block.ff_i.gate
+LIST.N.block.adaLN_modulation.1
+"""
 HIDREAM = Family(
     "HiDream",
-    """
-double_stream_blocks.N.block.attn1.to_q
-double_stream_blocks.N.block.attn1.to_k
-double_stream_blocks.N.block.attn1.to_v
-double_stream_blocks.N.block.attn1.to_out
+    each(("double_stream_blocks", "single_stream_blocks"), _HIDREAM_BLOCK)
+    + """
 double_stream_blocks.N.block.attn1.to_q_t
 double_stream_blocks.N.block.attn1.to_k_t
 double_stream_blocks.N.block.attn1.to_v_t
 double_stream_blocks.N.block.attn1.to_out_t
-double_stream_blocks.N.block.ff_i.shared_experts.w1
-double_stream_blocks.N.block.ff_i.shared_experts.w2
-double_stream_blocks.N.block.ff_i.shared_experts.w3
-double_stream_blocks.N.block.ff_i.experts.N.w1
-double_stream_blocks.N.block.ff_i.experts.N.w2
-double_stream_blocks.N.block.ff_i.experts.N.w3
-double_stream_blocks.N.block.ff_i.gate
 double_stream_blocks.N.block.ff_t.w1
 double_stream_blocks.N.block.ff_t.w2
 double_stream_blocks.N.block.ff_t.w3
-double_stream_blocks.N.block.adaLN_modulation.1
-single_stream_blocks.N.block.attn1.to_q
-single_stream_blocks.N.block.attn1.to_k
-single_stream_blocks.N.block.attn1.to_v
-single_stream_blocks.N.block.attn1.to_out
-single_stream_blocks.N.block.ff_i.shared_experts.w1
-single_stream_blocks.N.block.ff_i.shared_experts.w2
-single_stream_blocks.N.block.ff_i.shared_experts.w3
-single_stream_blocks.N.block.ff_i.experts.N.w1
-single_stream_blocks.N.block.ff_i.experts.N.w2
-single_stream_blocks.N.block.ff_i.experts.N.w3
-single_stream_blocks.N.block.ff_i.gate
-single_stream_blocks.N.block.adaLN_modulation.1
 t_embedder.timestep_embedder.linear_1
 t_embedder.timestep_embedder.linear_2
 p_embedder.pooled_embedder.linear_1

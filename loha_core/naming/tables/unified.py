@@ -2,15 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
-from ..families import Family, Size
-
-
-def _each(lists: Iterable[str], block: str) -> str:
-    """The lines of a block, for each of these lists of blocks."""
-    return "".join(block.replace("LIST", name) for name in lists)
-
+from ..families import Family, Size, each
 
 _LUMINA_LISTS = (("C", "context_refiner"), ("N", "noise_refiner"), ("L", "layers"))  # the caption is refined first
 
@@ -25,8 +17,8 @@ LIST.N.feed_forward.w3
 """
 Z_IMAGE = Family(
     "Z-Image",
-    _each(("layers", "noise_refiner", "context_refiner", "siglip_refiner"), _Z_IMAGE_BLOCK)
-    + _each(("layers", "noise_refiner"), "LIST.N.adaLN_modulation.0\n")
+    each(("layers", "noise_refiner", "context_refiner", "siglip_refiner"), _Z_IMAGE_BLOCK)
+    + each(("layers", "noise_refiner"), "LIST.N.adaLN_modulation.0\n")
     + """
 all_x_embedder.2-1                                      x_embedder
 all_final_layer.2-1.linear                              final_layer.linear
@@ -53,8 +45,8 @@ LIST.N.feed_forward.linear_3                            LIST.N.feed_forward.w3
 """
 LUMINA2 = Family(
     "Lumina 2",
-    _each(("layers", "noise_refiner", "context_refiner"), _LUMINA_BLOCK)
-    + _each(("layers", "noise_refiner"), "LIST.N.norm1.linear LIST.N.adaLN_modulation.1\n")
+    each(("layers", "noise_refiner", "context_refiner"), _LUMINA_BLOCK)
+    + each(("layers", "noise_refiner"), "LIST.N.norm1.linear LIST.N.adaLN_modulation.1\n")
     + """
 time_caption_embed.timestep_embedder.linear_1           t_embedder.mlp.0
 time_caption_embed.timestep_embedder.linear_2           t_embedder.mlp.2
@@ -146,7 +138,7 @@ condition_embedder                                      decoder.condition_embedd
 proj_in_conv                                            decoder.proj_in.1
 proj_out_conv                                           decoder.proj_out.1
 """
-    + _each((f"{encoder}.layers" for encoder in _ACE_ENCODERS), _ACE_BLOCK)
+    + each((f"{encoder}.layers" for encoder in _ACE_ENCODERS), _ACE_BLOCK)
     + """
 encoder.text_projector
 encoder.lyric_encoder.embed_tokens
@@ -187,7 +179,7 @@ LIST.N.N.attention.to_v                                 LIST.N.N.attention.attn.
 LIST.N.N.attention.to_out.0                             LIST.N.N.attention.attn.out_proj
 """
 _CASCADE = (
-    _each(("down_blocks", "up_blocks"), _CASCADE_BLOCK)
+    each(("down_blocks", "up_blocks"), _CASCADE_BLOCK)
     + """
 embedding.1
 clf.1
@@ -198,7 +190,7 @@ _CASCADE_LISTS = (("IN", "down_blocks"), ("OUT", "up_blocks"))  # of the U-Net's
 CASCADE_C = Family(
     "Stable Cascade C",
     _CASCADE
-    + _each(("down_blocks", "up_blocks"), "LIST.N.N.mapper_crp\n")
+    + each(("down_blocks", "up_blocks"), "LIST.N.N.mapper_crp\n")
     + """
 down_downscalers.N.1.blocks.0
 up_upscalers.N.1.blocks.1

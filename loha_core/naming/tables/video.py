@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ..families import Family, Size
+from ..families import Family, Size, each
 
 _WAN_BLOCK = """
 LIST.N.attn1.to_q                                       LIST.N.self_attn.q
@@ -20,13 +20,10 @@ LIST.N.ffn.net.2                                        LIST.N.ffn.2
 # With VACE, whose blocks run beside the first ones of the others.
 WAN = Family(
     "Wan",
-    _WAN_BLOCK.replace("LIST", "blocks")
+    each(("blocks", "vace_blocks"), _WAN_BLOCK)
     + """
 blocks.N.attn2.add_k_proj                               blocks.N.cross_attn.k_img
 blocks.N.attn2.add_v_proj                               blocks.N.cross_attn.v_img
-"""
-    + _WAN_BLOCK.replace("LIST", "vace_blocks")
-    + """
 vace_blocks.0.proj_in                                   vace_blocks.0.before_proj
 vace_blocks.N.proj_out                                  vace_blocks.N.after_proj
 vace_patch_embedding

@@ -1,26 +1,83 @@
-"""What is in each batch of a run, with its noise: a function of the seed and the batch's number, for every model."""
+"""Batches of a run and their noise, for every model.
+
+What batch 1,234 holds is a function of the seed and that number alone, so a run that was interrupted goes on bit for
+bit from the number it stopped at.
+"""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from ...errors import LoHaError, check_number
 from ..objectives import Objective
-from .dataset import Dataset, Sample, generator, order
+from ..randomness import generator
+from .dataset import Dataset, Sample
+
+
+class BatchOrder:
+    """Which items are in which batch.
+
+    Every epoch has a permutation of its own. A batch never mixes buckets. All batches have ``batch_size`` items: the
+    last one of a bucket is filled up with others of the bucket, different ones each epoch. A smaller one would be as
+    long a step with a noisier gradient, would give its few pictures more weight, and could not be split among
+    processes.
+
+    Args:
+        buckets: indices by shape of latent, each as often as it is to be seen in an epoch; `Dataset.buckets`.
+        batch_size: items in a batch, of all processes together.
+        seed: the run's.
+
+    Attributes:
+        batches_per_epoch: batches in which every item has been seen as often as it repeats.
+
+    Raises:
+        LoHaError: nothing in the buckets, or a batch size below 1.
+    """
+
+    def __init__(self, buckets: Sequence[Sequence[int]], batch_size: int, seed: int) -> None:
+        check_number("batch_size", batch_size, minimum=1, integer=True)
+        self.buckets, self.batch_size, self.seed = [bucket for bucket in buckets if bucket], batch_size, seed
+        if not self.buckets:
+            raise LoHaError("there is nothing to train on: give at least one picture")
+        self.batches_per_epoch = sum(math.ceil(len(bucket) / batch_size) for bucket in self.buckets)
+        self._epoch = lru_cache(1)(self._shuffled_epoch)
+
+    def indices(self, number: int) -> list[int]:
+        """The items of batch ``number``, counted from 0 at the start of training."""
+        epoch, place = divmod(number, self.batches_per_epoch)
+        return list(self._epoch(epoch)[place])
+
+    def _shuffled_epoch(self, epoch: int) -> list[list[int]]:
+        rng, size = generator(self.seed, "epoch", epoch), self.batch_size
+        batches = []
+        for bucket in self.buckets:
+            indices = _shuffled(bucket, rng)
+            in_last_batch = set(indices[len(indices) // size * size :])
+            while len(indices) % size:
+                # Those that are not in the last batch yet come first.
+                more = sorted(_shuffled(bucket, rng), key=in_last_batch.__contains__)
+                indices += more[: size - len(indices) % size]
+            batches += [indices[start : start + size] for start in range(0, len(indices), size)]
+        return _shuffled(batches, rng)
 
 
 @dataclass(frozen=True)
-class Draw:
-    """n samples and their chance, on the CPU.
+class TrainingBatch:
+    """n samples and their noise, on the CPU.
 
     Attributes:
         samples: as they are seen this time.
         latents, noise: (n, c, *size), float32.
-        times: for each sample how far it is from clean to noise, in (0, 1).
+        times: for each sample its place between clean (0) and noise (1).
         mask: (n, 1, *size) in 0…1, or None where no sample has one.
-        share: (n,), how much each sample counts.
+        sample_weight: (n,), factor of each sample's loss.
     """
 
     samples: list[Sample]
@@ -28,10 +85,10 @@ class Draw:
     noise: Tensor
     times: list[float]
     mask: Tensor | None
-    share: Tensor
+    sample_weight: Tensor
 
 
-class Draws:
+class BatchSampler:
     """The batches of a run.
 
     Args:
@@ -46,26 +103,34 @@ class Draws:
         self, dataset: Dataset, objective: Objective, batch_size: int, seed: int, places: range | None = None
     ) -> None:
         self.dataset, self.objective, self.seed = dataset, objective, seed
-        self.order = order(dataset.buckets(), batch_size, seed)
+        self.order = BatchOrder(dataset.buckets(), batch_size, seed)
         self.places = range(batch_size) if places is None else places
 
-    def at(self, number: int) -> Draw:
+    def batch(self, number: int) -> TrainingBatch:
         """This process's part of batch ``number``, counted from the start of training."""
-        indices = self.order.at(number)
-        chance = [generator(self.seed, "draw", number, place) for place in self.places]
-        samples = [self.dataset.draw(indices[place], g) for place, g in zip(self.places, chance, strict=True)]
+        indices = self.order.indices(number)
+        rngs = [generator(self.seed, "draw", number, place) for place in self.places]
+        samples = [self.dataset.draw(indices[place], rng) for place, rng in zip(self.places, rngs, strict=True)]
         latents = torch.stack([sample.latent for sample in samples])
-        times = [self.objective.time(g) for g in chance]
-        noise = torch.stack([self.objective.noise(s.latent.shape, g) for s, g in zip(samples, chance, strict=True)])
-        share = torch.tensor([sample.weight for sample in samples])
-        return Draw(samples, latents, noise, times, _mask(samples, latents), share)
+        times = [self.objective.time(rng) for rng in rngs]
+        noise = torch.stack([self.objective.noise(s.latent.shape, rng) for s, rng in zip(samples, rngs, strict=True)])
+        weight = torch.tensor([sample.weight for sample in samples])
+        return TrainingBatch(samples, latents, noise, times, _mask(samples, latents), weight)
+
+    def steps(self, epochs: int, gradient_accumulation_steps: int) -> int:
+        """Optimizer steps in so many epochs."""
+        return math.ceil(epochs * self.order.batches_per_epoch / gradient_accumulation_steps)
 
 
 def _mask(samples: list[Sample], latents: Tensor) -> Tensor | None:
-    """A sample without one is seen whole, and the frames of a video share theirs."""
+    """A sample without a mask counts everywhere, and the frames of a video have one in common."""
     masks = [sample.mask for sample in samples]
     if all(mask is None for mask in masks):
         return None
     size = latents.shape[-2:]
     axes = [1] * (latents.dim() - 4)
     return torch.stack([(torch.ones(1, *size) if m is None else m).view(1, *axes, *size) for m in masks])
+
+
+def _shuffled(values: Sequence[Any], rng: torch.Generator) -> list[Any]:
+    return [values[place] for place in torch.randperm(len(values), generator=rng).tolist()]

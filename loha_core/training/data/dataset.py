@@ -1,23 +1,17 @@
-"""What a training run is fed with: items, how one is drawn, and in which order.
-
-Nothing here keeps a state. Which items make up batch 1,234, whether they are mirrored and how their captions read is
-a function of the seed and that number alone; a run that was cut off goes on bit for bit from the number it stopped at.
-"""
+"""The items that a run is trained on, and how one is varied each time it is seen."""
 
 from __future__ import annotations
 
-import hashlib
-import math
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 import torch
-from safetensors.torch import save
 from torch import Tensor
 
-from ...errors import LoHaError
+from ...errors import LoHaError, about, check_number
+from ..digest import digest
 from .captions import Captions
 
 # Encoded captions that are kept, in bytes. A prompt is 0.2 MB in SD1.5 and 4 to 8 MB in models with a T5.
@@ -102,13 +96,13 @@ class Dataset:
 
     def buckets(self) -> list[list[int]]:
         """Indices of items by shape of latent, each as often as it repeats; only these can share a batch."""
-        found: dict[tuple[int, ...], list[int]] = {}
+        buckets: dict[tuple[int, ...], list[int]] = {}
         for index, item in enumerate(self.items):
-            found.setdefault(tuple(item.latent.shape), []).extend([index] * item.repeats)
-        return list(found.values())
+            buckets.setdefault(tuple(item.latent.shape), []).extend([index] * item.repeats)
+        return list(buckets.values())
 
     def draw(self, index: int, generator: torch.Generator) -> Sample:
-        """The item as it is seen this time: mirrored or not, its caption varied. All chance is ``generator``'s."""
+        """The item as it is seen this time: mirrored or not, its caption varied; random by ``generator`` alone."""
         item = self.items[index]
         latent, mask = item.latent, item.mask
         if item.flipped is not None and torch.rand((), generator=generator).item() < 0.5:
@@ -144,7 +138,7 @@ class Dataset:
         """
         needed = (item for item in self.items if item.conditioning is None)
         forms = (self.captions.all(item.caption, trigger=not item.regularisation) for item in needed)
-        return list(dict.fromkeys(form for found in forms for form in found or ()))
+        return list(dict.fromkeys(form for of_item in forms for form in of_item or ()))
 
     def fingerprint(self) -> str:
         """A hash of everything that decides what is drawn: 32 hexadecimal digits, the same in every process.
@@ -161,108 +155,11 @@ class Dataset:
         return self._fingerprint
 
 
-# --- order and chance ---------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Order:
-    """Which items make up which batch; see `order`."""
-
-    buckets: tuple[tuple[int, ...], ...]
-    batch_size: int
-    seed: int
-    _latest: dict[int, list[list[int]]] = field(default_factory=dict, repr=False, compare=False)
-
-    @property
-    def steps_per_epoch(self) -> int:
-        """Batches in which every item has been seen as often as it repeats."""
-        return sum(math.ceil(len(bucket) / self.batch_size) for bucket in self.buckets)
-
-    def at(self, number: int) -> list[int]:
-        """The items of batch ``number``, counted from 0 at the start of training."""
-        epoch, place = divmod(number, self.steps_per_epoch)
-        if epoch not in self._latest:  # not a state: it only saves drawing the epoch again for each of its batches
-            batches = self._epoch(epoch)
-            self._latest.clear()
-            self._latest[epoch] = batches
-        return list(self._latest[epoch][place])
-
-    def _epoch(self, epoch: int) -> list[list[int]]:
-        chance = generator(self.seed, "epoch", epoch)
-        batches = []
-        for bucket in self.buckets:
-            indices = _shuffled(bucket, chance)
-            left = set(indices[len(indices) // self.batch_size * self.batch_size :])
-            while len(indices) % self.batch_size:
-                # Those that are not in the last batch yet come first.
-                more = sorted(_shuffled(bucket, chance), key=left.__contains__)
-                indices += more[: self.batch_size - len(indices) % self.batch_size]
-            batches += [indices[start : start + self.batch_size] for start in range(0, len(indices), self.batch_size)]
-        return _shuffled(batches, chance)
-
-
-def order(buckets: Sequence[Sequence[int]], batch_size: int, seed: int) -> Order:
-    """The order in which items are seen: a function of (seed, number of the batch) and of nothing else.
-
-    Every epoch has a permutation of its own. A batch never mixes buckets. All batches have ``batch_size`` items: the
-    last one of a bucket is filled up with others of the bucket, different ones each epoch. A smaller one would be as
-    long a step with a noisier gradient, would give its few pictures more weight, and could not be shared out among
-    processes.
-
-    Args:
-        buckets: indices by shape of latent, each as often as it is to be seen in an epoch; `Dataset.buckets`.
-        batch_size: items in a batch, of all processes together.
-        seed: the run's.
-
-    Raises:
-        LoHaError: nothing in the buckets, or a batch size below 1.
-    """
-    if batch_size < 1:
-        raise LoHaError(f"the batch size must be 1 or more, found {batch_size}")
-    filled = tuple(tuple(bucket) for bucket in buckets if bucket)
-    if not filled:
-        raise LoHaError("there is nothing to train on: give at least one picture")
-    return Order(filled, batch_size, seed)
-
-
-def generator(*parts: int | str) -> torch.Generator:
-    """Chance that depends on the parts and on nothing else, on the CPU.
-
-    >>> a, b = (torch.rand(1, generator=generator(7, "draw", 12)) for _ in range(2))
-    >>> bool(a == b)
-    True
-    """
-    text = "\0".join(f"{type(part).__name__} {part}" for part in parts)
-    seed = int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
-    return torch.Generator().manual_seed(seed)
-
-
-def _shuffled(values: Sequence[Any], chance: torch.Generator) -> list[Any]:
-    return [values[place] for place in torch.randperm(len(values), generator=chance).tolist()]
-
-
-# --- checks -------------------------------------------------------------------------------------
-
-
 def _checked(item: Item, number: int) -> Item:
     """The item in float32 on the CPU, or an error that names it."""
     label = f"item {number}" + (f" ({item.name})" if item.name else f" ({item.caption:.40})" if item.caption else "")
-    shape = tuple(item.latent.shape)
-    if len(shape) not in (3, 4) or 0 in shape:
-        raise LoHaError(f"{label}: expected a latent (channels, height, width) or with frames, found {shape}")
-    if item.flipped is not None and tuple(item.flipped.shape) != shape:
-        raise LoHaError(f"{label}: the mirrored latent is {tuple(item.flipped.shape)}, the latent {shape}")
-    if item.mask is not None and tuple(item.mask.shape) != (1, *shape[-2:]):
-        raise LoHaError(f"{label}: the mask is {tuple(item.mask.shape)}, but must be {(1, *shape[-2:])} for its latent")
-    for what, tensor in (("latent", item.latent), ("mirrored latent", item.flipped), ("mask", item.mask)):
-        if tensor is not None and not torch.isfinite(tensor).all():
-            raise LoHaError(f"{label}: its {what} holds NaN or infinity; a VAE in float16 may do this, try bfloat16")
-    if item.mask is not None and not (item.mask.min() >= 0 and 0 < item.mask.max() <= 1):
-        raise LoHaError(f"{label}: a mask has values from 0 (not learned) to 1, and not 0 throughout")
-    if not (math.isfinite(item.weight) and item.weight >= 0):
-        raise LoHaError(f"{label}: its weight must be 0 or more, found {item.weight}")
-    if item.repeats < 1:
-        raise LoHaError(f"{label}: repeats must be 1 or more, found {item.repeats}; leave it out to not train on it")
+    with about(label):
+        _check(item)
     return replace(
         item,
         latent=_kept(item.latent),
@@ -270,6 +167,23 @@ def _checked(item: Item, number: int) -> Item:
         mask=None if item.mask is None else _kept(item.mask),
         conditioning=_trainable(item.conditioning),
     )
+
+
+def _check(item: Item) -> None:
+    shape = tuple(item.latent.shape)
+    if len(shape) not in (3, 4) or 0 in shape:
+        raise LoHaError(f"expected a latent (channels, height, width) or with frames, found {shape}")
+    if item.flipped is not None and tuple(item.flipped.shape) != shape:
+        raise LoHaError(f"the mirrored latent is {tuple(item.flipped.shape)}, the latent {shape}")
+    if item.mask is not None and tuple(item.mask.shape) != (1, *shape[-2:]):
+        raise LoHaError(f"the mask is {tuple(item.mask.shape)}, but must be {(1, *shape[-2:])} for its latent")
+    for name, tensor in (("latent", item.latent), ("mirrored latent", item.flipped), ("mask", item.mask)):
+        if tensor is not None and not torch.isfinite(tensor).all():
+            raise LoHaError(f"its {name} holds NaN or infinity; a VAE in float16 may do this, try bfloat16")
+    if item.mask is not None and not (item.mask.min() >= 0 and 0 < item.mask.max() <= 1):
+        raise LoHaError("a mask has values from 0 (not learned) to 1, and not 0 throughout")
+    check_number("weight", item.weight, minimum=0)
+    check_number("repeats", item.repeats, minimum=1, integer=True)
 
 
 def _check_alike(items: Sequence[Item]) -> None:
@@ -304,23 +218,3 @@ def _tensors(value: Any) -> Iterator[Tensor]:
     elif isinstance(value, (list, tuple, dict)):
         for child in value.values() if isinstance(value, dict) else value:
             yield from _tensors(child)
-
-
-def digest(*values: Any) -> str:
-    """A hash of nested tensors, numbers and strings: 32 hexadecimal digits, the same in every process."""
-    hashed = hashlib.blake2b(digest_size=16)
-    _hash(values, hashed.update)
-    return hashed.hexdigest()
-
-
-def _hash(value: Any, update: Callable[[Any], None]) -> None:
-    if isinstance(value, Tensor):
-        update(save({"": value.detach().cpu().contiguous()}))  # dtype, shape and numbers
-    elif isinstance(value, (list, tuple, dict)):
-        update(f"{type(value).__name__} {len(value)}".encode())
-        for child in value.items() if isinstance(value, dict) else value:
-            _hash(child, update)
-    elif value is None or isinstance(value, (str, int, float)):
-        update(f"{type(value).__name__} {value!r};".encode())
-    else:  # hooks and other objects: an address would differ in each process
-        update(type(value).__name__.encode())

@@ -12,10 +12,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ...errors import LoHaError
+from ...errors import LoHaError, check_number
 
-# How much longer than the resolution a side may be, and how much shorter: pictures to 4:1 keep their shape.
-LONGEST, SHORTEST = 2.0, 0.5
+# Of a side, as multiples of the resolution: pictures to 4:1 keep their shape.
+MAX_SIDE, MIN_SIDE = 2.0, 0.5
 
 Size = tuple[int, int]
 
@@ -28,7 +28,7 @@ class Sizes:
         resolution: side of a square with as many pixels as a picture will have, rounded down to a multiple of
             ``step``. 0: as the picture is, cropped to such a multiple.
         step: what sides are multiples of; itself a multiple of how much the VAE makes a picture smaller.
-        aspect: pictures keep about their shape (aspect buckets). False: every picture becomes a square.
+        aspect_buckets: pictures keep about their shape. False: every picture becomes a square.
 
     Raises:
         LoHaError: a step below 1, or a resolution smaller than the step.
@@ -37,22 +37,22 @@ class Sizes:
     (384, 640)
     """
 
-    resolution: int
-    step: int
-    aspect: bool = True
+    resolution: int = 1024
+    step: int = 64
+    aspect_buckets: bool = True
 
     def __post_init__(self) -> None:
-        if self.step < 1:
-            raise LoHaError(f"the step between sizes must be 1 pixel or more, found {self.step}")
+        check_number("step", self.step, minimum=1, integer=True)
+        check_number("resolution", self.resolution, minimum=0, integer=True)
         if self.resolution and self.resolution < self.step:
             raise LoHaError(f"a resolution of {self.resolution} is less than the step between sizes, {self.step}")
 
     def all(self) -> list[Size]:
-        """Every size there is: each with as many pixels as fit into the square. Empty for resolution 0."""
+        """Every size: each with as many pixels as fit into the square. Empty for resolution 0."""
         side = self.resolution // self.step
-        if not self.aspect or not side:
+        if not self.aspect_buckets or not side:
             return [(side * self.step, side * self.step)] if side else []
-        shortest, longest = max(1, math.ceil(side * SHORTEST)), int(side * LONGEST)
+        shortest, longest = max(1, math.ceil(side * MIN_SIDE)), int(side * MAX_SIDE)
         sizes = {(tall, min(longest, side**2 // tall)) for tall in range(shortest, longest + 1)}
         sizes = {size for size in sizes if min(size) >= shortest}
         sizes |= {(wide, tall) for tall, wide in sizes}
@@ -67,7 +67,10 @@ class Sizes:
         if not self.resolution:
             size = height // self.step * self.step, width // self.step * self.step
             if 0 in size:
-                raise LoHaError(f"a picture of {width}×{height} pixels is smaller than {self.step}×{self.step}")
+                raise LoHaError(
+                    f"a picture of {width}×{height} pixels is smaller than {self.step}×{self.step}; "
+                    "take it out, or set a resolution to enlarge it"
+                )
             return size
         shape = math.log(height / width)
         return min(self.all(), key=lambda size: (abs(math.log(size[0] / size[1]) - shape), -size[0] * size[1]))
@@ -78,7 +81,7 @@ def fit(picture: Tensor, size: Size, *, enlarge: bool = True) -> Tensor:
 
     Args:
         picture: (h, w, c), or a mask (h, w); in 0…1.
-        size: height and width wanted.
+        size: height and width of the result.
         enlarge: False: only crop; ``size`` must not be larger than the picture.
 
     Returns:
@@ -96,12 +99,12 @@ def fit(picture: Tensor, size: Size, *, enlarge: bool = True) -> Tensor:
 
 
 def at_latent_size(mask: Tensor, height: int, width: int) -> Tensor:
-    """(h, w) in pixels -> (1, height, width): the share of each latent's area that is masked, float32 in 0…1."""
+    """(h, w) in pixels -> (1, height, width): the fraction of each latent's area that is masked, float32."""
     return F.interpolate(mask.float()[None, None], (height, width), mode="area")[0].clamp(0, 1)
 
 
 def check_picture(picture: Tensor, name: str) -> None:
-    """Refuse what is no picture, such as one that is empty or broken.
+    """Refuse a tensor that is not a picture, such as one that is empty or not finite.
 
     Raises:
         LoHaError: not (h, w, 3 or more), of zero size, or values that are not finite or far outside 0…1.

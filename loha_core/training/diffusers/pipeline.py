@@ -1,4 +1,4 @@
-"""A diffusers pipeline as something to train: what its captions and pictures become, and its loss.
+"""A diffusers pipeline's model, its latents and encoded captions, and its loss.
 
 SD1.5, SD2 and SDXL (UNets), SD3 and Flux (transformers). The pipeline itself encodes captions, and its scheduler's
 configuration says how noise is added and what the output means. Needs diffusers and transformers.
@@ -19,7 +19,7 @@ from ...errors import LoHaError
 from ...tuner.config import LoHaConfig
 from ...tuner.layer import LoHaLayer
 from ...tuner.model import LoHaModel
-from ..data.batches import Draws
+from ..data.batches import BatchSampler
 from ..data.dataset import Dataset, Sample
 from ..objectives import PREDICTIONS, Objective
 from .settings import ModelSettings
@@ -35,7 +35,7 @@ Conditioning = dict[str, Tensor]
 
 
 class Family(NamedTuple):
-    """What is different from one architecture to another.
+    """The differences between architectures.
 
     Attributes:
         component: the pipeline's attribute that is trained.
@@ -70,23 +70,21 @@ def _encode_flux(pipe: Any, caption: str, device: torch.device) -> Conditioning:
     return {"text": text, "pooled": pooled}
 
 
-def _unet(model: Any, noisy: Tensor, timesteps: Tensor, given: Conditioning) -> Tensor:
-    added = None
-    if "pooled" in given:
-        added = {"text_embeds": given["pooled"], "time_ids": given["size"]}
-    output: Tensor = model(noisy, timesteps, encoder_hidden_states=given["text"], added_cond_kwargs=added).sample
+def _unet(model: Any, noisy: Tensor, timesteps: Tensor, cond: Conditioning) -> Tensor:
+    added = {"text_embeds": cond["pooled"], "time_ids": cond["size"]} if "pooled" in cond else None
+    output: Tensor = model(noisy, timesteps, encoder_hidden_states=cond["text"], added_cond_kwargs=added).sample
     return output
 
 
-def _sd3(model: Any, noisy: Tensor, timesteps: Tensor, given: Conditioning) -> Tensor:
+def _sd3(model: Any, noisy: Tensor, timesteps: Tensor, cond: Conditioning) -> Tensor:
     output: Tensor = model(
-        noisy, encoder_hidden_states=given["text"], pooled_projections=given["pooled"], timestep=timesteps
+        noisy, encoder_hidden_states=cond["text"], pooled_projections=cond["pooled"], timestep=timesteps
     ).sample
     return output
 
 
-def _flux(model: Any, noisy: Tensor, timesteps: Tensor, given: Conditioning) -> Tensor:
-    """Tokens are cells of 2×2 latents, whose rows and columns they are told."""
+def _flux(model: Any, noisy: Tensor, timesteps: Tensor, cond: Conditioning) -> Tensor:
+    """Tokens are cells of 2×2 latents; their rows and columns are passed beside them."""
     n, c, height, width = noisy.shape
     tokens = noisy.reshape(n, c, height // 2, 2, width // 2, 2).permute(0, 2, 4, 1, 3, 5).reshape(n, -1, c * 4)
     places = torch.zeros(height // 2, width // 2, 3, device=noisy.device)
@@ -94,11 +92,11 @@ def _flux(model: Any, noisy: Tensor, timesteps: Tensor, given: Conditioning) -> 
     places[..., 2] += torch.arange(width // 2, device=noisy.device)
     output = model(
         tokens,
-        encoder_hidden_states=given["text"],
-        pooled_projections=given["pooled"],
+        encoder_hidden_states=cond["text"],
+        pooled_projections=cond["pooled"],
         timestep=timesteps / 1000,
         img_ids=places.reshape(-1, 3),
-        txt_ids=torch.zeros(given["text"].shape[1], 3, device=noisy.device),
+        txt_ids=torch.zeros(cond["text"].shape[1], 3, device=noisy.device),
         # A distilled model is trained as if guidance were off.
         guidance=torch.ones(n, device=noisy.device) if model.config.guidance_embeds else None,
     ).sample
@@ -119,7 +117,7 @@ FAMILIES: dict[str, Family] = {
 
 
 class Noising(NamedTuple):
-    """How noise is added: x = signal·x₀ + noise·ε at a time in 0…1, and what a model is asked then."""
+    """How noise is added: x = signal·x₀ + noise·ε at a time in 0…1, and the model's prediction and timestep."""
 
     prediction: str
     at: Callable[[Tensor], tuple[Tensor, Tensor, Tensor]]  # times (n,) -> signal, noise, timestep
@@ -139,7 +137,7 @@ def noising(scheduler: Any) -> Noising:
     prediction = predictions.get(scheduler.config.get("prediction_type", "epsilon"))
     products = getattr(scheduler, "alphas_cumprod", None)
     if prediction is None or products is None:
-        raise LoHaError(f"the pipeline's scheduler {kind} is of a kind that cannot be trained with; DDIMScheduler can")
+        raise LoHaError(f"the pipeline's scheduler {kind} cannot be trained with; DDIMScheduler can")
 
     def at(time: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         step = (time * len(products)).long().clamp(max=len(products) - 1)
@@ -179,8 +177,8 @@ def load_pipeline(settings: ModelSettings, root: Path) -> Any:
         )
         if settings.component:
             name = next(each for each in ("unet", "transformer") if getattr(pipe, each, None) is not None)
-            own = type(getattr(pipe, name))
-            setattr(pipe, name, own.from_pretrained(str(root / settings.component), dtype=dtype, **options))
+            model_class = type(getattr(pipe, name))
+            setattr(pipe, name, model_class.from_pretrained(str(root / settings.component), dtype=dtype, **options))
     except (OSError, ValueError, ImportError, StopIteration) as error:
         raise LoHaError(f"{path}: diffusers cannot load it: {error}") from error
     return pipe
@@ -197,11 +195,11 @@ class Batch:
     timesteps: Tensor  # (n,)
     samples: list[Sample]
     mask: Tensor | None  # (n, 1, h, w)
-    share: Tensor  # (n,)
+    sample_weight: Tensor  # (n,)
 
 
 class Diffusion:
-    """A pipeline's model as a `Trainer` wants it: layers, batches and their loss.
+    """A pipeline's model with LoHa layers, and what encodes pictures and captions for it.
 
     Args:
         pipe: a diffusers pipeline; what is trained of it is changed in place.
@@ -227,23 +225,23 @@ class Diffusion:
     # What is trained
 
     def networks(self, config: LoHaConfig, text_encoders: bool) -> dict[str, dict[str, LoHaLayer]]:
-        """LoHa layers in the model, and in its text encoders if wanted, by their paths in the pipeline."""
+        """LoHa layers in the model and, on request, in its text encoders, by their paths in the pipeline."""
         for part in (self.model, *self._text_encoders().values()):
             part.requires_grad_(False)
-        found = {"model": _wrapped(self.model, config, self.family.component)}
+        networks = {"model": _wrapped(self.model, config, self.family.component)}
         self.trains_text = text_encoders
         if text_encoders:
-            found["text"] = {}
+            networks["text"] = {}
             for name, encoder in self._text_encoders().items():
                 encoder.to(self.device)
-                found["text"] |= _wrapped(encoder, _for_text(config), name)
-        return found
+                networks["text"] |= _wrapped(encoder, _for_text(config), name)
+        return networks
 
     def _text_encoders(self) -> dict[str, nn.Module]:
-        found = {name: getattr(self.pipe, name, None) for name in TEXT_ENCODERS}
-        return {name: encoder for name, encoder in found.items() if encoder is not None}
+        encoders = ((name, getattr(self.pipe, name, None)) for name in TEXT_ENCODERS)
+        return {name: encoder for name, encoder in encoders if encoder is not None}
 
-    # What captions and pictures become
+    # Encoding
 
     @property
     def multiple(self) -> int:
@@ -251,7 +249,7 @@ class Diffusion:
         return int(self.pipe.vae_scale_factor) * self.family.multiple
 
     def latent(self, picture: Tensor) -> Tensor:
-        """(h, w, 3) in 0…1 -> (c, h/f, w/f), as the VAE gives it: the mean of what it thinks likely."""
+        """(h, w, 3) in 0…1 -> (c, h/f, w/f), as the VAE gives it: the mode of its distribution."""
         vae = self.pipe.vae.to(self.device)
         pixels = picture.movedim(-1, 0)[None].to(self.device, vae.dtype) * 2 - 1
         with torch.no_grad():
@@ -264,7 +262,7 @@ class Diffusion:
         return self.family.encode(self.pipe, caption, self.device)
 
     def put_away(self, *, text_encoders: bool) -> None:
-        """Free the memory of what has done its work."""
+        """Move the VAE, and the text encoders on request, off the device."""
         for part in [self.pipe.vae, *(self._text_encoders().values() if text_encoders else ())]:
             part.to("cpu")
         if self.device.type == "cuda":
@@ -278,7 +276,7 @@ def _wrapped(module: nn.Module, config: LoHaConfig, network: str) -> dict[str, L
 
 
 def _blocks(model: nn.Module) -> list[str]:
-    """Linear layers and convolutions in a network's blocks; how time and size are told is nobody's style."""
+    """Linear layers and convolutions in a network's blocks, without those of time and size embeddings."""
     kinds = (nn.Linear, nn.Conv2d)
     named = ((name, module) for name, module in model.named_modules() if isinstance(module, kinds))
     return [name for name, _ in named if re.search(r"\.\d+\.", name) and not re.search(r"time_emb|norm|embed", name)]
@@ -286,8 +284,8 @@ def _blocks(model: nn.Module) -> list[str]:
 
 def _for_text(config: LoHaConfig) -> LoHaConfig:
     """The same for text encoders, whose modules have other names."""
-    free = {"target_modules": None, "exclude_modules": None, "layers_to_transform": None, "layers_pattern": None}
-    return LoHaConfig(**{**vars(config), **free})
+    unset = {"target_modules": None, "exclude_modules": None, "layers_to_transform": None, "layers_pattern": None}
+    return LoHaConfig(**{**vars(config), **unset})
 
 
 class Feed:
@@ -307,39 +305,39 @@ class Feed:
         places: range | None = None,
     ) -> None:
         self.diffusion, self.dataset, self.objective = diffusion, dataset, objective
-        self.draws = Draws(dataset, objective, batch_size, seed, places)
+        self.sampler = BatchSampler(dataset, objective, batch_size, seed, places)
 
     def batch(self, number: int) -> Batch:
-        """This process's part of batch ``number`` since training began; all chance follows from the number."""
-        d, draw = self.diffusion, self.draws.at(number)
+        """This process's part of batch ``number`` since training began; all that is random follows from the number."""
+        d, drawn = self.diffusion, self.sampler.batch(number)
         config = d.pipe.vae.config
-        shift = config.get("shift_factor") or 0.0
-        clean = (draw.latents - shift) * config.scaling_factor
-        kind = PREDICTIONS[d.noising.prediction]
-        signal, sigma, timesteps = d.noising.at(torch.tensor(draw.times))
+        clean = (drawn.latents - (config.get("shift_factor") or 0.0)) * config.scaling_factor
+        prediction = PREDICTIONS[d.noising.prediction]
+        signal, sigma, timesteps = d.noising.at(torch.tensor(drawn.times))
         a, s = (t.reshape(-1, 1, 1, 1) for t in (signal, sigma))
-        made = (
-            a * clean + s * draw.noise,
-            kind.target(clean, draw.noise, a, s),
-            kind.gain(signal, sigma),
-            (signal / sigma).square(),
-            timesteps,
-            draw.share,
+        return Batch(
+            noisy=(a * clean + s * drawn.noise).to(d.device),
+            target=prediction.target(clean, drawn.noise, a, s).to(d.device),
+            gain=prediction.gain(signal, sigma).to(d.device),
+            snr=(signal / sigma).square().to(d.device),
+            timesteps=timesteps.to(d.device),
+            samples=drawn.samples,
+            mask=None if drawn.mask is None else drawn.mask.to(d.device),
+            sample_weight=drawn.sample_weight.to(d.device),
         )
-        noisy, target, gain, snr, timesteps, share = (tensor.to(d.device) for tensor in made)
-        mask = None if draw.mask is None else draw.mask.to(d.device)
-        return Batch(noisy, target, gain, snr, timesteps, draw.samples, mask, share)
 
     def loss(self, batch: Batch) -> Tensor:
         """A scalar, differentiable with respect to the layers."""
         d = self.diffusion
         encode = d.encode if d.trains_text else self.dataset.encode
-        given = [encode(sample.caption) for sample in batch.samples]
+        encoded = [encode(sample.caption) for sample in batch.samples]
         dtype = d.model.dtype
-        conditioning = {name: torch.cat([each[name].to(d.device) for each in given]).to(dtype) for name in given[0]}
-        # SDXL is told the size of the picture and of its crop: here, all of it.
+        cond = {name: torch.cat([each[name].to(d.device) for each in encoded]).to(dtype) for name in encoded[0]}
+        # SDXL takes the size of the picture, and the place and size of its crop: here, all of it.
         height, width = (side * int(d.pipe.vae_scale_factor) for side in batch.noisy.shape[-2:])
         size = torch.tensor([height, width, 0, 0, height, width], dtype=dtype, device=d.device)
-        conditioning["size"] = size.expand(len(given), -1)
-        output = d.family.forward(d.model, batch.noisy.to(dtype), batch.timesteps, conditioning)
-        return self.objective.loss(output, batch.target, batch.gain, batch.snr, mask=batch.mask, share=batch.share)
+        cond["size"] = size.expand(len(encoded), -1)
+        output = d.family.forward(d.model, batch.noisy.to(dtype), batch.timesteps, cond)
+        return self.objective.loss(
+            output, batch.target, batch.gain, batch.snr, mask=batch.mask, sample_weight=batch.sample_weight
+        )

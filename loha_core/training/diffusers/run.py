@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 import sys
 import time
@@ -18,21 +17,25 @@ import torch
 from torch import nn
 
 from ...adapter import Adapter
-from ...errors import LoHaError
-from ...formats import save_adapter
+from ...errors import LoHaError, about
+from ...formats import metadata, save_adapter
 from ...naming.names import flat
 from ...tuner.layer import LoHaLayer
 from ..attach import fingerprint
-from ..data.dataset import Dataset, Item, digest
+from ..config import TrainingConfig
+from ..data.dataset import Dataset, Item
 from ..data.folder import Entry, read_folder, without_caption
 from ..data.pictures import Sizes, at_latent_size, fit
+from ..digest import digest
+from ..events import Event, Saved, Stepped, Stopped
 from ..objectives import Objective
-from ..trainer import STATE, Event, Saved, Stepped, Stopped, Trainer, own_randomness
+from ..randomness import fork_rng
+from ..state import STATE
+from ..trainer import Trainer
 from .pipeline import DTYPES, EXTRA, Diffusion, Feed, load_pipeline
 from .settings import DataSettings, Settings, read_settings
 
-# Seconds between two lines about how it goes.
-EVERY = 10.0
+PRINT_INTERVAL = 10.0  # seconds between two lines of progress
 
 
 def train(path: Path) -> Path:
@@ -54,24 +57,24 @@ def train(path: Path) -> Path:
         timesteps="logit-normal" if diffusion.noising.prediction == "flow" else "uniform"
     )
     dataset = _dataset(settings, entries, diffusion)
-    with own_randomness():
+    with fork_rng():
         torch.manual_seed(settings.training.seed)  # the first values of the factors
         networks = diffusion.networks(settings.network, settings.run.text_encoders)
     _place(diffusion.model, networks["model"].values(), accelerator)
     if settings.run.gradient_checkpointing:
         diffusion.model.enable_gradient_checkpointing()
-    share = settings.run.batch_size // accelerator.num_processes
-    places = range(accelerator.process_index * share, (accelerator.process_index + 1) * share)
+    size = settings.run.batch_size // accelerator.num_processes
+    places = range(accelerator.process_index * size, (accelerator.process_index + 1) * size)
     feed = Feed(diffusion, dataset, objective, settings.run.batch_size, settings.training.seed, places)
-    output = Output(settings, accelerator.is_main_process)
-    for found in entries.values() if not settings.data.captions().trigger else ():
-        if note := without_caption(found):
+    output = OutputWriter(settings, accelerator.is_main_process)
+    for pictures in entries.values() if not settings.captions.trigger else ():
+        if note := without_caption(pictures):
             output.say(f"note: {note}")
     trainer = Trainer(
         networks,
         feed.batch,
         feed.loss,
-        _steps(settings, feed),
+        _with_epochs(settings, feed),
         settings.optimizer,
         init=settings.network.init_weights,
         folder=output.folder,
@@ -80,7 +83,7 @@ def train(path: Path) -> Path:
         accelerator=accelerator,
     )
     output.trainer = trainer
-    layers = sum(len(found) for found in networks.values())
+    layers = sum(map(len, networks.values()))
     where = "one process" if accelerator.num_processes == 1 else f"{accelerator.num_processes} processes"
     output.say(f"{len(dataset)} pictures, {layers} layers, {trainer.config.steps} steps on {where}")
     if settings.output.resume and trainer.resume():
@@ -96,12 +99,12 @@ def _accelerator(batch_size: int) -> Any:
         import accelerate
     except ImportError:
         raise LoHaError(f"training on the command line needs accelerate: {EXTRA}") from None
-    # Left to itself it takes processes without a GPU for runs of their own. Precision is said in [training].
+    # By default it takes processes without a GPU for independent runs. `TrainingConfig` has the mixed precision.
     accelerator = accelerate.Accelerator(mixed_precision="no", cpu=not torch.accelerator.is_available())
     if accelerator.distributed_type == "FSDP":
         if not accelerator.is_fsdp2:
             raise LoHaError("the first version of FSDP cannot shard a frozen model; launch with --fsdp_version 2")
-        # Else transformers gives text encoders, which stay whole, to the first process only.
+        # Else transformers loads text encoders, which are not sharded, in the first process only.
         accelerate.utils.disable_fsdp_ram_efficient_loading()
         accelerator.state.fsdp_plugin.cpu_ram_efficient_loading = False
     if batch_size % accelerator.num_processes:
@@ -113,28 +116,26 @@ def _accelerator(batch_size: int) -> Any:
 
 
 def _place(model: Any, layers: Iterable[LoHaLayer], accelerator: Any) -> None:
-    """On this process's device; under FSDP its share of the frozen weights, and all of the factors."""
+    """Move to this process's device; under FSDP its part of the frozen weights, and all of the factors."""
     if accelerator.distributed_type != "FSDP":
         model.to(accelerator.device)
         return
     from accelerate.utils import fsdp2_prepare_model
 
-    whole = [part for layer in layers for part in layer.children() if isinstance(part, nn.ParameterDict)]
-    for part in whole:
+    factors = [part for layer in layers for part in layer.children() if isinstance(part, nn.ParameterDict)]
+    for part in factors:
         part.to(accelerator.device)
-    accelerator.state.fsdp_plugin.ignored_modules = whole
+    accelerator.state.fsdp_plugin.ignored_modules = factors
     fsdp2_prepare_model(accelerator, model)
 
 
-def _steps(settings: Settings, feed: Feed) -> Any:
-    if not settings.run.epochs:
-        return settings.training
-    batches = settings.run.epochs * feed.draws.order.steps_per_epoch
-    return replace(settings.training, steps=math.ceil(batches / settings.training.accumulation))
+def _with_epochs(settings: Settings, feed: Feed) -> TrainingConfig:
+    config, epochs = settings.training, settings.run.epochs
+    return replace(config, steps=feed.sampler.steps(epochs, config.gradient_accumulation_steps)) if epochs else config
 
 
 def _identity(settings: Settings, dataset: Dataset, objective: Objective, base: str) -> dict[str, str]:
-    """What a run that goes on must have in common with what it began as."""
+    """What a resumed run must have in common with the run before."""
     described = {
         "network": settings.network.to_dict(),
         "objective": asdict(objective),
@@ -152,22 +153,21 @@ def _entries(settings: Settings) -> dict[bool, list[Entry]]:
     """Pictures to learn (False) and for regularisation (True), looked at before anything large is loaded."""
     data = settings.data
     masks = settings.root / data.masks if data.masks else None
-    found = {False: read_folder(settings.root / data.folder, masks)}
+    entries = {False: read_folder(settings.root / data.folder, masks)}
     if data.regularisation:
-        found[True] = read_folder(settings.root / data.regularisation)
-    return found
+        entries[True] = read_folder(settings.root / data.regularisation)
+    return entries
 
 
 def _dataset(settings: Settings, entries: Mapping[bool, list[Entry]], diffusion: Diffusion) -> Dataset:
     """Pictures as latents, and captions encoded, unless text encoders are trained or there are too many."""
-    data = settings.data
-    sizes = _sizes(data, diffusion.multiple)
+    sizes = _sizes(settings.sizes, diffusion.multiple)
     items = [
-        _item(entry, regularisation, data, sizes, diffusion)
-        for regularisation, found in entries.items()
-        for entry in found
+        _item(entry, regularisation, settings.data, sizes, diffusion)
+        for regularisation, of_kind in entries.items()
+        for entry in of_kind
     ]
-    dataset = Dataset(items, data.captions(), diffusion.encode)
+    dataset = Dataset(items, settings.captions, diffusion.encode)
     captions = [] if settings.run.text_encoders else dataset.all_captions()
     for caption in captions:
         dataset.encode(caption)
@@ -175,20 +175,18 @@ def _dataset(settings: Settings, entries: Mapping[bool, list[Entry]], diffusion:
     return dataset
 
 
-def _sizes(data: DataSettings, multiple: int) -> Sizes:
-    if not data.resolution:
+def _sizes(sizes: Sizes, multiple: int) -> Sizes:
+    if not sizes.resolution:
         return Sizes(0, multiple)
-    if data.step % multiple:
-        raise LoHaError(f"[data] step is {data.step}; for this model, use a multiple of {multiple}")
-    return Sizes(data.resolution, data.step, data.aspect_buckets)
+    if sizes.step % multiple:
+        raise LoHaError(f"[data]: step is {sizes.step}; for this model, use a multiple of {multiple}")
+    return sizes
 
 
 def _item(entry: Entry, regularisation: bool, data: DataSettings, sizes: Sizes, diffusion: Diffusion) -> Item:
     picture, mask = entry.load()
-    try:
+    with about(entry.path):
         size = sizes.of(*picture.shape[:2])
-    except LoHaError as error:
-        raise LoHaError(f"{entry.path}: {error}; take it out, or set a resolution to enlarge it") from None
     enlarge = sizes.resolution > 0
     picture = fit(picture, size, enlarge=enlarge)
     latent = diffusion.latent(picture)
@@ -207,18 +205,18 @@ def _item(entry: Entry, regularisation: bool, data: DataSettings, sizes: Sizes, 
     )
 
 
-# --- what comes out -----------------------------------------------------------------------------
+# --- output -------------------------------------------------------------------------------------
 
 
-class Output:
-    """Says how it goes, and writes the adapter whenever the state is saved."""
+class OutputWriter:
+    """Prints progress, and writes the adapter whenever the state is saved."""
 
     trainer: Trainer
 
     def __init__(self, settings: Settings, is_main: bool) -> None:
         self.settings, self.is_main = settings, is_main
         self.folder = settings.root / settings.output.folder
-        self.said, self.began, self.first = 0.0, time.monotonic(), 0
+        self.printed, self.started, self.first_step = 0.0, time.monotonic(), 0
         if is_main and not settings.output.resume:
             (self.folder / STATE).unlink(missing_ok=True)
 
@@ -235,7 +233,7 @@ class Output:
     def __call__(self, event: Event) -> None:
         match event:
             case Stepped():
-                self._tell(event)
+                self._print_progress(event)
             case Saved():
                 path = self.path(None if event.step == self.trainer.config.steps else event.step)
                 o = self.settings.output
@@ -244,40 +242,26 @@ class Output:
             case Stopped(reason=KeyboardInterrupt()):
                 self.say(f"stopped at step {event.step}; the same command goes on from the state in {self.folder}")
 
-    def _tell(self, event: Stepped) -> None:
+    def _print_progress(self, event: Stepped) -> None:
         now = time.monotonic()
-        self.first = self.first or event.step
-        if now - self.said < EVERY and event.step != event.steps:
+        self.first_step = self.first_step or event.step
+        if now - self.printed < PRINT_INTERVAL and event.step != event.steps:
             return
-        left = (event.steps - event.step) * (now - self.began) / (event.step - self.first + 1)
-        self.said = now
+        left = (event.steps - event.step) * (now - self.started) / (event.step - self.first_step + 1)
+        self.printed = now
         self.say(f"step {event.step}/{event.steps}  loss {event.loss:.4f}  lr {event.lr:.3g}  {left:.0f} s left")
 
     def _adapter(self) -> Adapter:
-        found = {name: f for layers in self.trainer.factors().values() for name, f in layers.items()}
+        layers = {name: f for network in self.trainer.factors().values() for name, f in network.items()}
         if self.settings.output.format == "lycoris":
-            found = {_spelled(name): f for name, f in found.items()}
-        # Modules' own names, as in PEFT's folders: they get those of a file when one is written.
-        return Adapter(found, metadata=self._metadata(), dialect="peft")
-
-    def _metadata(self) -> dict[str, str]:
-        s = self.settings
-        return {
-            "ss_network_module": "lycoris.kohya",
-            "ss_network_args": '{"algo": "loha"}',
-            "ss_learning_rate": f"{s.optimizer.lr:g}",
-            "ss_optimizer": s.optimizer.name,
-            "ss_lr_scheduler": s.optimizer.schedule,
-            "ss_max_train_steps": str(self.trainer.config.steps),
-            "ss_steps": str(self.trainer.step),
-            "ss_total_batch_size": str(s.run.batch_size * s.training.accumulation),
-            "ss_seed": str(s.training.seed),
-            "ss_output_name": s.output.name,
-        }
+            layers = {_name_in_file(name): f for name, f in layers.items()}
+        # Paths of modules, as in PEFT's folders: `save_adapter` turns them into the names of a file.
+        entries = metadata.network(layers.values()) | self.trainer.metadata(self.settings.run.batch_size)
+        return Adapter(layers, metadata=entries | {"ss_output_name": self.settings.output.name}, dialect="peft")
 
 
-def _spelled(name: str) -> str:
-    """A module's path in a pipeline, as readers of single files know it."""
+def _name_in_file(name: str) -> str:
+    """The name in a single file of the module at a path in a pipeline."""
     if name.startswith("transformer."):
         # Under lora_unet_ they expect the names of a transformer's original code.
         return "lora_transformer_" + flat(name.removeprefix("transformer."))

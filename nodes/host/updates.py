@@ -1,0 +1,162 @@
+"""One live update of one weight: what it is, how strong it is now, and what it makes of the weight.
+
+W' is W + ΔW, and with DoRA c∘(W + ΔW), c = m/‖W+ΔW‖. At strength s a weight becomes W + s(W' − W).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from math import prod
+from typing import Any
+
+import comfy.lora
+import torch
+from torch import Tensor
+
+from loha_core import LoHaFactors, add_delta_, algebra
+
+from .patches import LoHaPatch, Part, Patch, part_of, reordered
+
+
+@dataclass
+class SamplingProgress:
+    """How far sampling has come, 0…1; set before each call of the diffusion model."""
+
+    percent: float = 0.0
+
+    def __call__(self, executor: Any, x: Tensor, t: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """ComfyUI's wrapper around ``apply_model``; t is sigma."""
+        self.percent = percent_of(float(t.max()), executor.class_obj.model_sampling)
+        return executor(x, t, *args, **kwargs)
+
+
+def percent_of(sigma: float, model_sampling: Any) -> float:
+    """The inverse of ``percent_to_sigma``, which falls from percent 0 to 1; by bisection, for every kind of model."""
+    low, high = 0.0, 1.0
+    for _ in range(24):
+        middle = (low + high) / 2
+        low, high = (middle, high) if float(model_sampling.percent_to_sigma(middle)) > sigma else (low, middle)
+    return (low + high) / 2
+
+
+@dataclass
+class LiveUpdate:
+    """One live update of one weight, as a patcher and its clones hold it."""
+
+    patch: Patch
+    strength: float = 1.0
+    schedule: Callable[[float], float] | None = None
+    progress: SamplingProgress = field(default_factory=SamplingProgress)
+
+    def strength_now(self) -> float:
+        """The strength at this moment of sampling."""
+        strength = self.strength * self.patch.block_strength
+        return strength * self.schedule(self.progress.percent) if self.schedule else strength
+
+    def native(self, strength: float) -> tuple[Any, ...]:
+        """As ``ModelPatcher.patches`` holds it."""
+        target = self.patch.target
+        offset, function = (None, None) if isinstance(target, str) else (*target[1:], None)[:2]
+        return (strength, self.patch.update, 1.0, offset, function)
+
+
+class ActingUpdate:
+    """An update while it acts on a layer: its factors on the layer's device, and DoRA's c."""
+
+    def __init__(self, live: LiveUpdate) -> None:
+        self.live = live
+        self.part = part_of(live.patch.target)
+        self._on_device: LoHaFactors | None = None
+        self._ratio: tuple[tuple[float, ...], Tensor] | None = None
+
+    @cached_property
+    def loha(self) -> LoHaFactors | None:
+        """The factors, in the order of the weight's rows; None for other kinds of adapters."""
+        update = self.live.patch.update
+        return reordered(update.factors, self.live.patch.target) if isinstance(update, LoHaPatch) else None
+
+    @property
+    def is_dora(self) -> bool:
+        return self.loha is not None and self.loha.dora_scale is not None
+
+    def factors(self, device: torch.device) -> LoHaFactors:
+        if self._on_device is None or self._on_device.w1_a.device != device:
+            assert self.loha is not None
+            # Autograd, when something is trained on top, keeps no tensors that were made in inference mode.
+            with torch.inference_mode(False), torch.no_grad():
+                moved = {name: t.to(device) for name, t in self.loha.tensors().items()}
+                tensors: dict[str, Any] = {name: t.clone() if t.is_inference() else t for name, t in moved.items()}
+            self._on_device = replace(self.loha, **tensors)
+        return self._on_device
+
+    def dora_axis(self, weight_shape: Sequence[int]) -> int:
+        """Along which DoRA's magnitudes lie."""
+        assert self.loha is not None and self.loha.dora_scale is not None
+        shape = [self.part[2] if self.part and axis == self.part[0] else n for axis, n in enumerate(weight_shape)]
+        return algebra.dora_axis(self.loha.dora_scale, tuple(shape))
+
+    def ratio(self, strengths_before: tuple[float, ...], weight: Callable[[], Tensor]) -> Tensor:
+        """DoRA's c, (o,) or (i,); ``weight`` is only called when the strengths of the updates before have changed."""
+        if self._ratio is None or self._ratio[0] != strengths_before:
+            with torch.inference_mode(False), torch.no_grad():
+                self._ratio = (strengths_before, self._ratio_of(weight()))
+        return self._ratio[1]
+
+    def _ratio_of(self, weight: Tensor) -> Tensor:
+        factors = self.factors(weight.device)
+        assert factors.dora_scale is not None
+        part = narrowed(weight, self.part)
+        axis = algebra.dora_axis(factors.dora_scale, tuple(part.shape))
+        wide = part.to(algebra.compute_dtype(weight), copy=True)
+        norm = algebra.dora_norm(add_delta_(wide, replace(factors, dora_scale=None)), axis).flatten()
+        return factors.dora_scale.to(wide).flatten() / norm.clamp_min(torch.finfo(wide.dtype).tiny)
+
+
+Active = Sequence[tuple[ActingUpdate, float]]
+"""Updates with their strengths now, none of them 0."""
+
+
+def narrowed(weight: Tensor, part: Part) -> Tensor:
+    return weight if part is None else weight.narrow(*part)
+
+
+def updated(weight: Tensor, active: Active, key: str) -> Tensor:
+    """``weight`` with all updates, as a new tensor; neighbouring LoHas in one pass, rounded once."""
+    if not active:
+        return weight
+    lohas = [update.factors(weight.device) for update, _ in active if update.loha is not None and update.part is None]
+    strengths = [strength for _, strength in active]
+    if len(lohas) == len(active) and all(factors.dora_scale is None for factors in lohas):
+        return add_delta_(torch.empty_like(weight), lohas, strengths, source=weight)
+    wide = weight.to(algebra.compute_dtype(weight), copy=True)
+    for n, (update, strength) in enumerate(active):
+        if update.loha is None:
+            patch = update.live.native(strength)
+            wide = comfy.lora.calculate_weight([patch], wide, key, intermediate_dtype=torch.float32)
+        elif update.is_dora:
+            ratio = update.ratio(tuple(strengths[:n]), wide.clone)
+            _add_dora_(narrowed(wide, update.part), update.factors(wide.device), strength, ratio)
+        else:
+            add_delta_(narrowed(wide, update.part), update.factors(wide.device), strength)
+    return wide.to(weight.dtype)
+
+
+def _add_dora_(weight: Tensor, factors: LoHaFactors, strength: float, ratio: Tensor) -> None:
+    """W + s(W' − W) = (1−s+s·c)∘W + s·(c∘ΔW), in place."""
+    assert factors.dora_scale is not None
+    axis = algebra.dora_axis(factors.dora_scale, tuple(weight.shape))
+    gain = torch.lerp(torch.ones_like(ratio), ratio, strength)
+    weight.mul_(gain.reshape([-1 if d == axis else 1 for d in range(weight.dim())]))
+    add_delta_(weight, scaled_delta(factors, ratio, axis, prod(weight.shape[2:])), strength)
+
+
+def scaled_delta(factors: LoHaFactors, ratio: Tensor, axis: int, kernel: int) -> LoHaFactors:
+    """Plain factors of c∘ΔW, c along the outputs (axis 0) or the inputs; ``kernel`` is its number of elements."""
+    factors = replace(factors, dora_scale=None)
+    if axis == 0:
+        a = factors.w1_a.to(ratio.dtype)
+        return replace(factors, w1_a=a * (ratio if factors.is_tucker else ratio[:, None]))
+    columns = ratio if factors.is_tucker else ratio.repeat_interleave(kernel)
+    return replace(factors, w1_b=factors.w1_b.to(ratio.dtype) * columns)
