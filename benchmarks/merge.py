@@ -48,11 +48,11 @@ def layers(model: str) -> Iterator[tuple[str, str, Shape]]:
 
 def random_adapter(model: str, rank: int, seed: int) -> Adapter:
     random = torch.Generator().manual_seed(seed)
-    found = {}
+    factors = {}
     for name, _, shape in layers(model):
         sizes = [(shape[0], rank), (rank, prod(shape[1:]))] * 2
-        found[name] = LoHaFactors(*(torch.randn(s, generator=random) * 0.1 for s in sizes), alpha=rank / 2)
-    return Adapter(found, source=f"adapter {seed}")
+        factors[name] = LoHaFactors(*(torch.randn(s, generator=random) * 0.1 for s in sizes), alpha=rank / 2)
+    return Adapter(factors, source=f"adapter {seed}")
 
 
 @contextmanager

@@ -78,19 +78,19 @@ def table(server: comfyui.Server, adapters: list[Adapter]) -> int:
         result = make(adapters)
         path = server.path("models", "loras", "loha_demo_merged.safetensors")
         save_adapter(result.adapter, path)
-        shares = [share(server, prompt, path, judge, digit) for digit in ASKED]
+        accuracies = [accuracy(server, prompt, path, judge, digit) for digit in ASKED]
         numbers = result.adapter.parameter_count() + sum(t.numel() for t in result.adapter.extras.values())
         error = f"{result.report.error:.3f}" if result.report.layers else ""
-        print(f"{way:<32}{numbers / 1e6:>8.2f}M{error:>9}" + "".join(f"{s:>8.0%}" for s in shares), flush=True)
+        print(f"{way:<32}{numbers / 1e6:>8.2f}M{error:>9}" + "".join(f"{a:>8.0%}" for a in accuracies), flush=True)
         if way == f"svd, rank {HALF}":
-            kept = min(shares[:2]) >= AT_LEAST
+            kept = min(accuracies[:2]) >= AT_LEAST
     if not kept:
         print(f"Expected at least {AT_LEAST:.0%} on both digits at rank {HALF}.", file=sys.stderr)
     return 0 if kept else 1
 
 
-def share(server: comfyui.Server, prompt: comfyui.Json, lora: Path, judge: digits.Judge, digit: int) -> float:
-    """Of the pictures that ComfyUI makes when asked for a digit, how many show it."""
+def accuracy(server: comfyui.Server, prompt: comfyui.Json, lora: Path, judge: digits.Judge, digit: int) -> float:
+    """The fraction of the pictures that show the digit that ComfyUI was asked for."""
     pictures = drawn(server, prompt, digit, "merged", lora_name=lora.name, strength_model=1.0, mode="merge")
     return float(np.mean(judge.read(pictures.mean(axis=3) / 255) == digit))
 

@@ -18,6 +18,7 @@ from .grouping import group
 __all__ = ["DIALECTS", "load_adapter", "save_adapter"]
 
 DIALECTS = (*lycoris.PREFIXES, "peft")
+_MAX_KEY = 1000  # letters: patterns are matched with names, and are quick on those of this length (`naming.patterns`)
 
 
 def load_adapter(path: str | Path, *, legacy_tucker: bool = False, values: bool = True) -> Adapter:
@@ -46,6 +47,8 @@ def _read(path: Path, prefix: str | None, values: bool) -> Adapter:
     """One file: of a PEFT folder, whose layers get ``prefix`` in front of their names, or by itself (None)."""
     tensors, metadata = read_tensors(path, values)
     with about(path):
+        if long := next((key for key in tensors if len(key) > _MAX_KEY), None):
+            raise LoHaError(f"{long[:80]}… is a key of {len(long)} letters; at most {_MAX_KEY} are read")
         if prefix is not None or peft.is_peft(tensors):
             return peft.from_tensors(tensors, metadata, peft.config_beside(path), prefix or "")
         adapter = group(tensors, alpha_of=scales.alpha_of(metadata))

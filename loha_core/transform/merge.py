@@ -248,7 +248,7 @@ def _merged(name: str, terms: list[Term], combine: Combination, form: Compressio
         return after, rounded(name, layer, after)
     products, weights = [product(t.layer) for t in terms], [t.weight for t in terms]
     if isinstance(combine, Sparse):
-        u, v = combine(name, products, weights)
+        u, v = combine.apply(name, products, weights)
     else:
         u, v = _sum(products, slerp(products, weights) if combine == "slerp" else weights)
     return form.compress(name, u, v, max((t.layer.shape for t in terms), key=len))

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..errors import LoHaError
+from ..errors import LoHaError, check_number
 from . import lowrank
 
 METHODS = ("ties", "dare", "dare_ties", "magnitude_prune")
@@ -26,7 +26,7 @@ class Sparse:
 
     Attributes:
         method: out of METHODS.
-        density: share of the elements that is kept, in (0, 1].
+        density: fraction of the elements that is kept, in (0, 1].
         majority_sign: "total" (the sign of the sum) or "frequency" (of the majority).
         seed: of DARE's choice; the layer's name goes into it, so that layers differ and their order does not matter.
 
@@ -35,22 +35,20 @@ class Sparse:
     """
 
     method: str
-    density: float
+    density: float = 0.5
     majority_sign: str = "total"
     seed: int = 0
 
     def __post_init__(self) -> None:
         if self.method not in METHODS or self.majority_sign not in SIGNS:
             raise LoHaError(f"{self.method!r}, {self.majority_sign!r}: there are {', '.join(METHODS + SIGNS)}")
-        if not 0 < self.density <= 1:
-            raise LoHaError(f"density is {self.density}; expected a share above 0 and at most 1")
+        check_number("density", self.density, above=0, maximum=1)
 
-    def __call__(
+    def apply(
         self, name: str, products: Sequence[tuple[Tensor, Tensor]], weights: Sequence[float]
     ) -> tuple[Tensor, Tensor]:
         random = torch.Generator().manual_seed(self.seed ^ zlib.crc32(name.encode()))
-        whole = self.combine([u @ v for u, v in products], weights, random)
-        return lowrank.as_product(whole)
+        return lowrank.as_product(self.combine([u @ v for u, v in products], weights, random))
 
     def combine(self, updates: Sequence[Tensor], weights: Sequence[float], random: torch.Generator) -> Tensor:
         """Updates of one shape, one dtype -> the merged one, of that shape."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import os
+import re
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
@@ -145,13 +146,14 @@ class LoHaConfig:
     def _check_names(self) -> None:
         for name in ("target_modules", "exclude_modules", "layers_pattern", "modules_to_save"):
             value = getattr(self, name)
-            names = value if isinstance(value, list) else [] if value is None else [value]
-            if not all(isinstance(entry, str) for entry in names):
+            entries = value if isinstance(value, list) else [] if value is None else [value]
+            if not all(isinstance(entry, str) for entry in entries):
                 raise LoHaError(f"{name} is {value!r}; expected a list of names, or a string")
-            # Lists of targets hold names; others are expressions, as PEFT takes them.
             with about(name):
-                for entry in names if isinstance(value, str) or name in ("layers_pattern", "modules_to_save") else ():
-                    checked(entry, anywhere=isinstance(value, list))
+                if name in ("layers_pattern", "modules_to_save"):
+                    [(numbered if name == "layers_pattern" else within)(entry) for entry in entries]
+                elif isinstance(value, str):  # lists of targets hold names
+                    checked(value)
         if isinstance(self.modules_to_save, str):
             raise LoHaError(f"modules_to_save is the string {self.modules_to_save!r}; expected a list of names")
 
@@ -222,3 +224,13 @@ class LoHaConfig:
         file = path / peft.CONFIG_NAME if os.path.isdir(path) else path
         with about(file):
             return cls.from_dict(peft.read_config(file) | changes)
+
+
+def within(saved: str) -> re.Pattern[str]:
+    """What matches the path of a module that modules_to_save means, or of one within it, as in PEFT."""
+    return checked(rf"(^|.*\.){saved}($|\..*)")
+
+
+def numbered(layers: str) -> re.Pattern[str]:
+    """What matches a path with the list of layers that layers_pattern means; its group is the layer's index."""
+    return checked(rf"(?:^|.*?\.){layers}\.(?P<index>\d+)\.")

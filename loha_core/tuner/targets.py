@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from ..errors import LoHaError
-from .config import LoHaConfig
+from .config import LoHaConfig, numbered, within
 
 # Default targets -> the architectures (transformers' model_type) that have them.
 _DEFAULTS: dict[tuple[str, ...] | str, str] = {
@@ -91,7 +91,7 @@ def is_excluded(config: LoHaConfig, name: str) -> bool:
     """By exclude_modules, or because modules_to_save trains it whole."""
     if config.exclude_modules and _matches(config.exclude_modules, name):
         return True
-    return any(re.match(rf"(^|.*\.){saved}($|\..*)", name) for saved in config.modules_to_save or ())
+    return any(within(saved).match(name) for saved in config.modules_to_save or ())
 
 
 def is_target(config: LoHaConfig, name: str) -> bool:
@@ -101,32 +101,30 @@ def is_target(config: LoHaConfig, name: str) -> bool:
         return False
     if isinstance(targets, str) or name in targets:
         return _matches(targets, name)
-    return _matches(targets, name) and _layer_wanted(config, name)
+    return _matches(targets, name) and _is_chosen_layer(config, name)
 
 
-def _matches(wanted: str | Iterable[str], name: str) -> bool:
+def _matches(targets: str | Iterable[str], name: str) -> bool:
     """A string is a regular expression for the whole name; a list has whole names or ends of them."""
-    if isinstance(wanted, str):
-        return re.fullmatch(wanted, name) is not None
-    return any(name == entry or name.endswith(f".{entry}") for entry in wanted)
+    if isinstance(targets, str):
+        return re.fullmatch(targets, name) is not None
+    return any(name == entry or name.endswith(f".{entry}") for entry in targets)
 
 
-def _layer_wanted(config: LoHaConfig, name: str) -> bool:
-    wanted = config.layers_to_transform
-    if wanted is None or wanted == []:
+def _is_chosen_layer(config: LoHaConfig, name: str) -> bool:
+    layers = config.layers_to_transform
+    if layers is None or layers == []:
         return True
-    patterns = config.layers_pattern or []
-    if patterns:
+    if patterns := config.layers_pattern or []:
         patterns = [patterns] if isinstance(patterns, str) else patterns
-        found = (re.match(rf"(?:^|.*?\.){pattern}\.(\d+)\.", name) for pattern in patterns)
-        match = next((m for m in found if m), None)
+        match = next((match for pattern in patterns if (match := numbered(pattern).match(name))), None)
     else:
         # The first number in the path is the layer's; a later one may be an expert's.
-        match = re.match(r".*?\.[^.]*\.(\d+)\.", name)
+        match = re.match(r".*?\.[^.]*\.(?P<index>\d+)\.", name)
     if match is None:
         return False
-    index = int(match.group(1))
-    return index in wanted if isinstance(wanted, list) else index == wanted
+    index = int(match["index"])
+    return index in layers if isinstance(layers, list) else index == layers
 
 
 def modules(model: nn.Module) -> list[tuple[str, nn.Module]]:
@@ -146,8 +144,8 @@ def select(model: nn.Module, config: LoHaConfig) -> list[str]:
         config.target_modules = default_targets(model)
     if isinstance(config.target_modules, str) and config.target_modules.lower() == ALL_LINEAR:
         config.target_modules = all_linear(model, config)
-    found = [name for name, _ in modules(model) if is_target(config, name)]
-    if not found:
+    names = [name for name, _ in modules(model) if is_target(config, name)]
+    if not names:
         limits = {
             key: value
             for key in ("exclude_modules", "modules_to_save", "layers_to_transform", "layers_pattern")
@@ -156,4 +154,4 @@ def select(model: nn.Module, config: LoHaConfig) -> list[str]:
         within = f" within {limits}" if limits else ""
         some = ", ".join([n for n, m in model.named_modules() if n and not list(m.children())][:6])
         raise LoHaError(f"target_modules {config.target_modules!r} match nothing{within}. The model has {some}, …")
-    return found
+    return names

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import comfy.lora
@@ -13,7 +14,7 @@ from loha_core.models.extract import extract
 
 from ..host import live, weights
 from ..host.layers import names_in_files
-from .inputs import choice
+from .inputs import choice, number, one_of
 from .results import KINDS, kind_input, schema, shown
 
 
@@ -67,19 +68,17 @@ class LoHaExtract(io.ComfyNode):
             [
                 io.Model.Input("base", tooltip="The model that the other one was made from."),
                 io.Model.Input("tuned", tooltip="The model whose difference is wanted; adapters on it count."),
-                io.Int.Input("rank", default=8, min=1, max=1024, tooltip="Rank of the LoHa."),
-                io.Int.Input(
+                number("rank", 8, "Rank of the LoHa.", 1, 1024),
+                number(
                     "conv_rank",
-                    default=8,
-                    min=0,
-                    max=1024,
-                    tooltip="Rank for convolutions with a kernel larger than 1; 0 leaves them out.",
+                    8,
+                    "Rank for convolutions with a kernel larger than 1; 0 leaves them out.",
+                    maximum=1024,
                 ),
-                io.Combo.Input(
+                one_of(
                     "method",
-                    options=["fit", "svd"],
-                    default="fit",
-                    tooltip="fit: a LoHa with both halves free. svd: the best approximation of that matrix rank.",
+                    ("fit", "svd"),
+                    "fit: a LoHa with both halves free. svd: the best approximation of that matrix rank.",
                 ),
                 kind_input(),
                 io.Clip.Input("base_clip", optional=True, tooltip="Text encoders of the base; with tuned_clip."),
@@ -113,11 +112,13 @@ class LoHaExtract(io.ComfyNode):
             Patched("the base model", base, base_clip if both else None),
             Patched("the tuned model", tuned, tuned_clip if both else None),
         )
-        return shown(
-            cls,
-            "Lost by extracting",
-            lambda progress: extract(
-                *models, rank=rank, conv_rank=conv_rank, method=method, kind=choice("kind", kind, KINDS),
-                only=only or None, progress=progress,
-            ),
-        )  # fmt: skip
+        transform = partial(
+            extract,
+            *models,
+            rank=rank,
+            conv_rank=conv_rank,
+            method=method,
+            kind=choice("kind", kind, KINDS),
+            only=only or None,
+        )
+        return shown(cls, "Lost by extracting", transform)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 from comfy_api.latest import io
@@ -10,13 +11,14 @@ from loha_core import Adapter, Compression, convert, merge, resize
 from loha_core.transform import compress
 from loha_core.transform.merge import METHODS, combination
 
-from .inputs import choice, known
+from .inputs import choice, known, number, one_of
 from .results import KINDS, kind_input, schema, shown
 from .save import DTYPES
 from .types import LOHA, LOHA_BLOCKS
 
 SLOTS = (1, 2, 3, 4, 5, 6)
 BOUNDS = ("rank", "energy", "max_error")
+FITS = ("svd", "fit")
 # What LoHaConvert calls the spellings -> `convert`'s names and unet.
 SPELLINGS = {
     "as they are": ("keep", "keep"),
@@ -41,25 +43,18 @@ class LoHaMerge(io.ComfyNode):
             [
                 *(_slot(slot) for slot in SLOTS[:2]),
                 *(_weight(slot) for slot in SLOTS[:2]),
-                io.Combo.Input(
+                one_of(
                     "method",
-                    options=list(METHODS),
-                    default="svd",
-                    tooltip="exact: the sum itself, of a high rank. svd: its best approximation of a rank. fit: a LoHa "
+                    METHODS,
+                    "exact: the sum itself, of a high rank. svd: its best approximation of a rank. fit: a LoHa "
                     "of a rank whose halves are both free; slow, and often closer. slerp: along the arc between two. "
                     "ties, dare, dare_ties, magnitude_prune: leave out small or random parts before they are summed.",
+                    default="svd",
                 ),
                 *_bound_inputs(64),
-                io.Combo.Input(
-                    "factor",
-                    options=["svd", "fit"],
-                    default="svd",
-                    optional=True,
-                    tooltip="How slerp, ties, dare, … are written as a LoHa.",
-                ),
-                io.Float.Input(
-                    "density", default=0.5, min=0.01, max=1.0, step=0.01, optional=True,
-                    tooltip="Share of the numbers that ties, dare, … keep.",
+                one_of("factor", FITS, "How slerp, ties, dare, … are written as a LoHa.", optional=True),
+                number(
+                    "density", 0.5, "Share of the numbers that ties, dare, … keep.", 0.01, 1, step=0.01, optional=True
                 ),
                 kind_input(),
                 LOHA_BLOCKS.Input("blocks", optional=True, tooltip="Multiplies all weights, block by block."),
@@ -67,7 +62,7 @@ class LoHaMerge(io.ComfyNode):
                 *(_weight(slot, optional=True) for slot in SLOTS[2:]),
             ],
             "The merged adapter, for Apply LoHa or Save LoHa.",
-        )  # fmt: skip
+        )
 
     @classmethod
     def execute(
@@ -88,11 +83,8 @@ class LoHaMerge(io.ComfyNode):
         combine = combination(method, density)
         form = method if method in compress.METHODS else factor
         compression = _compression(form, bound, rank, amount, choice("kind", kind, KINDS))
-        return shown(
-            cls,
-            "Lost by merging",
-            lambda progress: merge(adapters, weights, compression, combine=combine, blocks=blocks, progress=progress),
-        )
+        transform = partial(merge, adapters, weights, compression, combine=combine, blocks=blocks)
+        return shown(cls, "Lost by merging", transform)
 
 
 class LoHaResize(io.ComfyNode):
@@ -107,11 +99,10 @@ class LoHaResize(io.ComfyNode):
             [
                 LOHA.Input("loha", tooltip="The adapter to resize; it is not changed."),
                 *_bound_inputs(16),
-                io.Combo.Input(
+                one_of(
                     "method",
-                    options=["svd", "fit"],
-                    default="svd",
-                    tooltip="svd: the update's best approximation of that matrix rank. fit: a LoHa of that rank with "
+                    FITS,
+                    "svd: the update's best approximation of that matrix rank. fit: a LoHa of that rank with "
                     "both halves free; slower, and never worse.",
                 ),
             ],
@@ -121,7 +112,7 @@ class LoHaResize(io.ComfyNode):
     @classmethod
     def execute(cls, loha: Adapter, bound: str, rank: int, amount: float, method: str) -> io.NodeOutput:
         compression = _compression(method, bound, rank, amount)
-        return shown(cls, "Lost by resizing", lambda progress: resize(loha, compression, progress=progress))
+        return shown(cls, "Lost by resizing", partial(resize, loha, compression))
 
 
 class LoHaConvert(io.ComfyNode):
@@ -136,28 +127,28 @@ class LoHaConvert(io.ComfyNode):
             [
                 LOHA.Input("loha", tooltip="The adapter to convert; it is not changed."),
                 kind_input(keep=True),
-                io.Int.Input(
-                    "rank", default=0, min=0, max=4096,
-                    tooltip="Rank when changing between LoHa and LoRA. 0: exact; a LoHa of rank r is a LoRA of r².",
+                number(
+                    "rank",
+                    0,
+                    "Rank when changing between LoHa and LoRA. 0: exact; a LoHa of rank r is a LoRA of r².",
+                    maximum=4096,
                 ),
-                io.Combo.Input(
+                one_of(
                     "names",
-                    options=list(SPELLINGS),
-                    default="as they are",
-                    tooltip="How layers are called: which programs find their way in the file. Where a model's names "
+                    SPELLINGS,
+                    "How layers are called: which programs find their way in the file. Where a model's names "
                     "in that style are not known, it says so and converts nothing.",
                 ),
-                io.Float.Input(
-                    "alpha", default=0.0, min=0.0, max=1e6, step=0.01,
-                    tooltip="A new alpha; the factors change so that the update stays. 0: as it is.",
+                number(
+                    "alpha", 0.0, "A new alpha; the factors change so that the update stays. 0: as it is.", step=0.01
                 ),
-                io.Combo.Input("dtype", options=list(DTYPES), default="as it is", tooltip="Of the factors."),
+                one_of("dtype", DTYPES, "Of the factors."),
                 LOHA_BLOCKS.Input(
                     "blocks", optional=True, tooltip="Writes these block strengths into the adapter for good."
                 ),
             ],
             "The converted adapter.",
-        )  # fmt: skip
+        )
 
     @classmethod
     def execute(
@@ -167,14 +158,17 @@ class LoHaConvert(io.ComfyNode):
         compression = None
         if kind in KINDS:
             compression = Compression("svd" if rank else "exact", rank or None, kind=choice("kind", kind, KINDS))
-        return shown(
-            cls,
-            "Lost by converting",
-            lambda progress: convert(
-                loha, blocks=blocks, compression=compression, alpha=alpha or None, dtype=choice("dtype", dtype, DTYPES),
-                names=style, unet=unet, progress=progress,
-            ),
-        )  # fmt: skip
+        transform = partial(
+            convert,
+            loha,
+            blocks=blocks,
+            compression=compression,
+            alpha=alpha or None,
+            dtype=choice("dtype", dtype, DTYPES),
+            names=style,
+            unet=unet,
+        )
+        return shown(cls, "Lost by converting", transform)
 
 
 # --- inputs -------------------------------------------------------------------------------------
@@ -187,26 +181,21 @@ def _slot(slot: int, *, optional: bool = False) -> Any:
 
 
 def _weight(slot: int, *, optional: bool = False) -> Any:
-    return io.Float.Input(
-        f"weight_{slot}", default=1.0, min=-20.0, max=20.0, step=0.01, optional=optional,
-        display_mode=io.NumberDisplay.slider,
-        tooltip=f"How much of adapter {slot}: 1 as it is, 0 none, negative values its opposite.",
-    )  # fmt: skip
+    tooltip = f"How much of adapter {slot}: 1 as it is, 0 none, negative values its opposite."
+    slider = io.NumberDisplay.slider
+    return number(f"weight_{slot}", 1.0, tooltip, -20, 20, step=0.01, optional=optional, display_mode=slider)
 
 
 def _bound_inputs(rank: int) -> list[Any]:
     return [
-        io.Combo.Input(
+        one_of(
             "bound",
-            options=list(BOUNDS),
-            default="rank",
-            tooltip="What limits the result: its rank, the share of each update that is kept (energy), or the largest "
+            BOUNDS,
+            "What limits the result: its rank, the share of each update that is kept (energy), or the largest "
             "relative error of a layer. Not for exact.",
         ),
-        io.Int.Input("rank", default=rank, min=1, max=4096, tooltip="The rank, where that is the bound."),
-        io.Float.Input(
-            "amount", default=0.99, min=0.0, max=1.0, step=0.001, tooltip="The energy or the error, where that is it."
-        ),
+        number("rank", rank, "The rank, where that is the bound.", 1, 4096),
+        number("amount", 0.99, "The energy or the error, where that is it.", maximum=1, step=0.001),
     ]
 
 

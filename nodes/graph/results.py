@@ -13,11 +13,11 @@ from comfy_api.latest import io, ui
 
 from loha_core import ErrorReport, Result
 from loha_core.naming import names
-from loha_core.transform.report import Progress
 
 from ..host.progress import ProgressBar
 from ..page import charts
 from .info import block_order
+from .inputs import one_of
 from .types import LOHA
 
 KINDS = {"LoHa": "loha", "LoRA": "lora"}
@@ -43,20 +43,15 @@ def schema(node_id: str, display_name: str, description: str, inputs: list[Any],
 
 
 def kind_input(*, keep: bool = False) -> Any:
-    return io.Combo.Input(
-        "kind",
-        options=["as it is", *KINDS] if keep else list(KINDS),
-        default="as it is" if keep else "LoHa",
-        optional=not keep,
-        tooltip="LoHa, or LoRA for programs that know nothing else.",
-    )
+    options = ["as it is", *KINDS] if keep else [*KINDS]
+    return one_of("kind", options, "LoHa, or LoRA for programs that know nothing else.", optional=not keep)
 
 
-def shown(cls: Any, title: str, transform: Callable[[Progress], Result]) -> io.NodeOutput:
-    """Run ``transform`` with ComfyUI's progress bar, which is also where Cancel acts, and show the result's error."""
+def shown(cls: Any, title: str, transform: Callable[..., Result]) -> io.NodeOutput:
+    """Run ``transform(progress=…)`` with ComfyUI's progress bar, where Cancel acts, too; show the result's error."""
     bar = ProgressBar(1)
     with torch.inference_mode(False), torch.no_grad():
-        adapter, report = transform(lambda done, total, name: bar.update_absolute(done, total))
+        adapter, report = transform(progress=lambda done, total, name: bar.update_absolute(done, total))
     text, image = report.text(), error_chart(report, title)
     preview = {"text": (text,), "layers": layers(report), **ui.PreviewImage(image, cls=cls).as_dict()}
     return io.NodeOutput(adapter, text, image, ui=preview)

@@ -21,7 +21,7 @@ from loha_core.formats.lycoris import as_one_file
 from loha_core.naming.readers import unread
 
 from ..host.files import FOLDER
-from .inputs import choice, json_object
+from .inputs import choice, json_object, one_of, switch
 from .types import LOHA
 
 DTYPES = {"as it is": None, "fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
@@ -46,34 +46,30 @@ class LoHaSave(io.ComfyNode):
                     default="my_loha",
                     tooltip="Name under models/loras; folders by /. A number is added where the name is taken.",
                 ),
-                io.Combo.Input(
+                one_of(
                     "format",
-                    options=list(FORMATS),
-                    default=next(iter(FORMATS)),
-                    tooltip="LyCORIS: one .safetensors file. Layers keep their names, so that whatever read the file "
+                    FORMATS,
+                    "LyCORIS: one .safetensors file. Layers keep their names, so that whatever read the file "
                     "that was loaded reads this one; Convert LoHa changes them. PEFT: a folder for diffusers.",
                 ),
-                io.Combo.Input(
+                one_of(
                     "dtype",
-                    options=list(DTYPES),
+                    DTYPES,
+                    "Of the saved numbers. fp16 halves the file and is what most files use.",
                     default="fp16",
-                    tooltip="Of the saved numbers. fp16 halves the file and is what most files use.",
                 ),
-                io.Boolean.Input(
-                    "overwrite", default=False, optional=True, tooltip="Replace a file of this name instead."
-                ),
+                switch("overwrite", "Replace a file of this name instead.", optional=True),
                 io.String.Input(
                     "trigger_words",
                     default="",
                     optional=True,
                     tooltip="Words that call up what was learnt, separated by commas; they are kept in the file.",
                 ),
-                io.Combo.Input(
+                one_of(
                     "base_model",
-                    options=[NONE, *folder_paths.get_filename_list("checkpoints")],
-                    default=NONE,
+                    [NONE, *folder_paths.get_filename_list("checkpoints")],
+                    "The checkpoint that it was trained on: its name and hash are kept in the file.",
                     optional=True,
-                    tooltip="The checkpoint that it was trained on: its name and hash are kept in the file.",
                 ),
                 io.String.Input(
                     "metadata",
@@ -103,12 +99,12 @@ class LoHaSave(io.ComfyNode):
         more = described(trigger_words, base_model, metadata)
         path = free_path(filename, ".safetensors" if kind == "lycoris" else "", overwrite)
         adapter = replace(loha, metadata=loha.metadata | more)
-        said = unread(module_names(as_one_file(adapter))) if kind == "lycoris" else None
-        if said:
-            logging.warning("Save LoHa: %s; Convert LoHa with names 'kohya' gives it names that both know", said)
+        warning = unread(module_names(as_one_file(adapter))) if kind == "lycoris" else None
+        if warning:
+            logging.warning("Save LoHa: %s; Convert LoHa with names 'kohya' gives it names that both know", warning)
         save_adapter(adapter, path, format=kind, dtype=choice("dtype", dtype, DTYPES))  # type: ignore[arg-type]
         name = str(path.relative_to(root()))
-        return io.NodeOutput(name, ui=ui.PreviewText("\n".join([f"saved as {name}", *([said] if said else [])])))
+        return io.NodeOutput(name, ui=ui.PreviewText("\n".join([f"saved as {name}", *([warning] if warning else [])])))
 
 
 def root() -> Path:
@@ -139,18 +135,18 @@ def free_path(filename: str, suffix: str, overwrite: bool) -> Path:
 
 def described(trigger_words: str, base_model: str, metadata: str) -> dict[str, str]:
     """The metadata that the node's inputs mean."""
-    found: dict[str, str] = {}
+    entries: dict[str, str] = {}
     if trigger_words.strip():
-        found["modelspec.trigger_phrase"] = trigger_words.strip()
+        entries["modelspec.trigger_phrase"] = trigger_words.strip()
     if base_model != NONE:
         path = folder_paths.get_full_path("checkpoints", base_model)
         if path is None:
             raise LoHaError(f"base_model is {base_model!r}, which is not among the checkpoints; refresh the list")
         stat = os.stat(path)
-        found["ss_sd_model_name"] = base_model
-        found["ss_new_sd_model_hash"] = _sha256(path, stat.st_mtime_ns, stat.st_size)
+        entries["ss_sd_model_name"] = base_model
+        entries["ss_new_sd_model_hash"] = _sha256(path, stat.st_mtime_ns, stat.st_size)
     more = json_object("metadata", metadata, '{"key": "text"}')
-    return found | {str(key): value if isinstance(value, str) else json.dumps(value) for key, value in more.items()}
+    return entries | {str(key): value if isinstance(value, str) else json.dumps(value) for key, value in more.items()}
 
 
 @lru_cache(maxsize=8)

@@ -13,10 +13,10 @@ from comfy_execution.utils import get_executing_context
 from torch import Tensor
 
 from loha_core import Adapter, LoHaError, load_adapter
+from loha_core.formats.container import SUFFIXES
+from loha_core.formats.peft import CONFIG_NAME
 
 FOLDER = "loras"
-_CONFIG = "adapter_config.json"
-_SUFFIXES = (".safetensors", ".sft")
 BUDGET = int(comfy.model_management.total_ram * 2**20) // 8
 """Bytes of adapters that are kept: an eighth of the machine's memory."""
 
@@ -38,7 +38,7 @@ def names() -> list[str]:
     files = {
         name
         for name in folder_paths.get_filename_list(FOLDER)
-        if name.lower().endswith(_SUFFIXES) and peft.isdisjoint(map(str, Path(name).parents))
+        if name.lower().endswith(SUFFIXES) and peft.isdisjoint(map(str, Path(name).parents))
     }
     return sorted([*files, *peft], key=str.lower)
 
@@ -48,7 +48,7 @@ def peft_folders() -> set[str]:
     folders: set[str] = set()
     for name in folder_paths.get_filename_list(FOLDER):
         parent = Path(name).parent
-        if parent != Path(".") and (path := _locate(parent)) is not None and (path / _CONFIG).is_file():
+        if parent != Path(".") and (path := _locate(parent)) is not None and (path / CONFIG_NAME).is_file():
             is_part = parent.name == "unet" or parent.name.startswith(("text_encoder", "transformer"))
             folders.add(str(parent.parent if is_part and parent.parent != Path(".") else parent))
     return folders

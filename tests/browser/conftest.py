@@ -31,13 +31,12 @@ STEP = f"{TRACKER}.checkState()"  # what a script has changed becomes a step for
 EMPTY = """async vue => {
   const { setting, sidebarTab, workflow } = app.extensionManager;
   const graph = { id: crypto.randomUUID(), last_node_id: 0, last_link_id: 0, nodes: [], links: [], version: 0.4 };
-  await app.loadGraphData(graph, true, false, workflow.activeWorkflow);
+  await app.loadGraphData(graph); // in a tab of its own, since another one would restore what its runs have shown
   for (const tab of [...workflow.openWorkflows])
     if (tab.path !== workflow.activeWorkflow.path) await workflow.closeWorkflow(tab);
   if (sidebarTab.activeSidebarTabId) sidebarTab.toggleSidebarTab(sidebarTab.activeSidebarTabId);
   if (setting.get("Comfy.RightSidePanel.IsOpen")) await setting.set("Comfy.RightSidePanel.IsOpen", false);
   if (setting.get("Comfy.VueNodes.Enabled") !== vue) await setting.set("Comfy.VueNodes.Enabled", vue);
-  app.nodeOutputs = {};
   app.canvas.ds.reset();
   app.canvas.setDirty(true, true);
   for (let frame = 0; frame < 60 && document.querySelector("[role=dialog]"); frame++)

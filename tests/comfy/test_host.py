@@ -15,7 +15,7 @@ from loha_core.training.attach import attached
 from loha_core.tuner import forwards
 
 from . import bases, training
-from .test_bases import IN, KEY, OUT, case, delta, made, relative, patches_for
+from .test_bases import IN, KEY, OUT, base_of, case, delta, patches_for, relative
 from .test_bases import host as host
 from .training import page as page
 

@@ -327,7 +327,9 @@ def test_steps_that_lose_nothing_report_the_last():
     lora, report = convert(
         an_adapter(), blocks=BlockStrength.parse("SD1.5", "IN=0.5"), compression=Compression("exact", kind="lora")
     )
-    assert [entry.rank for entry in report.layers] == [layer.rank for layer in split_layers(lora)[0].values()] == [16, 9]
+    assert (
+        [entry.rank for entry in report.layers] == [layer.rank for layer in split_layers(lora)[0].values()] == [16, 9]
+    )
 
 
 lora_extras = {f"{NAME}.lora_up.weight": torch.ones(2, 2), f"{NAME}.lora_down.weight": torch.ones(2, 2)}

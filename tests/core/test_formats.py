@@ -412,3 +412,25 @@ def test_a_saved_file_has_the_rights_of_a_new_file(tmp_path):
     save_adapter(one(), tmp_path / "b.safetensors")
     (tmp_path / "plain").write_text("")
     assert (tmp_path / "b.safetensors").stat().st_mode == (tmp_path / "plain").stat().st_mode
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+@pytest.mark.parametrize("case", [*samples.DIALECTS, "PEFT"])
+def test_a_header_alone_says_the_same(tmp_path, case, legacy):
+    """``values=False``: names, shapes, dtypes, alphas and metadata without the values."""
+    path = tmp_path / "a.safetensors"
+    if case == "PEFT":
+        path = tmp_path / "peft"
+        samples.write_peft(path / "unet", samples.WRAPPED, alpha_pattern={"proj_in": 3})
+        samples.write_peft(path / "text_encoder", samples.WRAPPED_TEXT)
+    else:
+        samples.write(path, samples.DIALECTS[case][1], {"a": "b"})
+    full, header = (load_adapter(path, legacy_tucker=legacy, values=values) for values in (True, False))
+    for field in ("dialect", "source", "metadata", "notes"):
+        assert getattr(full, field) == getattr(header, field)
+    assert list(full.layers) == list(header.layers) and list(full.extras) == list(header.extras)
+    for name, layer in full.layers.items():
+        other = header.layers[name]
+        assert (other.alpha, other.shape) == (layer.alpha, layer.shape)
+        assert (other.rank, other.dtype) == (layer.rank, layer.dtype)
+        assert all(tensor.is_meta for tensor in other.raw if tensor is not None)

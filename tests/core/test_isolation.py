@@ -20,7 +20,7 @@ SOURCES = {
     for path in sorted((ROOT / folder).rglob("*.py"))
 }
 CORE = {name: path for name, path in SOURCES.items() if name.startswith("loha_core")}
-FOREIGN = {"comfy", "comfy_api", "nodes", "web", "folder_paths", "server", "peft", "lycoris", "diffusers", "transformers"}
+FOREIGN = set("comfy comfy_api nodes web folder_paths server peft lycoris diffusers transformers".split())
 
 # What a module may import when it is used; `test_importing_it_brings_in_nothing_foreign` sees that it waits until then.
 LATER = {"loha_core.training.diffusers.pipeline": {"diffusers"}, "loha_core.peft": {"peft"}}

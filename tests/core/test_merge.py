@@ -503,7 +503,7 @@ def test_other_kinds_stand_alone_or_are_refused():
 
 
 def test_half_a_lora():
-    with pytest.raises(LoHaError, match="x: .*conv1.lora_up.weight is missing"):
+    with pytest.raises(LoHaError, match="x: .*conv1: lora_up.weight is missing"):
         merge([single(plain, extras={f"{CONV}.lora_down.weight": torch.ones(2, 2)})])
 
 

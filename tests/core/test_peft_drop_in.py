@@ -47,6 +47,8 @@ class Net(nn.Module):
 
 
 LAYERS = ["conv", "grouped", "line", "point", "linear"]
+if peft.__version__ < "0.20":  # whose parameters of grouped convolutions have a wrong shape
+    LAYERS.remove("grouped")
 
 
 def wrapped(name: str, model: nn.Module, adapter: str = "default", **settings):
@@ -103,10 +105,8 @@ def test_it_trains_as_pefts(net, x, settings):
 def test_layers_are_ours_and_pefts(net):
     model = wrapped("ours", net).base_model.model
     kinds = {name: type(getattr(model, name)) for name in LAYERS}
-    assert kinds == {
-        "conv": drop_in.Conv2d, "grouped": drop_in.Conv2d, "line": drop_in.Conv1d, "point": drop_in.Conv1d,
-        "linear": drop_in.Linear,
-    }  # fmt: skip
+    expected = {name: drop_in.Conv2d for name in ("conv", "grouped")} | {"linear": drop_in.Linear}
+    assert kinds == {name: expected.get(name, drop_in.Conv1d) for name in LAYERS}
     assert isinstance(model.linear, peft.tuners.loha.Linear) and isinstance(model.conv, peft.tuners.loha.LoHaLayer)
     assert repr(model.linear).startswith("loha.Linear")
 

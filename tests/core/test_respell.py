@@ -130,9 +130,8 @@ def test_flux_and_its_parts_trained_apart():
                 wanted[name] = wanted.get(name, 0) + weight * delta
         assert_same(found, wanted)
         assert any("cut into their parts" in note or "joined" in note for note in report.notes)
-    assert {
-        type(layer) for layer in split_layers(merge([fused, parts], 1.0, Compression(kind="lora", rank=4)).adapter)[0].values()
-    } == {LoRAFactors}
+    loras = merge([fused, parts], 1.0, Compression(kind="lora", rank=4)).adapter
+    assert {type(layer) for layer in split_layers(loras)[0].values()} == {LoRAFactors}
 
 
 def test_sd3s_last_block_is_swapped_and_others_are_not():

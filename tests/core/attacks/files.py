@@ -229,6 +229,7 @@ def spoils_a_configuration(folder: Path) -> Iterator[Attack]:
         "a pattern that is no pattern": ({"alpha_pattern": {"(": 1}}, "not a regular expression"),
         "a pattern that repeats nothing": ({"alpha_pattern": {"*": 1}}, "not a regular expression"),
         "a pattern that repeats too often": ({"alpha_pattern": {f"a{{{10**12}}}": 1}}, "not a regular expression"),
+        "a pattern that is none within another": ({"alpha_pattern": {"(?i)a": 1}}, "not a regular expression"),
         "a pattern nested too deep": ({"alpha_pattern": {"(" * 5000 + ")" * 5000: 1}}, "not a regular expression"),
     }
     texts |= {name: (json.dumps(value), message) for name, (value, message) in values.items()}
@@ -259,6 +260,19 @@ def hangs_in_a_pattern(folder: Path) -> Iterator[Attack]:
         tensors = samples.module(f"transformer.{name}", (6, 4), alpha=None)
         path = folder / f"metadata {number}.safetensors"
         yield samples.write(path, tensors, {"lora_adapter_metadata": packed}), "alpha_pattern: .* may take very long"
+
+
+def has_names_without_end(folder: Path) -> Iterator[Attack]:
+    """Names so long that a pattern which is quick on others takes minutes."""
+    wrapped = {f"base_model.model.{key}": t for key, t in samples.module("a" * 100_000, (6, 4), alpha=None).items()}
+    yield samples.write_peft(folder / "long", wrapped, alpha_pattern={".*a.*b": 1}), "key of 100027 letters"
+
+
+def has_numbers_for_matrices(folder: Path) -> Iterator[Attack]:
+    """A LoRA beside the LoHa whose factors have no axes, which are looked at only when layers are sorted."""
+    for up, down in (((), (2, 4)), ((6, 2), ()), ((6,), (2,))):
+        lora = {"b.lora_up.weight": torch.ones(up), "b.lora_down.weight": torch.ones(down)}
+        yield samples.write(folder / f"{len(up)} {len(down)}.safetensors", GOOD | lora), None
 
 
 def has_very_many_patterns(folder: Path) -> Iterator[Attack]:
