@@ -47,7 +47,8 @@ def check_number(
         LoHaError: names the value and what was expected.
     """
     kind = int if integer else (int, float)
-    if isinstance(value, kind) and not isinstance(value, bool) and math.isfinite(value):
+    # A whole number may be too large for a float; it is finite.
+    if isinstance(value, kind) and not isinstance(value, bool) and (isinstance(value, int) or math.isfinite(value)):
         low = (minimum is None or value >= minimum) and (above is None or value > above)
         high = (maximum is None or value <= maximum) and (below is None or value < below)
         if low and high:
