@@ -56,7 +56,7 @@ def mode_input() -> Any:
         options=list(modes.MODES),
         default="auto",
         tooltip="merge patches the weights: fastest sampling, and what save nodes need. live leaves them alone and "
-        "adds the update as layers run: a new strength costs nothing. auto is live where that is cheap.",
+        "adds the update as layers run: a new strength reloads nothing. auto is live where that is cheap.",
     )
 
 

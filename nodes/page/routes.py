@@ -22,7 +22,7 @@ from .blocks import bars
 
 PICTURES = {".png": "image/png", ".jpg": "image/jpeg", ".jpeg": "image/jpeg", ".webp": "image/webp"}
 # A line of text in the page, not a book: what a file says of itself is cut.
-LONGEST, MOST_WORDS = 200, 50
+MAX_LETTERS, MAX_WORDS = 200, 50
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
@@ -64,7 +64,7 @@ async def _training(request: web.Request) -> web.StreamResponse:
     asked = {key: request.query.get(key, "") for key in ("workflow", "node", "run")}
     since = request.query.get("since", "0")
     if not (since.isascii() and since.isdecimal() and len(since) < 10):
-        raise LoHaError(f"since is {since[:LONGEST]!r}; expected how many losses the page has")
+        raise LoHaError(f"since is {since[:MAX_LETTERS]!r}; expected how many losses the page has")
     runs = monitor.runs_of(asked["workflow"], asked["node"])
     return web.json_response({"runs": [r.since(int(since)) if r.id == asked["run"] else r.full() for r in runs]})
 
@@ -140,8 +140,8 @@ def _info_of(name: str, path: Path, fingerprint: str) -> dict[str, Any]:
         "title": adapter.metadata.get("modelspec.title") or adapter.metadata.get("ss_output_name") or "",
         "note": "; ".join(adapter.notes),
     }
-    words = [word[:LONGEST] for word in trigger_words(adapter)[:MOST_WORDS]]
-    return {"name": name, "facts": {key: text[:LONGEST] for key, text in shown.items() if text}, "words": words}
+    words = [word[:MAX_LETTERS] for word in trigger_words(adapter)[:MAX_WORDS]]
+    return {"name": name, "facts": {key: text[:MAX_LETTERS] for key, text in shown.items() if text}, "words": words}
 
 
 def _counts(counter: Counter[Any]) -> str:
