@@ -69,11 +69,11 @@ def outcome(o: argparse.Namespace) -> str:
 
 @contextmanager
 def progress_bar(title: str) -> Iterator[Progress]:
-    """A progress bar on stderr: tqdm's where it is installed, else a line for every percent."""
+    """tqdm's progress bar on stderr, where it is installed."""
     try:
         from tqdm import tqdm
     except ImportError:
-        yield _Lines(title)
+        yield lambda done, total, name: None
         return
     with tqdm(desc=title, unit="layer", file=sys.stderr, disable=not sys.stderr.isatty()) as bar:
 
@@ -83,16 +83,3 @@ def progress_bar(title: str) -> Iterator[Progress]:
             bar.refresh()
 
         yield progress
-
-
-class _Lines:
-    """Progress in plain lines."""
-
-    def __init__(self, title: str) -> None:
-        self.title, self.last = title, -1
-
-    def __call__(self, done: int, total: int, name: str) -> None:
-        percent = 100 * done // max(1, total)
-        if sys.stderr.isatty() and percent > self.last:
-            print(f"{self.title}: {percent} %", file=sys.stderr)
-            self.last = percent
