@@ -24,7 +24,7 @@ config = LoHaConfig(
 )
 model = LoHaModel(bert(args.model), config, "default")
 model.print_trainable_parameters()
-for name, layer in model.layers():
+for name, layer in model.loha_layers():
     print(f"{name}: r={layer.r['default']} alpha={layer.alpha['default']}")
 
 ids, wanted = torch.randint(0, 100, (4, 16)), torch.randn(4, 16, model.config.hidden_size)

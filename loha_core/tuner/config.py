@@ -23,6 +23,10 @@ TASKS = ("SEQ_CLS", "SEQ_2_SEQ_LM", "CAUSAL_LM", "TOKEN_CLS", "QUESTION_ANS", "F
 _BEYOND_PEFT = ("rank_dropout_scale", "use_dora", "use_rslora", "use_scalar")
 
 
+class UnknownArgument(LoHaError, TypeError):
+    """What Python raises for an argument that a function does not have."""
+
+
 @dataclass(init=False)
 class LoHaConfig:
     """Configuration of a `LoHaModel`.
@@ -89,7 +93,7 @@ class LoHaConfig:
         known = {f.name: f for f in fields(self)}
         unknown = [name for name in values if name not in known]
         if unknown:
-            raise LoHaError(f"LoHaConfig has no field {', '.join(unknown)}; it has {', '.join(known)}")
+            raise UnknownArgument(f"LoHaConfig has no field {', '.join(unknown)}; it has {', '.join(known)}")
         if alpha is not None and lora_alpha is not None and alpha != lora_alpha:
             raise LoHaError(f"alpha is {alpha} and lora_alpha {lora_alpha}: two names of one number; give one")
         given = [value for value in (alpha, lora_alpha) if value is not None]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+from collections import Counter
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 
@@ -9,6 +11,7 @@ import torch
 from torch import nn
 
 from ..errors import LoHaError
+from ..naming.patterns import path_end
 from .config import LoHaConfig
 from .layers import LoHaConv1d, LoHaConv2d, LoHaConv3d, LoHaLayer, LoHaLinear
 from .saved_modules import SavedModule
@@ -37,6 +40,12 @@ def new_modules(
             changed then.
     """
     classes = {name: _class_for(name, model.get_submodule(name)) for name in adding}
+    for name in adding:
+        if isinstance(model.get_submodule(name.rpartition(".")[0]), nn.MultiheadAttention):
+            raise LoHaError(
+                f"{name}: nn.MultiheadAttention reads this layer's weight and never calls it, so that an adapter would "
+                "do nothing; leave it out (exclude_modules)"
+            )
     wrappers = _modules_to_save(model, config)
     layers: dict[str, LoHaLayer] = {}
     with torch.device("meta") if on_meta else nullcontext():
@@ -76,3 +85,22 @@ def _modules_to_save(model: nn.Module, config: LoHaConfig) -> dict[str, SavedMod
     if not named:
         raise LoHaError(f"modules_to_save {config.modules_to_save} match nothing")
     return {name: SavedModule(module) for name, module in named if not isinstance(module, SavedModule)}
+
+
+def warn_unmatched_patterns(config: LoHaConfig, names: list[str]) -> None:
+    for field in ("rank_pattern", "alpha_pattern"):
+        patterns: dict[str, float] = getattr(config, field)
+        unused = [p for p in patterns if not any(path_end(p).match(name) for name in names)]
+        if unused:
+            warnings.warn(f"{field}: {', '.join(unused)} match no adapted module", stacklevel=4)
+
+
+def warn_tied(model: nn.Module, layers: list[LoHaLayer]) -> None:
+    """Merging into a weight that another module shares changes that module too."""
+    users = Counter(id(p) for m in model.modules() for p in m.parameters(recurse=False))
+    if any(users[id(layer.weight)] > 1 for layer in layers):
+        warnings.warn(
+            "an adapted weight is shared with another module (tied embeddings?), which merging changes too; "
+            "untie them first if that is not wanted",
+            stacklevel=4,
+        )

@@ -43,6 +43,7 @@ class LoHaLayer(nn.Module):
     extra_parameter_names = ("dora_scale", "scalar")
     other_param_names = ("r", "alpha", "scaling", "rank_dropout", "rank_dropout_scale", "module_dropout")
     base_class: type[nn.Module]
+    _transposed = False  # the base's weight is (i, o)
 
     hada_w1_a: nn.ParameterDict
     hada_w1_b: nn.ParameterDict
@@ -144,7 +145,8 @@ class LoHaLayer(nn.Module):
         dtype = torch.float64 if base.dtype == torch.float64 else torch.float32
         trains = adapter_name in self._active and not config.inference_mode
         for name, tensor in parameters.items():
-            device = tensor.device if tensor.device.type == "meta" else base.device
+            # An offloaded base is on the meta device: values that are there stay where they are.
+            device = tensor.device if "meta" in (tensor.device.type, base.device.type) else base.device
             getattr(self, name)[adapter_name] = nn.Parameter(tensor.to(device, dtype), requires_grad=trains)
 
     def _placement(self) -> Tensor:
@@ -196,14 +198,18 @@ class LoHaLayer(nn.Module):
         """Forget an adapter. If it was the only active one, the first that is left takes its place."""
         if adapter_name in self.merged_adapters:
             raise LoHaError(f"{adapter_name} is merged into the weight; unmerge it before deleting it")
+        self.forget(adapter_name)
+        if adapter_name in self._active:
+            left = [name for name in self._active if name != adapter_name]
+            self.set_adapter(left or self.adapters[:1])
+
+    def forget(self, adapter_name: str) -> None:
+        """Drop an adapter's parameters and settings, as far as there are any; which are active stays."""
         for name in (*self.adapter_layer_names, *self.extra_parameter_names):
             if adapter_name in getattr(self, name):
                 del getattr(self, name)[adapter_name]
         for name in (*self.other_param_names, "_full_scale"):
             getattr(self, name).pop(adapter_name, None)
-        if adapter_name in self._active:
-            left = [name for name in self._active if name != adapter_name]
-            self.set_adapter(left or self.adapters[:1])
 
     def _parameters_of(self, adapter_name: str | None) -> Iterator[tuple[str, nn.Parameter]]:
         """(adapter, parameter) of one adapter or of all."""
@@ -245,7 +251,7 @@ class LoHaLayer(nn.Module):
         """ΔW of an adapter, shaped as the base's weight, differentiable; without DoRA and dropout."""
         tensors = self._tensors(adapter_name)
         delta = Delta.apply(self.scaling[adapter_name], self.weight_shape, *tensors)
-        return delta.T if self._base_weight() is not self.weight else delta
+        return delta.T if self._transposed else delta
 
     def _tensors(self, adapter: str) -> Factors:
         a1 = self.hada_w1_a[adapter]
@@ -342,7 +348,7 @@ class LoHaLayer(nn.Module):
         if keep and self._kept_weight is None:
             self._kept_weight = weight.detach().clone()
         self._merge_into(weight.detach(), names)
-        self.merged_adapters += names
+        self.merged_adapters = [*self.merged_adapters, *names]
 
     def check_merge(self, adapter_names: list[str] | None = None) -> None:
         """Raises what `merge` with ``safe_merge`` would, and merges nothing."""
@@ -361,6 +367,9 @@ class LoHaLayer(nn.Module):
         return names
 
     def _merge_into(self, weight: Tensor, names: list[str]) -> None:
+        if self._kept_weight is not None and any(name in self.dora_scale for name in (*self.merged_adapters, *names)):
+            weight.copy_(self._kept_weight)
+            names = [*self.merged_adapters, *names]
         stack = [self.factors(name) for name in names]
         if len(stack) == 1 or all(f.dora_scale is None for f in stack):
             add_delta_(weight, stack)

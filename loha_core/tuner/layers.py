@@ -22,7 +22,7 @@ class LoHaLinear(LoHaLayer):
     base_class = nn.Linear
 
     @property
-    def _transposed(self) -> bool:
+    def _transposed(self) -> bool:  # type: ignore[override]
         return is_transformers_conv1d(self.base_layer)
 
     @property

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import sys
 import warnings
-from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,7 +15,6 @@ from torch import nn
 from ..adapter import Adapter
 from ..errors import LoHaError
 from ..factors import LoHaFactors
-from ..naming.patterns import path_end
 from ..transform import lowrank
 from ..transform.compress import EXACT, Compression
 from ..transform.convert import to_lora
@@ -25,6 +23,9 @@ from . import inject, save_and_load, targets
 from .config import LoHaConfig
 from .layers import LoHaLayer
 from .saved_modules import SavedModule
+
+# Methods of Hugging Face's models that would act on the wrapped model and leave the adapter out.
+_OF_THE_BASE_ALONE = frozenset("push_to_hub enable_adapters disable_adapters set_adapters load_lora_adapter".split())
 
 
 class LoHaModel(nn.Module):
@@ -76,13 +77,18 @@ class LoHaModel(nn.Module):
         try:
             return super().__getattr__(name)
         except AttributeError:
-            if name == "model" or name.startswith("__"):
+            if name == "model" or name.startswith("__") or name in _OF_THE_BASE_ALONE:
                 raise
             return getattr(self.model, name)
 
+    @property
+    def base_model(self) -> LoHaModel:
+        """What holds the adapters, as PEFT's models have it."""
+        return self
+
     # Layers
 
-    def layers(self) -> Iterator[tuple[str, LoHaLayer]]:
+    def loha_layers(self) -> Iterator[tuple[str, LoHaLayer]]:
         """(module name in the wrapped model, layer)."""
         return ((name, m) for name, m in self.model.named_modules() if isinstance(m, LoHaLayer))
 
@@ -90,7 +96,7 @@ class LoHaModel(nn.Module):
         return ((name, m) for name, m in self.model.named_modules() if isinstance(m, SavedModule))
 
     def _switches(self) -> list[LoHaLayer | SavedModule]:
-        return [*(layer for _, layer in self.layers()), *(module for _, module in self._saved_modules())]
+        return [*(layer for _, layer in self.loha_layers()), *(module for _, module in self._saved_modules())]
 
     # Adding
 
@@ -101,7 +107,7 @@ class LoHaModel(nn.Module):
     def _add_by_config(self, adapter_name: str, config: LoHaConfig, low_cpu_mem_usage: bool) -> None:
         config = copy.deepcopy(config)
         names = targets.select(self.model, config)
-        _warn_unmatched_patterns(config, names)
+        inject.warn_unmatched_patterns(config, names)
 
         def adding(name: str) -> inject.Add:
             rank, alpha = config.resolved(name)
@@ -119,7 +125,12 @@ class LoHaModel(nn.Module):
         if adapter_name in self.peft_config:
             raise LoHaError(f"there is an adapter {adapter_name!r} already; choose another name or delete it first")
         # Everything that can be refused is refused here, before the model changes.
-        new = inject.new_modules(self.model, adding, config, self._active, on_meta)
+        try:
+            new = inject.new_modules(self.model, adding, config, self._active, on_meta)
+        except Exception:
+            for _, layer in self.loha_layers():
+                layer.forget(adapter_name)
+            raise
         if not self.peft_config:
             self.model.requires_grad_(False)
         for name, module in new.items():
@@ -128,6 +139,8 @@ class LoHaModel(nn.Module):
             if name.endswith(tuple(config.modules_to_save or ())):
                 saved.add(adapter_name, config.inference_mode)
                 saved.set_adapter(self.active_adapters, config.inference_mode)
+        if config.base_model_name_or_path is None:
+            config.base_model_name_or_path = getattr(self.model, "name_or_path", None) or None
         self.peft_config[adapter_name] = config
         self.targeted_module_names += [name for name in adding if name not in self.targeted_module_names]
 
@@ -151,17 +164,20 @@ class LoHaModel(nn.Module):
         """Choose the active adapter or adapters, whose updates add up; they train unless ``inference_mode``."""
         names = [adapter_name] if isinstance(adapter_name, str) else list(adapter_name)
         self._check_known(names)
-        if any(layer.merged for _, layer in self.layers()):
+        for name, module in self._saved_modules():
+            if len(sharing := [each for each in names if each in module.modules_to_save]) > 1:
+                raise LoHaError(f"{', '.join(sharing)} each have a copy of {name} (modules_to_save); activate one")
+        if any(layer.merged for _, layer in self.loha_layers()):
             warnings.warn("adapters are merged; they are unmerged before others are set", stacklevel=2)
             self.unmerge_adapter()
-        for module in self._switches():
-            module.set_adapter(names, inference_mode)
+        for switch in self._switches():
+            switch.set_adapter(names, inference_mode)
         self._active = names
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Forget an adapter. If it was the only active one, the first that is left becomes active."""
         self._check_known([adapter_name])
-        if any(adapter_name in layer.merged_adapters for _, layer in self.layers()):
+        if any(adapter_name in layer.merged_adapters for _, layer in self.loha_layers()):
             raise LoHaError(f"{adapter_name} is merged; unmerge it before deleting it")
         for module in self._switches():
             module.delete_adapter(adapter_name)
@@ -203,7 +219,7 @@ class LoHaModel(nn.Module):
 
     def unmerge_adapter(self) -> None:
         """The base weights as they were, bit for bit."""
-        for _, layer in self.layers():
+        for _, layer in self.loha_layers():
             if layer.merged:
                 layer.unmerge()
 
@@ -221,14 +237,14 @@ class LoHaModel(nn.Module):
 
     def unload(self) -> nn.Module:
         """The wrapped model as it was before."""
-        if any(layer.merged for _, layer in self.layers()):
+        if any(layer.merged for _, layer in self.loha_layers()):
             self.unmerge_adapter()
         return self._unload([])
 
     def _merge(self, names: list[str] | None, safe: bool, keep: bool, progressbar: bool = False) -> None:
         self._check_known(names or ())
-        layers = list(self.layers())
-        _warn_tied(self.model, [layer for _, layer in layers])
+        layers = list(self.loha_layers())
+        inject.warn_tied(self.model, [layer for _, layer in layers])
         for _, layer in layers if safe else ():
             layer.check_merge(names)
         for count, (_, layer) in enumerate(layers, 1):
@@ -237,7 +253,7 @@ class LoHaModel(nn.Module):
                 print(f"\rmerging {count}/{len(layers)}", end="" if count < len(layers) else "\n", file=sys.stderr)
 
     def _unload(self, kept: list[str]) -> nn.Module:
-        for name, layer in list(self.layers()):
+        for name, layer in list(self.loha_layers()):
             inject.replace_module(self.model, name, layer.base_layer)
         for name, module in list(self._saved_modules()):
             module.set_adapter(kept, inference_mode=True)
@@ -260,7 +276,7 @@ class LoHaModel(nn.Module):
             raise LoHaError(f"{len(adapters)} adapters and {len(weights)} weights; expected as many, and at least one")
         by_name = dict(zip(adapters, weights, strict=True))
         sums: dict[str, LoHaFactors] = {}
-        for name, layer in self.layers():
+        for name, layer in self.loha_layers():
             names = [adapter for adapter in by_name if adapter in layer.hada_w1_a]
             if names:
                 total = lowrank.exact_sum([layer.factors(n) for n in names], [by_name[n] for n in names])
@@ -281,7 +297,7 @@ class LoHaModel(nn.Module):
             LoHaError: a grouped convolution, for which PEFT's LoRA means another update.
         """
         adapter = self.to_adapter(adapter_name)
-        layers = {name: layer for name, layer in self.layers() if name in adapter.layers}
+        layers = {name: layer for name, layer in self.loha_layers() if name in adapter.layers}
         for name, layer in layers.items():
             if (geometry := layer._geometry()) is not None and geometry.groups > 1:
                 raise LoHaError(f"{name}: PEFT's LoRA has no grouped convolution like this one")
@@ -305,7 +321,7 @@ class LoHaModel(nn.Module):
     def to_adapter(self, adapter_name: str = "default") -> Adapter:
         """The adapter as a value, under the wrapped model's module names, to be saved in any format."""
         self._check_known([adapter_name])
-        return save_and_load.to_adapter(self.layers(), self._saved_modules(), adapter_name)
+        return save_and_load.to_adapter(self.loha_layers(), self._saved_modules(), adapter_name)
 
     def save_pretrained(
         self, save_directory: str | Path, selected_adapters: Sequence[str] | None = None, is_main_process: bool = True
@@ -334,7 +350,7 @@ class LoHaModel(nn.Module):
 
         Args:
             model: any module; it is changed.
-            is_trainable: go on training it; otherwise it is frozen.
+            is_trainable: go on training it; otherwise it is frozen, and the model in eval mode.
             config: takes the place of the folder's own, for dropout and the like; what is in the file decides
                 which modules are adapted, and at which rank.
 
@@ -361,6 +377,8 @@ class LoHaModel(nn.Module):
         for name, module in self._saved_modules():
             if state := loaded.saved.get(name):
                 module.modules_to_save[adapter_name].load_state_dict(state)
+        if not is_trainable:
+            self.eval()
 
 
 def get_peft_model(model: nn.Module, peft_config: LoHaConfig, adapter_name: str = "default") -> LoHaModel:
@@ -371,22 +389,3 @@ def get_peft_model(model: nn.Module, peft_config: LoHaConfig, adapter_name: str 
         peft_config = copy.deepcopy(peft_config)
         peft_config.modules_to_save = [*(peft_config.modules_to_save or ()), *missing]
     return LoHaModel(model, peft_config, adapter_name)
-
-
-def _warn_unmatched_patterns(config: LoHaConfig, names: list[str]) -> None:
-    for field in ("rank_pattern", "alpha_pattern"):
-        patterns: dict[str, float] = getattr(config, field)
-        unused = [p for p in patterns if not any(path_end(p).match(name) for name in names)]
-        if unused:
-            warnings.warn(f"{field}: {', '.join(unused)} match no adapted module", stacklevel=4)
-
-
-def _warn_tied(model: nn.Module, layers: list[LoHaLayer]) -> None:
-    """Merging into a weight that another module shares changes that module too."""
-    users = Counter(id(p) for m in model.modules() for p in m.parameters(recurse=False))
-    if any(users[id(layer.weight)] > 1 for layer in layers):
-        warnings.warn(
-            "an adapted weight is shared with another module (tied embeddings?), which merging changes too; "
-            "untie them first if that is not wanted",
-            stacklevel=4,
-        )

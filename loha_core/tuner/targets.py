@@ -60,9 +60,10 @@ def default_targets(model: nn.Module) -> list[str] | str:
 
 
 def all_linear(model: nn.Module, config: LoHaConfig) -> list[str]:
-    """Every linear layer but the head."""
-    head = _head(model, config.task_type)
-    return [name for name, module in modules(model) if _is_linear(module) and module is not head]
+    """Every linear layer but the head, and but those whose weights nn.MultiheadAttention reads."""
+    unused = [_head(model, config.task_type)]
+    unused += [module.out_proj for module in model.modules() if isinstance(module, nn.MultiheadAttention)]
+    return [n for n, m in modules(model) if _is_linear(m) and not any(m is other for other in unused)]
 
 
 def _head(model: nn.Module, task: str | None) -> Any:

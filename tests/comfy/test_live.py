@@ -18,7 +18,9 @@ from .test_patching import loaded
 
 FAMILIES, FILES = ("sd15", "sdxl"), ("kohya", "kohya-dora", "peft")
 # For what does not depend on the file's spelling: with DoRA and without.
-BOTH_FAMILIES = pytest.mark.parametrize(("models", "adapter"), zip(FAMILIES, FILES[1:], strict=True), indirect=True)
+BOTH_FAMILIES = pytest.mark.parametrize(
+    ("models", "adapter"), list(zip(FAMILIES, FILES[1:], strict=True)), indirect=True
+)
 
 
 def families_and_files(axis, values):

@@ -281,7 +281,7 @@ def delta_of(layer: LoRAFactors) -> torch.Tensor:
 @pytest.mark.parametrize("effective", [True, False])
 def test_convert_to_lora(effective):
     model = adapted(target_modules=["conv", "0", "1"], use_effective_conv2d=effective)
-    deltas = {name: layer.get_delta_weight("default").detach() for name, layer in model.layers()}
+    deltas = {name: layer.get_delta_weight("default").detach() for name, layer in model.loha_layers()}
     layers, errors = loras(model.convert_to_lora())
     assert layers.keys() == deltas.keys()
     for name, delta in deltas.items():

@@ -128,7 +128,7 @@ def test_the_same_modules_ranks_and_first_values(build, config):
     assert shapes(ours) == shapes(theirs)
     for name, parameter in trained(theirs).items():
         assert torch.equal(trained(ours)[name], parameter), name
-    layers = dict(ours.layers())
+    layers = dict(ours.loha_layers())
     for name, module in theirs.model.named_modules():
         if hasattr(module, "hada_w1_a"):
             assert layers[name].scaling["default"] == module.scaling["default"]
@@ -266,7 +266,7 @@ def test_gpt2s_conv1d_which_peft_refuses():
     model = gpt2().eval()
     base = copy.deepcopy(model)
     ours = LoHaModel(model, LoHaConfig(r=2, init_weights=False))
-    assert {name.split(".")[-1] for name, _ in ours.layers()} == {"c_attn"}
+    assert {name.split(".")[-1] for name, _ in ours.loha_layers()} == {"c_attn"}
     ids = torch.randint(0, 32, (1, 5))
     y = ours(ids).logits
     assert not torch.allclose(y, base(ids).logits)

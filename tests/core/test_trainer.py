@@ -469,7 +469,7 @@ def test_so_does_an_error_amid_a_step(where):
 def test_layers_in_a_loha_model():
     torch.manual_seed(0)
     model = LoHaModel(Denoiser(), LoHaConfig(r=2, target_modules=["conv", "linear"], init_weights="lycoris")).eval()
-    layers = {"model": dict(model.layers())}
+    layers = {"model": dict(model.loha_layers())}
     before = {n: p.detach().clone() for n, p in model.named_parameters() if "hada_" not in n}
     task = Task()
 

@@ -272,7 +272,7 @@ class Diffusion:
 def _wrapped(module: nn.Module, config: LoHaConfig, network: str) -> dict[str, LoHaLayer]:
     if config.target_modules is None:
         config = LoHaConfig(**{**vars(config), "target_modules": _blocks(module)})
-    return {f"{network}.{name}": layer for name, layer in LoHaModel(module, config).layers()}
+    return {f"{network}.{name}": layer for name, layer in LoHaModel(module, config).loha_layers()}
 
 
 def _blocks(model: nn.Module) -> list[str]:
