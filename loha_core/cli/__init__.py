@@ -10,15 +10,9 @@ from ..errors import LoHaError
 from ..formats.describe import printable
 from . import bake, convert, extract, inspect, merge, resize, train
 
-COMMANDS = {
-    "inspect": inspect,
-    "merge": merge,
-    "resize": resize,
-    "convert": convert,
-    "extract": extract,
-    "bake": bake,
-    "train": train,
-}
+COMMANDS = {module.__name__.rpartition(".")[2]: module for module in (
+    inspect, merge, resize, convert, extract, bake, train,
+)}  # fmt: skip
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
