@@ -53,7 +53,7 @@ def test_counts_are_pefts(name, monkeypatch, capsys):
     ours = counts(run(path.read_text("utf-8"), path, monkeypatch, capsys, steps=1))
     # PEFT's LoHaModel alone prints nothing: its PeftModel does.
     source = re.split(r"\n(?:ids, wanted|ids = |size, |# 2\.)", path.read_text("utf-8"))[0]
-    source = re.sub(r"for name, layer in model\.layers.*?\n\n", "\n", source + "\n\n", flags=re.S)
+    source = re.sub(r"for name, layer in model\.loha_layers.*?\n\n", "\n", source + "\n\n", flags=re.S)
     source = source.replace("lora_alpha=", "alpha=").replace(", get_peft_model", "")
     source = source.replace(OURS, "from peft import LoHaConfig, get_peft_model")
     source = source.replace("LoHaModel(", "get_peft_model(")
