@@ -19,13 +19,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from .algebra import Factors
 from .errors import LoHaError
 from .ops.autograd import Delta, Geometry, LayerSpec
 from .ops.functional import adapted_forward, update_forward
-from .tuner.layers import padding_of
+from .tuner import forwards
+from .tuner.layer import drop_rows
+from .tuner.layers import padded, padding_of
 from .tuner.targets import is_transformers_conv1d
 
 try:
@@ -79,10 +80,7 @@ class _Layer(theirs.LoHaLayer):
         else:
             self.reset_adapter_parameters_random(adapter_name)
         self._move_adapter_to_device_of_base_layer(adapter_name)
-        try:
-            self.set_adapter(self.active_adapters, inference_mode=settings.get("inference_mode", False))
-        except TypeError:  # before 0.18 of some layers
-            self.set_adapter(self.active_adapters)
+        self.set_adapter(self.active_adapters, inference_mode=settings["inference_mode"])
 
     def create_adapter_parameters(self, adapter_name: str, r: int, shape: tuple[int, ...]) -> None:
         if len(shape) < 5:
@@ -97,13 +95,14 @@ class _Layer(theirs.LoHaLayer):
             ):
                 getattr(self, name)[adapter_name] = nn.Parameter(torch.empty(size))
 
-    def _factors(self, adapter: str) -> Factors:
+    def _factors(self, adapter: str, is_dropped: bool) -> Factors:
         names = ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b")
         cores = [getattr(self, name)[adapter] for name in ("hada_t1", "hada_t2") if adapter in self.hada_t1]
         axes = len(self._weight_shape)
         # PEFT has Conv1d's core as (r, r, k, 1).
         cores = [core.squeeze(3) if axes == 3 else core for core in cores]
-        return Factors(*(getattr(self, name)[adapter] for name in names), *cores)
+        factors = Factors(*(getattr(self, name)[adapter] for name in names), *cores)
+        return drop_rows(factors, self._weight_shape[0], self.rank_dropout[adapter]) if is_dropped else factors
 
     def _spec(self, adapter: str) -> LayerSpec:
         return LayerSpec(self._weight_shape, self._geometry(), self.scaling[adapter])
@@ -112,21 +111,11 @@ class _Layer(theirs.LoHaLayer):
 
     def get_delta_weight(self, adapter_name: str, *, apply_rank_dropout: bool = False) -> Tensor:
         """ΔW, shaped as the base's weight."""
-        factors = self._factors(adapter_name)
-        if apply_rank_dropout:
-            factors = self._dropped(factors, adapter_name)
-        spec = self._spec(adapter_name)
-        return Delta.apply(spec.scale, spec.shape, *factors)
-
-    def _dropped(self, factors: Factors, adapter: str) -> Factors:
-        """Rank dropout: output rows of ΔW, dropped in w1_a. Drawn as PEFT draws."""
-        kept = (torch.rand(self._weight_shape[0]) > self.rank_dropout[adapter]).to(factors.w1_a.dtype)
-        kept = (kept / kept.mean()).to(factors.w1_a.device)
-        return factors._replace(w1_a=factors.w1_a * (kept.unsqueeze(1) if factors.t1 is None else kept))
+        factors = self._factors(adapter_name, is_dropped=apply_rank_dropout)
+        return Delta.apply(self.scaling[adapter_name], self._weight_shape, *factors)
 
     def _acting(self, adapter: str) -> Factors:
-        drops = self.training and bool(self.rank_dropout[adapter])
-        return self._dropped(self._factors(adapter), adapter) if drops else self._factors(adapter)
+        return self._factors(adapter, is_dropped=self.training and bool(self.rank_dropout[adapter]))
 
     def _get_delta_activations(self, adapter_name: str, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         return update_forward(self._prepared(input), self._acting(adapter_name), self._spec(adapter_name))
@@ -150,11 +139,11 @@ class _Layer(theirs.LoHaLayer):
         return (self.base_layer(x, *args, **kwargs) if result is None else result).to(dtype)
 
     def _can_fuse(self, x: Tensor) -> bool:
-        """The base is exactly what its class says, whole, and nobody watches its forward."""
-        base: Any = self.base_layer
-        plain = type(base) is self.base_class and "forward" not in vars(base)
-        watched = base._forward_hooks or base._forward_pre_hooks or base._backward_hooks
-        return plain and not watched and base.weight.dtype == x.dtype and tuple(base.weight.shape) == self._weight_shape
+        """The base is plain, and its weight there whole (ZeRO-3 partitions it) in x's dtype."""
+        if not forwards.is_plain(self.base_layer, self.base_class):
+            return False
+        weight: Any = self.base_layer.weight
+        return weight.dtype == x.dtype and tuple(weight.shape) == self._weight_shape
 
 
 class Linear(_Layer, theirs.Linear):
@@ -178,17 +167,20 @@ class TransformersConv1D(Linear):
 
 
 class _Conv(_Layer):
+    def __init__(self, base_layer: nn.Module, *args: Any, **kwargs: Any) -> None:
+        super().__init__(base_layer, *args, **kwargs)
+        self._pads, self._walk = padding_of(self.get_base_layer())
+
     @property
     def _weight_shape(self) -> tuple[int, ...]:
         base: Any = self.get_base_layer()
         return base.out_channels, base.in_channels // base.groups, *base.kernel_size
 
     def _geometry(self) -> Geometry:
-        return padding_of(self.get_base_layer())[1]
+        return self._walk
 
     def _prepared(self, x: Tensor) -> Tensor:
-        pads = padding_of(self.get_base_layer())[0]
-        return x if pads is None else F.pad(x, pads[0], mode=pads[1])
+        return padded(x, self._pads)
 
 
 class Conv1d(_Conv, theirs.Conv1d):
@@ -206,47 +198,37 @@ class Conv3d(_Conv):
         return f"loha.{super().__repr__()}"
 
 
-_OURS: dict[type[nn.Module], type[_Layer]] = {
-    nn.Conv2d: Conv2d,
-    nn.Conv1d: Conv1d,
-    nn.Linear: Linear,
-    nn.Conv3d: Conv3d,
-}
-_THEIRS = dict(LoHaModel.layers_mapping)
-_create_new_module = LoHaModel._create_new_module.__func__
+_KINDS = (nn.Linear, Linear), (nn.Conv1d, Conv1d), (nn.Conv2d, Conv2d), (nn.Conv3d, Conv3d)
+_theirs = LoHaModel._create_new_module.__func__
 
 
-def _create(cls: type[LoHaModel], config: Any, adapter_name: str, target: nn.Module, **kwargs: Any) -> Any:
-    """PEFT's refuses kinds of layers that it has no class for; of ours it has two more."""
+def _ours(cls: type[LoHaModel], config: Any, adapter_name: str, target: nn.Module, **kwargs: Any) -> Any:
+    """In the place of PEFT's method; what neither has a layer for is left to that to refuse."""
     base: Any = getattr(target, "get_base_layer", lambda: target)()
-    kind = TransformersConv1D if is_transformers_conv1d(base) else Conv3d if isinstance(base, nn.Conv3d) else None
+    kind = next((ours for kind, ours in _KINDS if isinstance(base, kind)), None)
+    if is_transformers_conv1d(base):
+        kind = TransformersConv1D
     if kind is None:
-        return _create_new_module(cls, config, adapter_name, target, **kwargs)
+        return _theirs(cls, config, adapter_name, target, **kwargs)
     return kind(target, adapter_name, **({"config": config} | kwargs))
 
 
 def enable() -> None:
     """Let PEFT make our layers from now on."""
-    LoHaModel.layers_mapping = dict(_OURS)
-    LoHaModel._create_new_module = classmethod(_create)
+    LoHaModel._create_new_module = classmethod(_ours)
 
 
 def disable() -> None:
     """Let PEFT make its own layers again. Layers that are there stay as they are."""
-    LoHaModel.layers_mapping = dict(_THEIRS)
-    LoHaModel._create_new_module = classmethod(_create_new_module)
+    LoHaModel._create_new_module = classmethod(_theirs)
 
 
 @contextmanager
 def enabled() -> Iterator[None]:
     """`enable` for the length of a block."""
-    before = LoHaModel.layers_mapping, vars(LoHaModel).get("_create_new_module")
+    before = LoHaModel._create_new_module.__func__
     enable()
     try:
         yield
     finally:
-        LoHaModel.layers_mapping = before[0]
-        if before[1] is None:
-            del LoHaModel._create_new_module
-        else:
-            LoHaModel._create_new_module = before[1]
+        LoHaModel._create_new_module = classmethod(before)

@@ -130,7 +130,9 @@ def adapted_forward(
     x: Tensor, factors: Factors, spec: LayerSpec, weight: Tensor,
     bias: Tensor | None = None, magnitude: Tensor | None = None, *, strategy: StrategyChoice = "auto",
 ) -> Tensor:  # fmt: skip
-    """(W + ΔW) ∗ x + b, or W' ∗ x + b with DoRA's magnitudes. Nothing is checked."""
+    """(W + ΔW) ∗ x + b, or W' ∗ x + b with DoRA's magnitudes. Convolutions take x without a batch, too. Unchecked."""
+    if _is_unbatched(x, spec):
+        return adapted_forward(x[None], factors, spec, weight, bias, magnitude, strategy=strategy)[0]
     if weight.requires_grad or (bias is not None and bias.requires_grad):
         # A base in training needs gradients of its own, which autograd makes.
         x = _autocast(x)
@@ -143,9 +145,15 @@ def update_forward(
     x: Tensor, factors: Factors, spec: LayerSpec,
     magnitude: Tensor | None = None, weight: Tensor | None = None, *, strategy: StrategyChoice = "auto",
 ) -> Tensor:  # fmt: skip
-    """ΔW ∗ x, or (W' − W) ∗ x with DoRA's magnitudes and the weight that they belong to. Nothing is checked."""
+    """ΔW ∗ x, or (W' − W) ∗ x with DoRA's magnitudes and the weight that they belong to; x as `adapted_forward`'s."""
+    if _is_unbatched(x, spec):
+        return update_forward(x[None], factors, spec, magnitude, weight, strategy=strategy)[0]
     weight = None if magnitude is None else weight
     return _applied(x, factors, spec._replace(apply_base=False), weight, None, magnitude, strategy)
+
+
+def _is_unbatched(x: Tensor, spec: LayerSpec) -> bool:
+    return spec.geometry is not None and x.dim() == len(spec.shape) - 1
 
 
 def _applied(

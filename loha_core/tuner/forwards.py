@@ -92,6 +92,12 @@ def is_own(module: nn.Module, link: Link | None = None) -> bool:
     return chain.is_own and chain.links[:1] == (() if link is None else (link,))
 
 
+def is_plain(module: nn.Module, kind: type[nn.Module], link: Link | None = None) -> bool:
+    """Whether the module does just what ``kind`` does beneath ``link``: no subclass, no other forward, no hooks."""
+    watched = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks
+    return type(module) is kind and is_own(module, link) and not watched
+
+
 def has_links(module: nn.Module) -> bool:
     """Whether any link acts in the module's place."""
     return _PLACE in vars(module)

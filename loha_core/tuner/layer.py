@@ -283,10 +283,7 @@ class LoHaLayer(nn.Module):
         return y
 
     def _can_fuse(self) -> bool:
-        """The base is exactly what its class says, and nobody watches its forward."""
-        base = self.base_layer
-        plain = type(base) is self.base_class and forwards.is_own(base, self._link)
-        return plain and not (base._forward_hooks or base._forward_pre_hooks or base._backward_hooks)
+        return forwards.is_plain(self.base_layer, self.base_class, self._link)
 
     @contextmanager
     def standing_in(self) -> Iterator[None]:
@@ -307,7 +304,9 @@ class LoHaLayer(nn.Module):
     def _adapted(self, x: Tensor, adapter: str, *, apply_base: bool) -> Tensor:
         factors = self._tensors(adapter)
         if self.training and self.rank_dropout[adapter]:
-            factors = self._drop_rows(factors, adapter)
+            factors = drop_rows(
+                factors, self.weight_shape[0], self.rank_dropout[adapter], self.rank_dropout_scale[adapter]
+            )
         magnitude = self.dora_scale[adapter] if adapter in self.dora_scale else None
         x, spec = self._prepare(x), LayerSpec(self.weight_shape, self._geometry(), self.scaling[adapter])
         if apply_base:
@@ -317,15 +316,6 @@ class LoHaLayer(nn.Module):
     def _drops_module(self, adapter: str) -> bool:
         p = self.module_dropout[adapter]
         return p > 0 and bool(torch.rand(1) <= p)
-
-    def _drop_rows(self, factors: Factors, adapter: str) -> Factors:
-        """Output rows of ΔW are dropped by dropping them in w1_a. Drawn on the CPU, as PEFT and LyCORIS do."""
-        a1 = factors.w1_a
-        kept = (torch.rand(self.weight_shape[0]) > self.rank_dropout[adapter]).to(a1.dtype)
-        if self.rank_dropout_scale[adapter]:
-            kept = kept / kept.mean().clamp_min(1 / kept.numel())
-        kept = kept.to(a1.device)
-        return factors._replace(w1_a=a1 * (kept.unsqueeze(1) if factors.t1 is None else kept))
 
     # Merging
 
@@ -391,3 +381,16 @@ class LoHaLayer(nn.Module):
 
     def extra_repr(self) -> str:
         return ", ".join(f"{name}: r={self.r[name]}, alpha={self.alpha[name]:g}" for name in self.adapters)
+
+
+def drop_rows(factors: Factors, out: int, probability: float, is_scaled: bool = True) -> Factors:
+    """Rank dropout: output rows of ΔW, dropped in w1_a. Drawn on the CPU, as PEFT and LyCORIS do.
+
+    Args:
+        is_scaled: divide the rows that are left by their share of all.
+    """
+    kept = (torch.rand(out) > probability).to(factors.w1_a.dtype)
+    if is_scaled:
+        kept = kept / kept.mean().clamp_min(1 / out)
+    kept = kept.to(factors.w1_a.device)
+    return factors._replace(w1_a=factors.w1_a * (kept.unsqueeze(1) if factors.t1 is None else kept))

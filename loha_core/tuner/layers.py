@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..ops.autograd import Geometry
-from . import forwards
 from .layer import LoHaLayer
 from .targets import is_transformers_conv1d
 
@@ -62,20 +60,18 @@ class _LoHaConv(LoHaLayer):
         return self._walk
 
     def _prepare(self, x: Tensor) -> Tensor:
-        if self._pads is None:
-            return x
-        widths, mode = self._pads
-        return F.pad(x, widths, mode=mode)
-
-    def _forward(self, base: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
-        x = forwards.first(args, kwargs)
-        if x.dim() == len(self._walk.stride) + 1:
-            others = {name: value for name, value in kwargs.items() if name != "input"}
-            return super()._forward(base, x.unsqueeze(0), *args[1:], **others).squeeze(0)
-        return super()._forward(base, *args, **kwargs)
+        return padded(x, self._pads)
 
 
-def padding_of(base: Any) -> tuple[tuple[list[int], str] | None, Geometry]:
+Pads = tuple[list[int], str] | None
+"""Widths and mode for `F.pad`, or None where the convolution pads by itself."""
+
+
+def padded(x: Tensor, pads: Pads) -> Tensor:
+    return x if pads is None else F.pad(x, pads[0], mode=pads[1])
+
+
+def padding_of(base: Any) -> tuple[Pads, Geometry]:
     """Padding to do beforehand, if the convolution cannot do it itself, and how it walks then."""
     widths = list(base._reversed_padding_repeated_twice)
     axes = len(base.kernel_size)

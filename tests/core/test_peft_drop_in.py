@@ -295,3 +295,18 @@ def test_without_peft_it_names_the_extra():
     code = "import sys; sys.modules['peft'] = None; import loha_core.peft"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=PATIENCE)
     assert "LoHaError: PEFT 0.19 or later is not here" in run.stderr and "comfyui-loha[peft]" in run.stderr
+
+
+@pytest.mark.parametrize("effective", [False, True])
+@pytest.mark.parametrize(("kind", "size"), [(nn.Conv1d, (7,)), (nn.Conv2d, (7, 7))])
+def test_a_convolution_takes_a_single_picture_without_a_batch(kind, size, effective):
+    base, x = nn.Sequential(kind(3, 4, 3, padding=1)), torch.randn(3, *size)
+    settings = {"target_modules": ["0"], "use_effective_conv2d": effective}
+    theirs, ours = (wrapped(name, base, **settings)(x) for name in MODES)
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+def test_when_every_row_is_dropped_the_update_is_zero():
+    base, x = nn.Sequential(nn.Linear(3, 2)), torch.randn(4, 3)
+    model = wrapped("ours", base, target_modules=["0"], rank_dropout=0.999)
+    torch.testing.assert_close(model(x), base(x))
