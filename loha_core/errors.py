@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -60,3 +60,14 @@ def check_number(
     ]
     expected = " ".join([f"a {'whole' if integer else 'finite'} number", *limits])
     raise LoHaError(f"{name} is {value!r}; expected {expected}")
+
+
+def check_choice(name: str, value: object, choices: Iterable[str]) -> None:
+    """Refuse a value that is not one of ``choices``.
+
+    Raises:
+        LoHaError: names the value and the choices.
+    """
+    expected = list(choices)
+    if value not in expected:
+        raise LoHaError(f"{name} is {value!r}; expected one of {', '.join(expected)}")

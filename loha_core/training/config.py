@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
 from dataclasses import dataclass
 
 import torch
 
-from ..errors import LoHaError, check_number
+from ..errors import check_choice, check_number
 
 # Accelerate's names -> the dtype of autocast.
 MIXED_PRECISION = {"no": None, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -53,13 +52,3 @@ class TrainingConfig:
             check_number(name, getattr(self, name), minimum=0)
         check_number("ema_decay", self.ema_decay, minimum=0, below=1)
         check_choice("mixed_precision", self.mixed_precision, MIXED_PRECISION)
-
-
-def check_choice(name: str, value: object, choices: Collection[str]) -> None:
-    """Refuse a value that is not one of ``choices``.
-
-    Raises:
-        LoHaError: names the value and the choices.
-    """
-    if value not in choices:
-        raise LoHaError(f"{name} is {value!r}; expected one of {', '.join(choices)}")

@@ -19,8 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..errors import LoHaError, check_number
-from .config import check_choice
+from ..errors import LoHaError, check_choice, check_number
 
 Timesteps = Literal["uniform", "logit-normal", "shifted"]
 LossType = Literal["mse", "huber", "l1"]

@@ -10,8 +10,7 @@ from typing import Any, Literal, NamedTuple, get_args
 import torch
 from torch import nn
 
-from ..errors import LoHaError, check_number
-from .config import check_choice
+from ..errors import LoHaError, check_choice, check_number
 
 Curve = Literal["constant", "linear", "cosine", "restarts"]
 

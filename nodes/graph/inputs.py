@@ -9,6 +9,7 @@ from typing import Any
 from comfy_api.latest import io
 
 from loha_core import LoHaError
+from loha_core.errors import check_choice
 
 
 def number(
@@ -29,17 +30,10 @@ def one_of(name: str, options: Iterable[str], tooltip: str, *, default: str = ""
     return io.Combo.Input(name, options=names, default=default or names[0], tooltip=tooltip, optional=optional)
 
 
-def known(name: str, value: str, choices: Iterable[str]) -> str:
-    """``value``, if the input ``name`` knows it."""
-    expected = list(choices)
-    if value not in expected:
-        raise LoHaError(f"{name} is {value!r}; expected one of {', '.join(expected)}")
-    return value
-
-
 def choice(name: str, value: str, choices: Mapping[str, Any]) -> Any:
     """What ``value`` stands for."""
-    return choices[known(name, value, choices)]
+    check_choice(name, value, choices)
+    return choices[value]
 
 
 def json_object(name: str, text: str, example: str) -> dict[str, Any]:

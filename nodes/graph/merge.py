@@ -8,10 +8,11 @@ from typing import Any
 from comfy_api.latest import io
 
 from loha_core import Adapter, Compression, convert, merge, resize
+from loha_core.errors import check_choice
 from loha_core.transform import compress
 from loha_core.transform.merge import METHODS, combination
 
-from .inputs import choice, known, number, one_of
+from .inputs import choice, number, one_of
 from .results import KINDS, kind_input, schema, shown
 from .save import DTYPES
 from .types import LOHA, LOHA_BLOCKS
@@ -202,5 +203,6 @@ def _bound_inputs(rank: int) -> list[Any]:
 def _compression(method: Any, bound: str, rank: int, amount: float, kind: Any = "loha") -> Compression:
     if method == "exact":
         return Compression("exact", kind=kind)
-    limit: dict[str, Any] = {known("bound", bound, BOUNDS): rank if bound == "rank" else amount}
+    check_choice("bound", bound, BOUNDS)
+    limit: dict[str, Any] = {bound: rank if bound == "rank" else amount}
     return Compression(method, kind=kind, **limit)

@@ -7,7 +7,7 @@ import math
 import pytest
 
 from loha_core import LoHaError
-from loha_core.errors import about, check_number
+from loha_core.errors import about, check_choice, check_number
 
 
 @pytest.mark.parametrize("value", [1, 2.5, 10**400, -3])
@@ -41,3 +41,10 @@ def test_about_puts_its_words_in_front_once_and_leaves_other_errors_alone():
         raise LoHaError("no rank")
     with pytest.raises(KeyError, match="^'k'$"), about("a.safetensors"):
         raise KeyError("k")
+
+
+@pytest.mark.parametrize("choices", [("a", "b"), {"a": 1, "b": 2}, iter(["a", "b"])])
+def test_a_value_that_is_none_of_the_choices_is_refused(choices):
+    with pytest.raises(LoHaError, match=r"^x is \['a'\]; expected one of a, b$"):
+        check_choice("x", ["a"], choices)
+    check_choice("x", "a", ["a", "b"])

@@ -10,9 +10,9 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from ...errors import LoHaError, about, check_number
+from ...errors import LoHaError, about, check_choice, check_number
 from ...tuner.config import LoHaConfig
-from ..config import TrainingConfig, check_choice
+from ..config import TrainingConfig
 from ..data.captions import Captions
 from ..data.pictures import Sizes
 from ..objectives import Objective
