@@ -18,7 +18,7 @@ from loha_core.bind import weight_key
 
 from . import versions
 from .acting import ActingLayer
-from .updates import LiveUpdate, SamplingProgress
+from .updates import LiveUpdate, SamplingCall
 
 KEY = "loha"  # one injection for all live adapters of a model
 
@@ -42,9 +42,9 @@ class LiveAdapters(PatcherInjection):
 
     injected: weakref.WeakKeyDictionary[nn.Module, _Injected] = weakref.WeakKeyDictionary()
 
-    def __init__(self, updates: tuple[LiveUpdate, ...], progress: SamplingProgress) -> None:
+    def __init__(self, updates: tuple[LiveUpdate, ...], call: SamplingCall) -> None:
         super().__init__(inject=self._inject, eject=self._eject)
-        self.updates, self.progress = updates, progress
+        self.updates, self.call = updates, call
 
     @cached_property
     def by_key(self) -> dict[str, list[LiveUpdate]]:

@@ -19,7 +19,7 @@ from . import weights
 from .acting import is_operator, layer_cost, why_not_live
 from .injection import KEY, LiveAdapters, eject_with, live_of, renew
 from .patches import Patch
-from .updates import ActingUpdate, LiveUpdate, SamplingProgress
+from .updates import ActingUpdate, LiveUpdate, SamplingCall
 
 
 def apply_live(
@@ -35,12 +35,12 @@ def apply_live(
         return patcher
     if why := why_unsupported(patcher, patches):
         raise LoHaError(f"{why}; set mode to merge")
-    before = live_of(patcher) or LiveAdapters((), SamplingProgress())
-    new = tuple(LiveUpdate(patch, strength, schedule, before.progress) for patch in patches)
+    before = live_of(patcher) or LiveAdapters((), SamplingCall())
+    new = tuple(LiveUpdate(patch, strength, schedule, before.call) for patch in patches)
     clone = patcher.clone()
-    clone.set_injections(KEY, [LiveAdapters((*before.updates, *new), before.progress)])
+    clone.set_injections(KEY, [LiveAdapters((*before.updates, *new), before.call)])
     if schedule is not None and KEY not in clone.wrappers.get(WrappersMP.APPLY_MODEL, {}):
-        clone.add_wrapper_with_key(WrappersMP.APPLY_MODEL, KEY, before.progress)
+        clone.add_wrapper_with_key(WrappersMP.APPLY_MODEL, KEY, before.call)
     if not before.updates:
         clone.add_callback_with_key(CallbacksMP.ON_CLONE, KEY, lambda _, new: _guard(new))
         clone.add_callback_with_key(CallbacksMP.ON_PRE_RUN, KEY, renew)

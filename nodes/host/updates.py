@@ -5,10 +5,11 @@ W' is W + ΔW, and with DoRA c∘(W + ΔW), c = m/‖W+ΔW‖. At strength s a w
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cache, cached_property
 from math import prod
+from types import MappingProxyType
 from typing import Any
 
 import comfy.lora
@@ -20,16 +21,43 @@ from loha_core import LoHaFactors, add_delta_, algebra
 from .patches import LoHaPatch, Part, Patch, part_of, reordered
 
 
-@dataclass
-class SamplingProgress:
-    """How far sampling has come, 0…1; set before each call of the diffusion model."""
+class SamplingCall:
+    """What the diffusion model is asked at this moment of sampling.
 
-    percent: float = 0.0
+    A wrapper of ComfyUI's around ``apply_model`` sets it before each call: `KEY` in a patcher's wrappers.
 
-    def __call__(self, executor: Any, x: Tensor, t: Tensor, *args: Any, **kwargs: Any) -> Any:
+    Attributes:
+        shape: of the latents, (rows, channels, …, height, width); () before the first call.
+        chunks: conditionings that the rows hold one after the other, each for all pictures of the batch.
+        options: transformer_options.
+    """
+
+    shape: tuple[int, ...] = ()
+    chunks: int = 1
+    options: Mapping[str, Any] = MappingProxyType({})
+    _moment: Callable[[], float] = staticmethod(lambda: 0.0)
+
+    def __call__(
+        self,
+        executor: Any,
+        x: Tensor,
+        t: Tensor,
+        c_concat: Any = None,
+        c_crossattn: Any = None,
+        control: Any = None,
+        transformer_options: Mapping[str, Any] = MappingProxyType({}),
+        **kwargs: Any,
+    ) -> Any:
         """ComfyUI's wrapper around ``apply_model``; t is sigma."""
-        self.percent = percent_of(float(t.max()), executor.class_obj.model_sampling)
-        return executor(x, t, *args, **kwargs)
+        self.shape, self.options = tuple(x.shape), transformer_options
+        self.chunks = len(transformer_options.get("cond_or_uncond", ())) or 1
+        self._moment = cache(lambda: percent_of(float(t.max()), executor.class_obj.model_sampling))
+        return executor(x, t, c_concat, c_crossattn, control, transformer_options, **kwargs)
+
+    @property
+    def percent(self) -> float:
+        """How far sampling has come, 0…1."""
+        return self._moment()
 
 
 def percent_of(sigma: float, model_sampling: Any) -> float:
@@ -48,12 +76,12 @@ class LiveUpdate:
     patch: Patch
     strength: float = 1.0
     schedule: Callable[[float], float] | None = None
-    progress: SamplingProgress = field(default_factory=SamplingProgress)
+    call: SamplingCall = field(default_factory=SamplingCall)
 
     def strength_now(self) -> float:
         """The strength at this moment of sampling."""
         strength = self.strength * self.patch.block_strength
-        return strength * self.schedule(self.progress.percent) if self.schedule else strength
+        return strength * self.schedule(self.call.percent) if self.schedule else strength
 
     def native(self, strength: float) -> tuple[Any, ...]:
         """As ``ModelPatcher.patches`` holds it."""
