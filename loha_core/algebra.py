@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -81,12 +82,29 @@ def khatri_rao(f: Factors, scale: float) -> KhatriRao:
     return KhatriRao(columnwise(a1, f.w2_a).T, v, core)
 
 
+# Elements of ΔW that are built at once where its norm has no shorter way.
+STRIPE = 1 << 22
+
+
 def norm(f: Factors, scale: float) -> float:
-    """‖s·ΔW‖_F. By ‖UV‖² = ⟨UᵀU, VVᵀ⟩ where r² is the short side, so that no o×i is built; float64 sums."""
-    if f.t1 is None and f.rank**2 <= min(f.w1_a.shape[0], f.w1_b.shape[1]) // 2:
-        u, v, _ = khatri_rao(f.to(torch.float64), scale)
-        return float(((u.T @ u) * (v @ v.T)).sum().clamp_min(0).sqrt())
-    return float(torch.linalg.vector_norm(delta(f.to(compute_dtype(*f)), scale), dtype=torch.float64))
+    """‖s·ΔW‖_F, without ΔW; sums in float64.
+
+    Where r² is the short side, by Gram matrices of the Khatri–Rao form: ‖UV‖² = ⟨UᵀU, VVᵀ⟩, and with a Tucker core C
+    Σ_k ⟨UᵀU·C_k, C_k·VVᵀ⟩. Else by stripes of outputs.
+    """
+    outputs, inputs = f.w1_a.shape[0 if f.t1 is None else 1], f.w1_b.shape[1]
+    if f.rank**2 <= min(outputs, inputs) // 2:
+        u, v, core = khatri_rao(f.to(torch.float64), scale)
+        left, right = u.T @ u, v @ v.T
+        if core is not None:
+            left, right = torch.tensordot(left, core, 1), torch.einsum("PYk,YQ->PQk", core.flatten(2), right)
+        return float((left.flatten() * right.flatten()).sum().clamp_min(0).sqrt())
+    f = f.to(compute_dtype(*f))
+    height = max(1, STRIPE // (inputs * (1 if f.t1 is None else f.t1[0, 0].numel())))
+    axis = 0 if f.t1 is None else 1
+    stripes = zip(f.w1_a.split(height, axis), f.w2_a.split(height, axis), strict=True)
+    updates = (delta(f._replace(w1_a=a1, w2_a=a2), scale) for a1, a2 in stripes)
+    return math.hypot(*(float(torch.linalg.vector_norm(update, dtype=torch.float64)) for update in updates))
 
 
 def dora_axis(dora_scale: Tensor, weight_shape: tuple[int, ...]) -> int:

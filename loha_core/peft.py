@@ -126,7 +126,7 @@ class _Layer(theirs.LoHaLayer):
             self.unmerge()
         result = None
         for adapter in () if self.disable_adapters or self.merged else self.active_adapters:
-            if adapter not in self.hada_w1_a or (self.training and not torch.rand(1) > self.module_dropout[adapter]):
+            if adapter not in self.hada_w1_a or (self.training and self._drops_module(adapter)):
                 continue
             if result is None and not args and not kwargs and self._can_fuse(x):
                 base: Any = self.base_layer
@@ -137,6 +137,11 @@ class _Layer(theirs.LoHaLayer):
                 result = self.base_layer(x, *args, **kwargs)
             result = result + self._get_delta_activations(adapter, x, *args, **kwargs)
         return (self.base_layer(x, *args, **kwargs) if result is None else result).to(dtype)
+
+    def _drops_module(self, adapter: str) -> bool:
+        drawn, p = torch.rand(1), self.module_dropout[adapter]
+        # PEFT draws at 0 too, and so do we; but torch.compile's graph cannot hold a branch on what was drawn.
+        return p > 0 and not bool(drawn > p)
 
     def _can_fuse(self, x: Tensor) -> bool:
         """The base is plain, and its weight there whole (ZeRO-3 partitions it) in x's dtype."""

@@ -9,8 +9,10 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
-from loha_core import LoHaError, LoHaFactors
+from loha_core import LoHaError, LoHaFactors, algebra
 
 from . import oracle, samples
 
@@ -71,9 +73,26 @@ def test_norm_is_frobenius(case):
     assert samples.factors(shape, **options).norm() == pytest.approx(np.linalg.norm(wanted(shape, options)), rel=1e-6)
 
 
-def test_norm_of_a_large_layer_needs_no_full_update():
-    f = samples.factors((64, 96), rank=3)  # 9 ≤ 32: by the Gram matrices
-    assert f.norm() == pytest.approx(np.linalg.norm(wanted((64, 96), {"rank": 3})), rel=1e-9)
+class Largest(TorchDispatchMode):
+    """The most elements that an operation's result had."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **kwargs or {})
+        self.elements = max([self.elements, *(t.numel() for t in tree_leaves(result) if isinstance(t, torch.Tensor))])
+        return result
+
+
+@pytest.mark.parametrize("rank", [3, 12], ids=["by Gram matrices", "by stripes"])
+@pytest.mark.parametrize(("shape", "tucker"), [((512, 96), False), ((64, 96, 3, 3), False), ((64, 96, 3, 3), True)])
+def test_norm_needs_no_full_update(monkeypatch, shape, tucker, rank):
+    monkeypatch.setattr(algebra, "STRIPE", 8192)
+    f = samples.factors(shape, rank=rank, tucker=tucker, dtype=torch.float64)
+    with Largest() as largest:
+        found = f.norm()
+    assert found == pytest.approx(np.linalg.norm(wanted(shape, {"rank": rank, "tucker": tucker})), rel=1e-12)
+    assert 0 < largest.elements < torch.Size(shape).numel() / 3
 
 
 @pytest.mark.parametrize("stored", TOLERANCE)
