@@ -31,9 +31,15 @@ from .transform.convert import (
 from .transform.merge import merge
 from .transform.report import ErrorReport, LayerError, Result
 from .transform.sparse import Sparse
-from .tuner.config import LoHaConfig
+from .tuner.config import LoHaConfig, TaskType
 from .tuner.layers import LoHaConv1d, LoHaConv2d, LoHaConv3d, LoHaLayer, LoHaLinear
 from .tuner.model import LoHaModel, get_peft_model
+from .tuner.state.tensors import (
+    get_base_model_state_dict,
+    get_peft_model_state_dict,
+    set_base_model_state_dict,
+    set_peft_model_state_dict,
+)
 
 __version__ = "0.1.0"
 
@@ -50,5 +56,7 @@ __all__ = [
     # whole checkpoints
     "apply_to_checkpoint", "extract",
     # PEFT's API
-    "LoHaConfig", "LoHaConv1d", "LoHaConv2d", "LoHaConv3d", "LoHaLayer", "LoHaLinear", "LoHaModel", "get_peft_model",
+    "LoHaConfig", "LoHaConv1d", "LoHaConv2d", "LoHaConv3d", "LoHaLayer", "LoHaLinear", "LoHaModel", "TaskType",
+    "get_base_model_state_dict", "get_peft_model", "get_peft_model_state_dict", "set_base_model_state_dict",
+    "set_peft_model_state_dict",
 ]  # fmt: skip

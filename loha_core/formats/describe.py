@@ -30,7 +30,7 @@ def base_model(adapter: Adapter) -> str:
     for key in ("modelspec.architecture", "ss_base_model_version"):
         if adapter.metadata.get(key):
             return adapter.metadata[key]
-    paths = {spelling.identity(name)[1]: f for name, f in adapter.layers.items() if not _is_text(name)}
+    paths = {spelling.identity(name)[1]: f for name, f in adapter.layers.items() if not is_text(name)}
     if family := _transformer(paths):
         return family
     for path, factors in paths.items():
@@ -39,7 +39,7 @@ def base_model(adapter: Adapter) -> str:
     return _text_encoders(adapter.layers) or "unknown"
 
 
-def _is_text(name: str) -> bool:
+def is_text(name: str) -> bool:
     return name.startswith("text_encoders.") or spelling.identity(name)[0].startswith("te")
 
 

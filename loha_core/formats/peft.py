@@ -101,6 +101,11 @@ def _squeeze_conv1d(key: str, tensor: Tensor) -> Tensor:
     return tensor.squeeze(3) if ".hada_t" in key and tensor.dim() == 4 and tensor.shape[3] == 1 else tensor
 
 
+def unsqueeze_conv1d(key: str, tensor: Tensor) -> Tensor:
+    """The inverse of `_squeeze_conv1d`."""
+    return tensor.unsqueeze(3) if ".hada_t" in key and tensor.dim() == 3 else tensor
+
+
 # --- writing ---------------------------------------------------------------------------------------------------------
 
 
@@ -201,8 +206,8 @@ def tensors_of(layers: Mapping[str, Layer]) -> dict[str, Tensor]:
             tensors |= {f"{WRAPPER}{name}.lora_A.weight": layer.down, f"{WRAPPER}{name}.lora_B.weight": layer.up}
             continue
         for field, tensor in layer.tensors().items():
-            is_conv1d = field in ("t1", "t2") and tensor.dim() == 3
-            tensors[f"{WRAPPER}{name}.hada_{field}"] = tensor.unsqueeze(3) if is_conv1d else tensor
+            key = f"{WRAPPER}{name}.hada_{field}"
+            tensors[key] = unsqueeze_conv1d(key, tensor)
     return tensors
 
 

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import math
 import os
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
+from enum import Enum
+from functools import wraps
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, TypeVar
 
 from ..errors import LoHaError, about, check_number
 from ..factors import LoHaFactors
@@ -18,7 +21,27 @@ from ..formats import peft
 from ..naming.patterns import checked, get_pattern_key, path_end
 
 INITS = ("peft", "lycoris")
-TASKS = ("SEQ_CLS", "SEQ_2_SEQ_LM", "CAUSAL_LM", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION")
+PEFT_VERSION = "0.21.0"  # the release whose format is written
+T = TypeVar("T")
+
+
+class PeftType(str, Enum):
+    """The kinds of adapter that a configuration can be of here."""
+
+    LOHA = "LOHA"
+
+
+class TaskType(str, Enum):
+    """What a model is for. Classifiers' untrained heads are saved along (`get_peft_model`)."""
+
+    SEQ_CLS = "SEQ_CLS"
+    SEQ_2_SEQ_LM = "SEQ_2_SEQ_LM"
+    CAUSAL_LM = "CAUSAL_LM"
+    TOKEN_CLS = "TOKEN_CLS"
+    QUESTION_ANS = "QUESTION_ANS"
+    FEATURE_EXTRACTION = "FEATURE_EXTRACTION"
+
+
 # What PEFT's LoHa doesn't know; written only where it differs from the default.
 _BEYOND_PEFT = ("rank_dropout_scale", "use_dora", "use_rslora", "use_scalar")
 
@@ -27,7 +50,31 @@ class UnknownArgument(LoHaError, TypeError):
     """What Python raises for an argument that a function does not have."""
 
 
-@dataclass(init=False)
+def _arguments(cls: type[T]) -> type[T]:
+    """Lets a dataclass take lora_alpha for alpha, and name unknown arguments in an error of ours."""
+    init: Callable[..., None] = cls.__init__
+    signature = inspect.signature(init)
+
+    @wraps(init)
+    def checked(self: T, *args: Any, lora_alpha: float | None = None, **values: Any) -> None:
+        if unknown := [name for name in values if name not in signature.parameters]:
+            known = ", ".join(list(signature.parameters)[1:])
+            raise UnknownArgument(f"LoHaConfig has no field {', '.join(unknown)}; it has {known}")
+        alpha = values.get("alpha", args[1] if len(args) > 1 else None)
+        if None not in (alpha, lora_alpha) and alpha != lora_alpha:
+            raise LoHaError(f"alpha is {alpha} and lora_alpha {lora_alpha}: two names of one number; give one")
+        if lora_alpha is not None and len(args) < 2:
+            values["alpha"] = lora_alpha
+        init(self, *args, **values)
+
+    other = inspect.Parameter("lora_alpha", inspect.Parameter.KEYWORD_ONLY, default=None, annotation="float | None")
+    checked.__signature__ = signature.replace(parameters=[*signature.parameters.values(), other])  # type: ignore[attr-defined]
+    cls.__init__ = checked  # type: ignore[method-assign, assignment]
+    return cls
+
+
+@_arguments
+@dataclass
 class LoHaConfig:
     """Configuration of a `LoHaModel`.
 
@@ -58,11 +105,15 @@ class LoHaConfig:
         use_dora: learn a magnitude along the output axis (True or "output") or the input axis ("input").
         use_rslora: scale alpha / √r.
         use_scalar: a learned factor of the update that begins at zero, as LyCORIS has it.
+        peft_version: the release of PEFT that wrote a file; where none did, what is written is the release whose format
+            it is.
         extra: fields of a configuration file that nobody here knows; kept and written back.
 
     Raises:
         LoHaError: a value that cannot be right; names the field.
     """
+
+    is_prompt_learning: ClassVar[bool] = False  # PEFT's
 
     r: int = 8
     alpha: float = 8
@@ -78,29 +129,19 @@ class LoHaConfig:
     alpha_pattern: dict[str, float] = field(default_factory=dict)
     modules_to_save: list[str] | None = None
     inference_mode: bool = False
-    task_type: str | None = None
+    task_type: TaskType | str | None = None
     revision: str | None = None
     base_model_name_or_path: str | None = None
     auto_mapping: dict[str, Any] | None = None
-    peft_type: str = "LOHA"
+    peft_type: PeftType = PeftType.LOHA
+    peft_version: str | None = None
     rank_dropout_scale: bool = True
     use_dora: bool | str = False
     use_rslora: bool = False
     use_scalar: bool = False
     extra: dict[str, Any] = field(default_factory=dict)
 
-    def __init__(self, r: int = 8, alpha: float | None = None, *, lora_alpha: float | None = None, **values: Any):
-        known = {f.name: f for f in fields(self)}
-        unknown = [name for name in values if name not in known]
-        if unknown:
-            raise UnknownArgument(f"LoHaConfig has no field {', '.join(unknown)}; it has {', '.join(known)}")
-        if alpha is not None and lora_alpha is not None and alpha != lora_alpha:
-            raise LoHaError(f"alpha is {alpha} and lora_alpha {lora_alpha}: two names of one number; give one")
-        given = [value for value in (alpha, lora_alpha) if value is not None]
-        values |= {"r": r, "alpha": given[0] if given else known["alpha"].default}
-        for name, f in known.items():
-            default = f.default_factory() if callable(f.default_factory) else f.default
-            setattr(self, name, values.get(name, default))
+    def __post_init__(self) -> None:
         self._normalise()
         self._check()
 
@@ -119,9 +160,6 @@ class LoHaConfig:
             if value is not None and not isinstance(value, Mapping):
                 raise LoHaError(f"{name} is {value!r}; expected pattern: number pairs")
             setattr(self, name, dict(value or {}))
-        # Enums of other libraries (PeftType, TaskType) are strings with a value.
-        self.task_type = getattr(self.task_type, "value", self.task_type)
-        self.peft_type = getattr(self.peft_type, "value", self.peft_type)
 
     def _check(self) -> None:
         check_number("r", self.r, minimum=1, integer=True)
@@ -136,10 +174,14 @@ class LoHaConfig:
             raise LoHaError(f"init_weights is {self.init_weights!r}; expected True, False or one of {INITS}")
         if not isinstance(self.use_dora, bool) and self.use_dora not in ("output", "input"):
             raise LoHaError(f"use_dora is {self.use_dora!r}; expected True, False, 'output' or 'input'")
-        if self.peft_type != "LOHA":
-            raise LoHaError(f"peft_type is {self.peft_type!r}; this is a configuration of LOHA")
-        if self.task_type is not None and self.task_type not in TASKS:
-            raise LoHaError(f"task_type is {self.task_type!r}; expected one of {', '.join(TASKS)}")
+        # Enums of other libraries are strings with a value.
+        kind, task = (getattr(value, "value", value) for value in (self.peft_type, self.task_type))
+        if kind != PeftType.LOHA:
+            raise LoHaError(f"peft_type is {kind!r}; this is a configuration of LOHA")
+        if task is not None and task not in list(TaskType):
+            tasks = ", ".join(TaskType)
+            raise LoHaError(f"Invalid task type: {task!r}. Must be one of the following task types: {tasks}.")
+        self.peft_type, self.task_type = PeftType.LOHA, None if task is None else TaskType(task)
         self._check_layers()
         for name, is_rank in (("rank_pattern", True), ("alpha_pattern", False)):
             for pattern, number in getattr(self, name).items():
@@ -204,7 +246,24 @@ class LoHaConfig:
         if isinstance(values["init_weights"], str):
             # How weights began is history once they are saved, and PEFT expects a bool.
             values["init_weights"] = True
-        return self.extra | values
+        values["peft_version"] = self.peft_version or PEFT_VERSION
+        return self.extra | {name: getattr(value, "value", value) for name, value in values.items()}
+
+    @classmethod
+    def of(cls, config: Any) -> LoHaConfig:
+        """``config`` itself, or the same as PEFT's LoHaConfig says it.
+
+        Raises:
+            LoHaError: a configuration of another kind of adapter, or none at all.
+        """
+        if isinstance(config, cls):
+            return config
+        kind = getattr(config, "peft_type", None)
+        if getattr(kind, "value", kind) != PeftType.LOHA or not hasattr(config, "to_dict"):
+            raise LoHaError(
+                f"{type(config).__name__} is no configuration of LoHa; expected a LoHaConfig, ours or PEFT's"
+            )
+        return cls.from_dict(config.to_dict())
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> LoHaConfig:
@@ -227,7 +286,19 @@ class LoHaConfig:
         path = Path(path)
         file = path / peft.CONFIG_NAME if os.path.isdir(path) else path
         with about(file):
-            return cls.from_dict(peft.read_config(file) | changes)
+            values = peft.read_config(file)
+            if "peft_type" not in values:
+                raise UnknownArgument(
+                    f"The {cls.__name__} config that is trying to be loaded is missing required keys: "
+                    '{\'peft_type\'}. It is no adapter\'s; write "peft_type": "LOHA" into it if it is'
+                )
+            return cls.from_dict(values | changes)
+
+    @classmethod
+    def from_json_file(cls, path_json_file: str | Path) -> dict[str, Any]:
+        """The fields of a configuration file, as they are there, but for what belonged to one run only."""
+        values = peft.read_config(Path(path_json_file))
+        return {name: value for name, value in values.items() if name != "runtime_config"}
 
 
 def within(saved: str) -> re.Pattern[str]:

@@ -44,6 +44,7 @@ class LoHaLayer(nn.Module):
     other_param_names = ("r", "alpha", "scaling", "rank_dropout", "rank_dropout_scale", "module_dropout")
     base_class: type[nn.Module]
     _transposed = False  # the base's weight is (i, o)
+    is_grouped = False  # a convolution of several groups
 
     hada_w1_a: nn.ParameterDict
     hada_w1_b: nn.ParameterDict
@@ -183,21 +184,23 @@ class LoHaLayer(nn.Module):
         if enabled:
             self.set_adapter(self._active)
         else:
-            for _, parameter in self._parameters_of(None):
-                parameter.requires_grad_(False)
+            for adapter in self.adapters:
+                for parameter in self.parameters_of(adapter):
+                    parameter.requires_grad_(False)
         self._disabled = not enabled
 
     def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
         """Choose the active adapters: these train (unless ``inference_mode``), the others are frozen."""
         names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
-        for adapter, parameter in self._parameters_of(None):
-            parameter.requires_grad_(adapter in names and not inference_mode)
+        for adapter in self.adapters:
+            for parameter in self.parameters_of(adapter):
+                parameter.requires_grad_(adapter in names and not inference_mode)
         self._active = names
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Forget an adapter. If it was the only active one, the first that is left takes its place."""
         if adapter_name in self.merged_adapters:
-            raise LoHaError(f"{adapter_name} is merged into the weight; unmerge it before deleting it")
+            raise LoHaError(f"{adapter_name} is merged into the weight; unmerge it before it is deleted")
         self.forget(adapter_name)
         if adapter_name in self._active:
             left = [name for name in self._active if name != adapter_name]
@@ -211,12 +214,9 @@ class LoHaLayer(nn.Module):
         for name in (*self.other_param_names, "_full_scale"):
             getattr(self, name).pop(adapter_name, None)
 
-    def _parameters_of(self, adapter_name: str | None) -> Iterator[tuple[str, nn.Parameter]]:
-        """(adapter, parameter) of one adapter or of all."""
-        for name in (*self.adapter_layer_names, *self.extra_parameter_names):
-            for adapter, parameter in getattr(self, name).items():
-                if adapter_name in (None, adapter):
-                    yield adapter, parameter
+    def parameters_of(self, adapter_name: str) -> Iterator[nn.Parameter]:
+        held = (getattr(self, name) for name in (*self.adapter_layer_names, *self.extra_parameter_names))
+        return (parameters[adapter_name] for parameters in held if adapter_name in parameters)
 
     # Scales
 
@@ -346,7 +346,10 @@ class LoHaLayer(nn.Module):
             merged = self._base_weight().detach().clone()
             self._merge_into(merged, names)
             if not bool(torch.isfinite(merged).all()):
-                raise LoHaError(f"merging {', '.join(names)} gives NaN or infinity; nothing was merged")
+                raise LoHaError(
+                    f"NaNs detected in the merged weights. The adapter {', '.join(names)} seems to be broken: "
+                    "it gives NaN or infinity; nothing was merged"
+                )
 
     def _mergeable(self, adapter_names: list[str] | None) -> list[str]:
         wanted = self._active if adapter_names is None else adapter_names

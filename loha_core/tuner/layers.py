@@ -50,6 +50,16 @@ class _LoHaConv(LoHaLayer):
     def __init__(self, base_layer: nn.Module) -> None:
         super().__init__(base_layer)
         self._pads, self._walk = padding_of(base_layer)
+        self.is_grouped = self._walk.groups > 1
+
+    @property
+    def in_features(self) -> int:
+        """Of channels, under PEFT's name for them."""
+        return self.base_layer.in_channels  # type: ignore[return-value]
+
+    @property
+    def out_features(self) -> int:
+        return self.base_layer.out_channels  # type: ignore[return-value]
 
     @property
     def weight_shape(self) -> tuple[int, ...]:

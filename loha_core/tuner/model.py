@@ -3,32 +3,34 @@
 from __future__ import annotations
 
 import copy
-import sys
-import warnings
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
 
-from ..adapter import Adapter
+from ..adapter import Adapter, split_layers
 from ..errors import LoHaError
 from ..factors import LoHaFactors
+from ..formats import peft
 from ..transform import lowrank
 from ..transform.compress import EXACT, Compression
 from ..transform.convert import to_lora
-from ..transform.report import Result
-from . import inject, save_and_load, targets
-from .config import LoHaConfig
+from ..transform.report import ErrorReport, Result
+from . import inject, targets
+from .adapted import AdaptedModel
+from .config import LoHaConfig, PeftType, UnknownArgument
 from .layers import LoHaLayer
-from .saved_modules import SavedModule
+from .state import card, files, status
+from .state.tensors import LoadResult
 
-# Methods of Hugging Face's models that would act on the wrapped model and leave the adapter out.
-_OF_THE_BASE_ALONE = frozenset("push_to_hub enable_adapters disable_adapters set_adapters load_lora_adapter".split())
+# PEFT's arguments of loading that mean nothing to a file on this machine.
+_OF_THE_HUB = frozenset("revision token use_auth_token cache_dir force_download local_files_only proxies".split())
 
 
-class LoHaModel(nn.Module):
+class LoHaModel(AdaptedModel):
     """Puts LoHa layers into a model, in place, and freezes everything else.
 
     >>> config = LoHaConfig(r=8, lora_alpha=32, target_modules=["q_proj", "v_proj"])   # doctest: +SKIP
@@ -36,12 +38,16 @@ class LoHaModel(nn.Module):
     >>> model.print_trainable_parameters()                                             # doctest: +SKIP
 
     What is not found here is looked up in the wrapped model. Beyond PEFT's API: `add_weighted_adapter` (exact),
-    `convert_to_lora`, `to_adapter`, and `load_adapter` for files in any dialect.
+    `convert_to_lora`, `to_adapter`, and `load_adapter` for files in any dialect. `state_dict` holds the adapters alone
+    (and what else trains), so that a trainer's checkpoints are small and the base's tied weights never in them.
 
     Args:
         model: any module; it is changed.
-        config: one configuration. Kept as a copy whose target_modules are resolved.
+        config: one configuration, ours or PEFT's, or several by adapter name. Kept as a copy whose target_modules are
+            resolved.
+        adapter_name: of the one configuration; of several, which one is active.
         low_cpu_mem_usage: make the adapter's parameters on the meta device, to be filled from a file.
+        autocast_adapter_dtype: parameters are float32; False: in the base's dtype, where that is half precision.
 
     Attributes:
         peft_config: by adapter name.
@@ -52,214 +58,25 @@ class LoHaModel(nn.Module):
     """
 
     prefix = "hada_"
+    peft_type = PeftType.LOHA
     tuner_layer_cls = LoHaLayer
     layers_mapping = inject.LAYERS
     target_module_mapping = targets.DEFAULT_TARGETS
 
     def __init__(
-        self, model: nn.Module, config: LoHaConfig, adapter_name: str = "default", low_cpu_mem_usage: bool = False
+        self,
+        model: nn.Module,
+        config: LoHaConfig | Mapping[str, LoHaConfig],
+        adapter_name: str = "default",
+        low_cpu_mem_usage: bool = False,
+        autocast_adapter_dtype: bool = True,
     ) -> None:
-        super().__init__()
+        configs = config if isinstance(config, Mapping) else {adapter_name: config}
+        if adapter_name not in configs:
+            raise LoHaError(f"there are configurations for {', '.join(configs)}; adapter_name {adapter_name!r} is none")
         self._begin(model, [adapter_name])
-        self._add_by_config(adapter_name, config, low_cpu_mem_usage)
-
-    def _begin(self, model: nn.Module, active: list[str]) -> None:
-        self.model = model
-        self.peft_config: dict[str, LoHaConfig] = {}
-        self.targeted_module_names: list[str] = []
-        self._active = active
-        self._disabled = False
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return self.model(*args, **kwargs)
-
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            if name == "model" or name.startswith("__") or name in _OF_THE_BASE_ALONE:
-                raise
-            return getattr(self.model, name)
-
-    @property
-    def base_model(self) -> LoHaModel:
-        """What holds the adapters, as PEFT's models have it."""
-        return self
-
-    # Layers
-
-    def loha_layers(self) -> Iterator[tuple[str, LoHaLayer]]:
-        """(module name in the wrapped model, layer)."""
-        return ((name, m) for name, m in self.model.named_modules() if isinstance(m, LoHaLayer))
-
-    def _saved_modules(self) -> Iterator[tuple[str, SavedModule]]:
-        return ((name, m) for name, m in self.model.named_modules() if isinstance(m, SavedModule))
-
-    def _switches(self) -> list[LoHaLayer | SavedModule]:
-        return [*(layer for _, layer in self.loha_layers()), *(module for _, module in self._saved_modules())]
-
-    # Adding
-
-    def add_adapter(self, adapter_name: str, config: LoHaConfig, low_cpu_mem_usage: bool = False) -> None:
-        """One more adapter. It is not active until `set_adapter` says so."""
-        self._add_by_config(adapter_name, config, low_cpu_mem_usage)
-
-    def _add_by_config(self, adapter_name: str, config: LoHaConfig, low_cpu_mem_usage: bool) -> None:
-        config = copy.deepcopy(config)
-        names = targets.select(self.model, config)
-        inject.warn_unmatched_patterns(config, names)
-
-        def adding(name: str) -> inject.Add:
-            rank, alpha = config.resolved(name)
-            return lambda layer: layer.update_layer(adapter_name, rank, alpha, config)
-
-        self._inject(adapter_name, config, {name: adding(name) for name in names}, low_cpu_mem_usage)
-
-    def _add_by_factors(self, adapter_name: str, config: LoHaConfig, layers: dict[str, LoHaFactors]) -> None:
-        def adding(factors: LoHaFactors) -> inject.Add:
-            return lambda layer: layer.add_factors(adapter_name, factors, config)
-
-        self._inject(adapter_name, config, {name: adding(f) for name, f in layers.items()}, False)
-
-    def _inject(self, adapter_name: str, config: LoHaConfig, adding: dict[str, inject.Add], on_meta: bool) -> None:
-        if adapter_name in self.peft_config:
-            raise LoHaError(f"there is an adapter {adapter_name!r} already; choose another name or delete it first")
-        # Everything that can be refused is refused here, before the model changes.
-        try:
-            new = inject.new_modules(self.model, adding, config, self._active, on_meta)
-        except Exception:
-            for _, layer in self.loha_layers():
-                layer.forget(adapter_name)
-            raise
-        if not self.peft_config:
-            self.model.requires_grad_(False)
-        for name, module in new.items():
-            inject.replace_module(self.model, name, module)
-        for name, saved in self._saved_modules():
-            if name.endswith(tuple(config.modules_to_save or ())):
-                saved.add(adapter_name, config.inference_mode)
-                saved.set_adapter(self.active_adapters, config.inference_mode)
-        if config.base_model_name_or_path is None:
-            config.base_model_name_or_path = getattr(self.model, "name_or_path", None) or None
-        self.peft_config[adapter_name] = config
-        self.targeted_module_names += [name for name in adding if name not in self.targeted_module_names]
-
-    # Which adapters count
-
-    @property
-    def active_adapters(self) -> list[str]:
-        return list(self._active)
-
-    @property
-    def active_adapter(self) -> str | list[str]:
-        """The name, or the names where there are several."""
-        return self._active[0] if len(self._active) == 1 else self.active_adapters
-
-    def _check_known(self, names: Iterable[str]) -> None:
-        unknown = [name for name in names if name not in self.peft_config]
-        if unknown:
-            raise LoHaError(f"no adapter {', '.join(unknown)}; there are {', '.join(self.peft_config) or 'none'}")
-
-    def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
-        """Choose the active adapter or adapters, whose updates add up; they train unless ``inference_mode``."""
-        names = [adapter_name] if isinstance(adapter_name, str) else list(adapter_name)
-        self._check_known(names)
-        for name, module in self._saved_modules():
-            if len(sharing := [each for each in names if each in module.modules_to_save]) > 1:
-                raise LoHaError(f"{', '.join(sharing)} each have a copy of {name} (modules_to_save); activate one")
-        if any(layer.merged for _, layer in self.loha_layers()):
-            warnings.warn("adapters are merged; they are unmerged before others are set", stacklevel=2)
-            self.unmerge_adapter()
-        for switch in self._switches():
-            switch.set_adapter(names, inference_mode)
-        self._active = names
-
-    def delete_adapter(self, adapter_name: str) -> None:
-        """Forget an adapter. If it was the only active one, the first that is left becomes active."""
-        self._check_known([adapter_name])
-        if any(adapter_name in layer.merged_adapters for _, layer in self.loha_layers()):
-            raise LoHaError(f"{adapter_name} is merged; unmerge it before deleting it")
-        for module in self._switches():
-            module.delete_adapter(adapter_name)
-        del self.peft_config[adapter_name]
-        if adapter_name in self._active:
-            left = [name for name in self._active if name != adapter_name] or list(self.peft_config)[:1]
-            self.set_adapter(left)
-
-    def enable_adapter_layers(self) -> None:
-        self._enable(True)
-
-    def disable_adapter_layers(self) -> None:
-        """The base model answers alone, until `enable_adapter_layers`."""
-        self._enable(False)
-
-    def _enable(self, enabled: bool) -> None:
-        for module in self._switches():
-            module.enable_adapters(enabled)
-        self._disabled = not enabled
-
-    @contextmanager
-    def disable_adapter(self) -> Iterator[None]:
-        """The base model, for a while. Merged adapters are taken out and stay out."""
-        trained = [(p, p.requires_grad) for p in self.parameters()]
-        was_disabled = self._disabled
-        self._enable(False)
-        try:
-            yield
-        finally:
-            self._enable(not was_disabled)
-            for parameter, requires_grad in trained:
-                parameter.requires_grad_(requires_grad)
-
-    # Merging
-
-    def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
-        """Add the active adapters, or those named, into the base weights; `unmerge_adapter` takes them out again."""
-        self._merge(adapter_names, safe_merge, keep=True)
-
-    def unmerge_adapter(self) -> None:
-        """The base weights as they were, bit for bit."""
-        for _, layer in self.loha_layers():
-            if layer.merged:
-                layer.unmerge()
-
-    def merge_and_unload(
-        self, progressbar: bool = False, safe_merge: bool = False, adapter_names: list[str] | None = None
-    ) -> nn.Module:
-        """The wrapped model with the adapters in its weights and nothing of ours left in it.
-
-        Args:
-            progressbar: count the layers on stderr.
-            safe_merge: look for NaN and infinity in all layers first; none is merged if there are any.
-        """
-        self._merge(adapter_names, safe_merge, keep=False, progressbar=progressbar)
-        return self._unload(adapter_names or self.active_adapters)
-
-    def unload(self) -> nn.Module:
-        """The wrapped model as it was before."""
-        if any(layer.merged for _, layer in self.loha_layers()):
-            self.unmerge_adapter()
-        return self._unload([])
-
-    def _merge(self, names: list[str] | None, safe: bool, keep: bool, progressbar: bool = False) -> None:
-        self._check_known(names or ())
-        layers = list(self.loha_layers())
-        inject.warn_tied(self.model, [layer for _, layer in layers])
-        for _, layer in layers if safe else ():
-            layer.check_merge(names)
-        for count, (_, layer) in enumerate(layers, 1):
-            layer.merge(adapter_names=names, keep=keep)
-            if progressbar:
-                print(f"\rmerging {count}/{len(layers)}", end="" if count < len(layers) else "\n", file=sys.stderr)
-
-    def _unload(self, kept: list[str]) -> nn.Module:
-        for name, layer in list(self.loha_layers()):
-            inject.replace_module(self.model, name, layer.base_layer)
-        for name, module in list(self._saved_modules()):
-            module.set_adapter(kept, inference_mode=True)
-            inject.replace_module(self.model, name, module.current)
-        self.peft_config, self.targeted_module_names = {}, []
-        return self.model
+        for name, each in configs.items():
+            self.add_adapter(name, each, low_cpu_mem_usage, autocast_adapter_dtype)
 
     # Arithmetic
 
@@ -287,22 +104,53 @@ class LoHaModel(nn.Module):
         self._add_by_factors(adapter_name, config.describing(sums), sums)
 
     def convert_to_lora(
-        self, adapter_name: str = "default", rank: int | None = None, energy: float | None = None
+        self, adapter_name: str = "default", rank: int | float | None = None, energy: float | None = None
     ) -> Result:
         """The adapter as a LoRA: exact at rank r², or truncated to a rank or to a share of each update's energy.
 
-        ``save_adapter(…, format="peft")`` writes it as PEFT's LoRA.
+        `save_as_lora` writes it.
+
+        Args:
+            rank: a whole number, or, as in PEFT, a fraction: the ``energy``, that is the share of ‖ΔW‖² to keep.
 
         Raises:
             LoHaError: a grouped convolution, for which PEFT's LoRA means another update.
         """
+        if isinstance(rank, float):
+            if energy is not None:
+                raise LoHaError(f"rank {rank} is a share of the energy, and energy is {energy}; give one")
+            rank, energy = None, rank
         adapter = self.to_adapter(adapter_name)
         layers = {name: layer for name, layer in self.loha_layers() if name in adapter.layers}
         for name, layer in layers.items():
-            if (geometry := layer._geometry()) is not None and geometry.groups > 1:
+            if layer.is_grouped:
                 raise LoHaError(f"{name}: PEFT's LoRA has no grouped convolution like this one")
         form = EXACT if rank is None and energy is None else Compression("svd", rank, energy)
         return to_lora(adapter, form, shapes={name: layer.weight_shape for name, layer in layers.items()})
+
+    def save_as_lora(
+        self,
+        path: str | Path,
+        adapter_name: str = "default",
+        rank: int | float | None = None,
+        energy: float | None = None,
+    ) -> ErrorReport:
+        """Write `convert_to_lora`'s result as PEFT's LoRA, into a folder that ``PeftModel.from_pretrained`` reads.
+
+        Raises:
+            LoHaError: as `convert_to_lora`, and DoRA, which is not written.
+        """
+        if not self.supports_lora_conversion(adapter_name):
+            raise LoHaError(f"{adapter_name} has grouped convolutions or DoRA, which PEFT's LoRA of it would not have")
+        lora, report = self.convert_to_lora(adapter_name, rank, energy)
+        layers, _ = split_layers(lora)
+        peft.write_folders({Path(path): peft.Folder(peft.config_of(layers), peft.tensors_of(layers))})
+        return report
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        """Whether `convert_to_lora` will do, and PEFT's format will hold the result."""
+        layers = [layer for _, layer in self.loha_layers() if adapter_name in layer.adapters]
+        return not any(layer.is_grouped or adapter_name in layer.dora_scale for layer in layers)
 
     # Counting
 
@@ -316,26 +164,81 @@ class LoHaModel(nn.Module):
         percent = 100 * trainable / total
         print(f"trainable params: {trainable:,d} || all params: {total:,d} || trainable%: {percent:.4f}")
 
+    def get_layer_status(self) -> list[status.TunerLayerStatus]:
+        """The state of each adapted layer and each module that is saved whole, in the model's order."""
+        modules = ((n, m) for n, m in self.named_modules() if isinstance(m, status.Adapted))
+        return [status.of_layer(name, module) for name, module in modules]
+
+    def get_model_status(self) -> status.TunerModelStatus:
+        """The state of all layers together; "irregular" where they differ."""
+        counts = self.get_nb_trainable_parameters()
+        return status.of_model(self.model, self, self.peft_config, counts, self.get_layer_status())
+
     # Files
 
-    def to_adapter(self, adapter_name: str = "default") -> Adapter:
-        """The adapter as a value, under the wrapped model's module names, to be saved in any format."""
+    def to_adapter(self, adapter_name: str = "default", state_dict: Mapping[str, Tensor] | None = None) -> Adapter:
+        """The adapter as a value, under the wrapped model's module names, to be saved in any format.
+
+        Args:
+            state_dict: the model's own, where a trainer has gathered it from several devices.
+        """
         self._check_known([adapter_name])
-        return save_and_load.to_adapter(self.loha_layers(), self._saved_modules(), adapter_name)
+        if state_dict is not None:
+            return functional_call(
+                _Reading(self), {f"model.{key}": t for key, t in state_dict.items()}, (adapter_name,)
+            )
+        return files.to_adapter(self.loha_layers(), self._saved_modules(), adapter_name)
 
     def save_pretrained(
-        self, save_directory: str | Path, selected_adapters: Sequence[str] | None = None, is_main_process: bool = True
+        self,
+        save_directory: str | Path,
+        *,
+        selected_adapters: Sequence[str] | None = None,
+        is_main_process: bool = True,
+        state_dict: Mapping[str, Tensor] | None = None,
+        safe_serialization: bool = True,
+        save_embedding_layers: bool | str = "auto",
+        save_function: Any = None,
     ) -> None:
         """Write adapters as PEFT does: "default" into the folder itself, others into folders of their name.
 
+        Args:
+            is_main_process: False writes nothing: several processes share the folder.
+            state_dict: the model's own, where a trainer has gathered it.
+            save_function: Accelerate passes one. Files are written whole or not at all, and never by it.
+
         Raises:
-            LoHaError: an adapter with DoRA, which PEFT's format cannot hold: save ``to_adapter()`` as "lycoris".
+            LoHaError: an adapter with DoRA, which PEFT's format cannot hold (save ``to_adapter()`` as "lycoris"), or
+                pickled files or embedding layers are asked for.
         """
+        if not safe_serialization:
+            raise LoHaError(
+                "safe_serialization=False would write a pickle, which runs code where it is read; leave it out"
+            )
+        if save_embedding_layers not in ("auto", False):
+            raise LoHaError("embeddings are not saved by save_embedding_layers; name them in modules_to_save")
         names = list(self.peft_config) if selected_adapters is None else list(selected_adapters)
         self._check_known(names)
         for name in names if is_main_process else ():
             folder = Path(save_directory) / ("" if name == "default" else name)
-            save_and_load.save(self.to_adapter(name), self.peft_config[name], folder)
+            files.save(self.to_adapter(name, state_dict), self.peft_config[name], folder)
+        if is_main_process:
+            self.create_or_update_model_card(save_directory)
+
+    def create_or_update_model_card(self, output_dir: str | Path) -> None:
+        """Write README.md, unless there is one."""
+        card.write(Path(output_dir), card.base_name(getattr(self.model, "config", None)))
+
+    def push_to_hub(self, *args: Any, **kwargs: Any) -> None:
+        """Nothing here uses the network.
+
+        Raises:
+            LoHaError: says what to do.
+        """
+        raise LoHaError(
+            "loha_core uploads nothing. save_pretrained(folder), then huggingface_hub.upload_folder(repo_id=…, "
+            "folder_path=folder)"
+        )
 
     @classmethod
     def from_pretrained(
@@ -345,6 +248,7 @@ class LoHaModel(nn.Module):
         adapter_name: str = "default",
         is_trainable: bool = False,
         config: LoHaConfig | None = None,
+        **options: Any,
     ) -> LoHaModel:
         """A model with the adapter of a file or folder: PEFT's, LyCORIS', or any other dialect that is known.
 
@@ -352,15 +256,15 @@ class LoHaModel(nn.Module):
             model: any module; it is changed.
             is_trainable: go on training it; otherwise it is frozen, and the model in eval mode.
             config: takes the place of the folder's own, for dropout and the like; what is in the file decides
-                which modules are adapted, and at which rank.
+                which modules are adapted, and at which rank. It becomes the adapter's, and is changed accordingly.
+            options: see `load_adapter`.
 
         Raises:
             LoHaError: not readable, made for another model, or nothing in it fits this one.
         """
         self = cls.__new__(cls)
-        nn.Module.__init__(self)
         self._begin(model, [adapter_name])
-        self.load_adapter(path, adapter_name, is_trainable, config)
+        self.load_adapter(path, adapter_name, is_trainable, config, **options)
         return self
 
     def load_adapter(
@@ -369,23 +273,76 @@ class LoHaModel(nn.Module):
         adapter_name: str,
         is_trainable: bool = False,
         config: LoHaConfig | None = None,
-    ) -> None:
-        """One more adapter, from a file or folder; see `from_pretrained`. What does not fit is warned of."""
-        loaded = save_and_load.read(self.model, Path(path), config)
+        *,
+        autocast_adapter_dtype: bool = True,
+        low_cpu_mem_usage: bool = False,
+        torch_device: str | torch.device | None = None,
+        device_map: Any = None,
+        subfolder: str = "",
+        **others: Any,
+    ) -> LoadResult:
+        """One more adapter, from a file or folder; see `from_pretrained`. What does not fit is warned of.
+
+        Args:
+            autocast_adapter_dtype: as `LoHaModel` has it.
+            low_cpu_mem_usage, torch_device, device_map: PEFT's, and without effect: nothing is made that the file has
+                not, and parameters go where their layers are.
+            subfolder: of ``path``.
+
+        Returns:
+            missing_keys (what the configuration asks for and the file has not) and unexpected_keys, as PEFT's.
+
+        Raises:
+            LoHaError: as `from_pretrained`, and arguments that are about the Hub.
+        """
+        if unknown := [name for name in others if name not in _OF_THE_HUB]:
+            raise UnknownArgument(f"load_adapter has no argument {', '.join(unknown)}")
+        if others:
+            raise LoHaError(f"{', '.join(others)}: nothing is downloaded here; give a file or folder on this machine")
+        loaded = files.read(self.model, Path(path) / subfolder, config)
         loaded.config.inference_mode = not is_trainable
-        self._add_by_factors(adapter_name, loaded.config.describing(loaded.layers), loaded.layers)
+        self._add_by_factors(adapter_name, loaded.config, loaded.layers)
         for name, module in self._saved_modules():
             if state := loaded.saved.get(name):
                 module.modules_to_save[adapter_name].load_state_dict(state)
+        if not autocast_adapter_dtype:
+            self._cast_adapter(adapter_name)
         if not is_trainable:
             self.eval()
+        return LoadResult(loaded.missing, loaded.unexpected)
 
 
-def get_peft_model(model: nn.Module, peft_config: LoHaConfig, adapter_name: str = "default") -> LoHaModel:
-    """PEFT's function of this name, for LoHa: a classifier's untrained head is trained and saved along."""
+class _Reading(nn.Module):
+    """Reads a model's adapter where `functional_call` puts other tensors in the place of its parameters."""
+
+    def __init__(self, model: LoHaModel) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, adapter_name: str) -> Adapter:
+        return self.model.to_adapter(adapter_name)
+
+
+def get_peft_model(
+    model: nn.Module,
+    peft_config: LoHaConfig,
+    adapter_name: str = "default",
+    mixed: bool = False,
+    autocast_adapter_dtype: bool = True,
+    revision: str | None = None,
+    low_cpu_mem_usage: bool = False,
+) -> LoHaModel:
+    """PEFT's function of this name, for LoHa: a classifier's untrained head is trained and saved along.
+
+    Args:
+        mixed: PEFT's; a LoHaModel activates several adapters at once in any case, and all of them are LoHas.
+        revision: of the base model, for the configuration.
+    """
+    peft_config = copy.deepcopy(LoHaConfig.of(peft_config))
     heads = targets.UNTRAINED_HEADS.get(peft_config.task_type or "", ())
     missing = [name for name in heads if hasattr(model, name) and name not in (peft_config.modules_to_save or ())]
     if missing:
-        peft_config = copy.deepcopy(peft_config)
         peft_config.modules_to_save = [*(peft_config.modules_to_save or ()), *missing]
-    return LoHaModel(model, peft_config, adapter_name)
+    if revision is not None:
+        peft_config.revision = revision
+    return LoHaModel(model, peft_config, adapter_name, low_cpu_mem_usage, autocast_adapter_dtype)

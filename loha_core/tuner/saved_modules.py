@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
 from typing import Any
 
 from torch import nn
 
 
 class SavedModule(nn.Module):
-    """A frozen module and a trainable copy of it per adapter; the first active adapter's copy answers."""
+    """A frozen module and a trainable copy of it per adapter; the active adapter's copy answers."""
+
+    adapter_layer_names = ("modules_to_save",)
+    other_param_names: tuple[str, ...] = ()
+    merged_adapters: tuple[str, ...] = ()
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__()
@@ -36,9 +41,26 @@ class SavedModule(nn.Module):
     def enable_adapters(self, enabled: bool) -> None:
         self._disabled = not enabled
 
+    def parameters_of(self, adapter_name: str) -> Iterator[nn.Parameter]:
+        return self.modules_to_save[adapter_name].parameters() if adapter_name in self.modules_to_save else iter(())
+
+    @property
+    def adapters(self) -> list[str]:
+        """Names of those that have a copy."""
+        return list(self.modules_to_save)
+
+    @property
+    def active_adapters(self) -> list[str]:
+        """Names of those that are active and have a copy."""
+        return [name for name in self._active if name in self.modules_to_save]
+
+    @property
+    def disable_adapters(self) -> bool:
+        return self._disabled
+
     @property
     def current(self) -> nn.Module:
-        names = [] if self._disabled else [name for name in self._active if name in self.modules_to_save]
+        names = [] if self._disabled else self.active_adapters
         return self.modules_to_save[names[0]] if names else self.original_module
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:

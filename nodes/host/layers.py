@@ -159,7 +159,7 @@ def build(patcher: Any, label: str, config: NetworkConfig, start: Adapter | None
         else:
             rank, alpha = config.rank_and_alpha(path, weights.kernel(base))
             layer.update_layer(ADAPTER, rank, alpha, config.loha)
-        for _, parameter in layer._parameters_of(ADAPTER):
+        for parameter in layer.parameters_of(ADAPTER):
             parameter.data = parameter.data.to(patcher.load_device)
         layers[names.get(key, f"text_encoders.{path}" if is_text else f"lora_unet_{flat(path)}")] = layer
     return layers

@@ -116,7 +116,7 @@ def test_gradients_are_those_of_the_loss(family):
     layers = t.node("host.layers").build(family.model, "MODEL", job.values["network"])
     d = t.diffusion(family)
     batch = d.batch(0)
-    factors = [p for layer in layers.values() for _, p in layer._parameters_of(None)]
+    factors = [p for layer in layers.values() for p in layer.parameters_of("default")]
     torch.manual_seed(0)
     for p in factors:
         p.data.normal_(0, 0.3)

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+import dataclasses
+import inspect
 import json
+import pickle
 
 import pytest
 
 from loha_core import LoHaError
 from loha_core.naming.patterns import get_pattern_key
-from loha_core.tuner.config import LoHaConfig
+from loha_core.tuner.config import PEFT_VERSION, LoHaConfig
 
 
 def test_defaults_are_pefts():
     peft = pytest.importorskip("peft")
     theirs = peft.LoHaConfig().to_dict()
-    del theirs["peft_version"]
-    ours = LoHaConfig().to_dict()
+    ours = LoHaConfig().to_dict() | {"peft_version": peft.__version__}
     assert ours == {k: getattr(v, "value", v) for k, v in theirs.items()}
 
 
@@ -44,7 +46,7 @@ def test_lora_alpha_is_alpha():
         ({"init_weights": "kaiming"}, "init_weights is 'kaiming'"),
         ({"use_dora": "sideways"}, "use_dora is 'sideways'"),
         ({"peft_type": "LORA"}, "peft_type is 'LORA'"),
-        ({"task_type": "POETRY"}, "task_type is 'POETRY'"),
+        ({"task_type": "POETRY"}, "Invalid task type: 'POETRY'. Must be one of"),
         ({"layers_to_transform": [-1]}, "layers_to_transform"),
         ({"layers_pattern": "h"}, "give layers_to_transform"),
         ({"target_modules": "q", "layers_to_transform": 1}, "put the indices into the pattern"),
@@ -70,10 +72,11 @@ def test_file_round_trip_keeps_unknown_fields(tmp_path):
     config.save_pretrained(tmp_path)
     values = json.loads((tmp_path / "adapter_config.json").read_text())
     assert values["target_modules"] == ["a", "b"] and values["use_rslora"] is True and "use_dora" not in values
+    assert values["peft_version"] == PEFT_VERSION
     values |= {"peft_version": "9.9", "from_the_future": [1]}
     (tmp_path / "adapter_config.json").write_text(json.dumps(values))
     again = LoHaConfig.from_pretrained(tmp_path, inference_mode=True)
-    assert again.extra == {"peft_version": "9.9", "from_the_future": [1]} and again.inference_mode
+    assert again.extra == {"from_the_future": [1]} and again.peft_version == "9.9" and again.inference_mode
     assert again.to_dict() == values | {"inference_mode": True}
 
 
@@ -84,11 +87,60 @@ def test_files_that_are_none_are_named(tmp_path):
     file.write_text("[]")
     with pytest.raises(LoHaError, match="expected a JSON object, found list"):
         LoHaConfig.from_pretrained(tmp_path)
-    file.write_text('{"r": -3}')
+    file.write_text('{"peft_type": "LOHA", "r": -3}')
     with pytest.raises(LoHaError, match="adapter_config.json: r is -3"):
         LoHaConfig.from_pretrained(file)
     with pytest.raises(LoHaError, match="expected a folder"):
         LoHaConfig().save_pretrained(file)
+    file.write_text('{"r": 3}')
+    with pytest.raises(TypeError, match="missing required keys: {'peft_type'}") as raised:
+        LoHaConfig.from_pretrained(file)
+    assert isinstance(raised.value, LoHaError)
+
+
+def test_the_signature_has_the_fields_and_their_defaults():
+    parameters = inspect.signature(LoHaConfig).parameters
+    assert list(parameters)[:2] == ["r", "alpha"] and parameters["lora_alpha"].default is None
+    defaults = {name: p.default for name, p in parameters.items() if name != "lora_alpha"}
+    config = LoHaConfig()
+    fields = [f.name for f in dataclasses.fields(LoHaConfig)]
+    assert list(defaults) == fields
+    for name, default in defaults.items():
+        factory = LoHaConfig.__dataclass_fields__[name].default_factory
+        assert getattr(config, name) == (default if factory is dataclasses.MISSING else factory()), name
+    assert LoHaConfig(4, 2.0, 0.5).rank_dropout == 0.5
+    assert dataclasses.replace(LoHaConfig(lora_alpha=3), r=20).alpha == 3
+    assert pickle.loads(pickle.dumps(config)) == config
+
+
+def test_the_signature_has_all_that_pefts_has():
+    peft = pytest.importorskip("peft")
+    theirs = inspect.signature(peft.LoHaConfig).parameters
+    ours = inspect.signature(LoHaConfig).parameters
+    assert set(theirs) <= set(ours)
+    same = {name for name in theirs if theirs[name].default == ours[name].default}
+    # Ours has them as their constructor leaves them.
+    assert set(theirs) - same <= {"peft_type", "rank_pattern", "alpha_pattern"}
+
+
+def test_pefts_own_configuration_is_taken():
+    peft = pytest.importorskip("peft")
+    theirs = peft.LoHaConfig(r=3, alpha=6, target_modules=["b", "a"], task_type="CAUSAL_LM", rank_pattern={"a": 2})
+    ours = LoHaConfig.of(theirs)
+    assert ours == LoHaConfig(
+        3, 6, target_modules=["a", "b"], task_type="CAUSAL_LM", rank_pattern={"a": 2}, peft_version=theirs.peft_version
+    )
+    assert LoHaConfig.of(ours) is ours
+    for other in (peft.LoraConfig(), peft.PromptTuningConfig(num_virtual_tokens=2), {"r": 4}, None):
+        with pytest.raises(LoHaError, match=f"{type(other).__name__} is no configuration of LoHa"):
+            LoHaConfig.of(other)
+
+
+def test_a_file_as_it_is(tmp_path):
+    LoHaConfig(r=3).save_pretrained(tmp_path)
+    file = tmp_path / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"runtime_config": {"ephemeral_gpu_offload": True}}))
+    assert LoHaConfig.from_json_file(file) == LoHaConfig(r=3).to_dict()
 
 
 def test_peft_reads_our_file(tmp_path):

@@ -175,7 +175,7 @@ def test_several_adapters():
     model.set_adapter(["default", "second"])
     both = model(X)
     torch.testing.assert_close(copy.deepcopy(model).merge_and_unload()(X), both)
-    with pytest.raises(LoHaError, match="no adapter third"):
+    with pytest.raises(LoHaError, match="Adapter third does not exist"):
         model.set_adapter("third")
     model.delete_adapter("default")
     torch.testing.assert_close(model(X), second)

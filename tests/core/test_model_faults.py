@@ -7,7 +7,7 @@ import copy
 import pytest
 import torch
 from torch import nn
-from torch.nn.utils import parametrize
+from torch.nn.utils import parametrizations
 
 from loha_core import LoHaConfig, LoHaError, LoHaModel
 
@@ -56,8 +56,10 @@ def test_a_loaded_model_drops_nothing_unless_it_is_to_be_trained(tmp_path, x, is
 
 def test_methods_that_would_act_on_the_base_alone_are_not_passed_on():
     wrapped = model()
-    for name in ("push_to_hub", "enable_adapters", "disable_adapters", "set_adapters"):
+    for name in ("enable_adapters", "disable_adapters", "set_adapters"):
         assert not hasattr(wrapped, name)
+    with pytest.raises(LoHaError, match="upload_folder"):
+        wrapped.push_to_hub("someone/some-adapter")
     assert wrapped.base_model is wrapped and not wrapped.model.pushed
 
 
@@ -112,7 +114,7 @@ def test_dora_adapters_merge_one_after_the_other_as_they_do_together(x, dora, to
 
 def test_the_update_of_a_parametrised_layer_is_not_turned_round():
     base = Net()
-    parametrize.register_parametrization(base.head, "weight", nn.Identity())
+    parametrizations.weight_norm(base.head)  # the layer is then of a class made for it
     wrapped = LoHaModel(base, LoHaConfig(r=2, target_modules=["head"], init_weights=False))
     assert wrapped.head.get_delta_weight("default").shape == (3, 6)
 

@@ -2,9 +2,10 @@
 
     .venv-peers/bin/python -m tests.peers.peft_suite PATH          # of a checkout of PEFT, which is not changed
 
-PATH's tests run against the PEFT that is installed, once as it is and once with `loha_core.peft.enable()`. Models that
-they take from the Hugging Face Hub are replaced by tiny random ones of the same names, so nothing is downloaded. The
-decoder tests, whose lists have no LoHa, get one. Printed are the counts, and each test whose outcome differs.
+PATH's tests run against the PEFT that is installed: as it is, with `loha_core.peft.enable()`, and stand-alone, that is
+with `loha_core.LoHaModel` in the place of PEFT's classes, behind names alone (`_stand_alone`). Models that they take
+from the Hugging Face Hub are replaced by tiny random ones of the same names, so nothing is downloaded. The decoder
+tests, whose lists have no LoHa, get one. Printed are the counts, and each test whose outcome differs.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from typing import Any
 FILES = (
     "custom_models mixed tuners_utils config stablediffusion vision_models torch_compile decoder_models low_level_api"
 )
-MODES = ("peft", "enabled")
+MODES = ("peft", "enabled", "stand-alone")
 _MODE = "LOHA_PEFT_SUITE"
 
 # --- in the process that runs the tests: a plugin of pytest ----------------------------------------------------------
@@ -37,6 +38,8 @@ def pytest_configure(config: Any) -> None:
         import loha_core.peft
 
         loha_core.peft.enable()
+    if os.environ.get(_MODE) == "stand-alone":
+        _stand_alone()
 
 
 def pytest_sessionstart(session: Any) -> None:
@@ -69,6 +72,97 @@ def _without_datasets() -> None:
         module.__version__ = "0"
         module.load_dataset = lambda name, *_, **__: {"test": {"image": [Image.fromarray(pixels)]}}
         sys.modules["datasets"] = module
+
+
+# --- loha_core without PEFT, under PEFT's names -----------------------------------------------------------------------
+
+
+def _stand_alone() -> None:
+    """PEFT's names for our classes and functions. What is not about LoHa stays PEFT's."""
+    import peft
+    import peft.utils
+    from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from safetensors.torch import load_file
+    from torch import nn
+
+    import loha_core
+    from loha_core.tuner.saved_modules import SavedModule
+
+    theirs = {name: getattr(peft, name) for name in ("get_peft_model", "PeftModel", "inject_adapter_in_model")}
+
+    class PeftModel(nn.Module):
+        """PEFT puts a model around its LoHaModel, which parameters' names tell; ours is both."""
+
+        def __init__(self, model: loha_core.LoHaModel) -> None:
+            super().__init__()
+            self.base_model = model
+
+        def __getattr__(self, name: str) -> Any:
+            try:
+                return super().__getattr__(name)
+            except AttributeError:
+                if name == "base_model":
+                    raise
+                return getattr(self.base_model, name)
+
+        def forward(self, *args: Any, **kwargs: Any) -> Any:
+            return self.base_model(*args, **kwargs)
+
+        @classmethod
+        def from_pretrained(cls, model: nn.Module, path: Any, *args: Any, **kwargs: Any) -> Any:
+            if peft.PeftConfig.from_json_file(os.path.join(path, "adapter_config.json"))["peft_type"] != "LOHA":
+                return theirs["PeftModel"].from_pretrained(model, path, *args, **kwargs)
+            return cls(loha_core.LoHaModel.from_pretrained(model, path, *args, **kwargs))
+
+    def get_peft_model(model: nn.Module, peft_config: Any, *args: Any, **kwargs: Any) -> Any:
+        if not isinstance(peft_config, loha_core.LoHaConfig):
+            return theirs["get_peft_model"](model, peft_config, *args, **kwargs)
+        return PeftModel(loha_core.get_peft_model(model, peft_config, *args, **kwargs))
+
+    def inject_adapter_in_model(peft_config: Any, model: nn.Module, *args: Any, **kwargs: Any) -> nn.Module:
+        if not isinstance(peft_config, loha_core.LoHaConfig):
+            return theirs["inject_adapter_in_model"](peft_config, model, *args, **kwargs)
+        return loha_core.LoHaModel(model, peft_config, *args, **kwargs).model
+
+    def convert_to_lora(model: Any, *args: Any, **kwargs: Any) -> Any:
+        with tempfile.TemporaryDirectory() as folder:
+            model.save_as_lora(folder, *args, **kwargs)
+            return peft.LoraConfig.from_pretrained(folder), load_file(Path(folder) / "adapter_model.safetensors")
+
+    ours = {
+        "LoHaConfig": loha_core.LoHaConfig,
+        "PeftModel": PeftModel,
+        "PeftMixedModel": PeftModel,
+        "get_peft_model": get_peft_model,
+        "inject_adapter_in_model": inject_adapter_in_model,
+        "convert_to_lora": convert_to_lora,
+    }
+    # These act on models of both kinds: LoRAs made from LoHas are PEFT's.
+    for name in (
+        "get_peft_model_state_dict", "set_peft_model_state_dict", "get_base_model_state_dict",
+        "set_base_model_state_dict",
+    ):  # fmt: skip
+        if hasattr(peft, name):
+            ours[name] = _by_model(loha_core.LoHaModel, getattr(loha_core, name), getattr(peft, name))
+    for name, value in ours.items():
+        setattr(peft, name, value)
+    PEFT_TYPE_TO_CONFIG_MAPPING["LOHA"] = loha_core.LoHaConfig
+    BaseTunerLayer.register(loha_core.LoHaLayer)
+    peft.utils.AuxiliaryTrainingWrapper = peft.utils.ModulesToSaveWrapper = SavedModule
+    # PEFT's private names for what is public here.
+    loha_core.LoHaLayer._all_available_adapter_names = lambda self: self.adapters
+    SavedModule._adapters = property(lambda self: self.adapters)
+
+
+def _by_model(kind: type, ours: Any, theirs: Any) -> Any:
+    def either(model: Any, *args: Any, **kwargs: Any) -> Any:
+        if not any(isinstance(module, kind) for module in model.modules()):
+            return theirs(model, *args, **kwargs)
+        kwargs.pop("unwrap_compiled", None)
+        return ours(model, *args, **kwargs)
+
+    return either
 
 
 # --- models of the hub's names ---------------------------------------------------------------------------------------
@@ -167,14 +261,17 @@ def run(path: Path, mode: str, hub: Path, extra: list[str]) -> dict[str, str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("path", type=Path, help="a checkout of PEFT")
+    parser.add_argument("--mode", choices=MODES, action="append", help="one of the ways to run them; all by default")
     parser.add_argument("extra", nargs="*", help="more arguments for pytest, after --")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         make_hub(Path(folder))
-        outcomes = {mode: run(options.path.resolve(), mode, Path(folder), options.extra) for mode in MODES}
+        outcomes = {
+            mode: run(options.path.resolve(), mode, Path(folder), options.extra) for mode in options.mode or MODES
+        }
     for mode, tests in outcomes.items():
         passed = sum(outcome == "passed" for outcome in tests.values())
-        print(f"{mode:8} {passed:5} passed, {len(tests) - passed:4} not")
+        print(f"{mode:12} {passed:5} passed, {len(tests) - passed:4} not")
     for test in sorted(set().union(*outcomes.values())):
         found = [tests.get(test, "absent") for tests in outcomes.values()]
         if len(set(found)) > 1:

@@ -1,0 +1,1 @@
+"""What a model's adapters are: as files, as state dicts, as a status."""
