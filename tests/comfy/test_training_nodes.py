@@ -115,7 +115,7 @@ def test_what_the_node_says_is_what_is_trained(sd15, flux):
             text = t.node("host.layers").count(config, m.model, m.clip)
             for line in text.splitlines():
                 layers = built(m, text=line.startswith("CLIP"), **{"conv_rank": 8, **network})
-                count = sum(p.numel() for x in layers.values() for _, p in x._parameters_of(None))
+                count = sum(p.numel() for x in layers.values() for p in x.parameters_of("default"))
                 assert f"{len(layers)} layers" in line and f"{count / 1e6:.2f} M parameters" in line
 
 
