@@ -6,7 +6,6 @@
 import argparse
 import copy
 import io
-import json
 import shutil
 import signal
 import sys
@@ -18,13 +17,15 @@ import numpy as np
 from PIL import Image
 
 from . import comfyui, digits
-from .picture import grid
-from .prepare import CHECKPOINT, LOHA, train_lohas, write_files
+from .grid import WORKFLOW as GRID
+from .grid import every_picture, labelled
+from .prepare import CHECKPOINT, train_lohas, write_files
 
 WORKFLOW = comfyui.REPOSITORY / "example_workflows" / "loha_loader.json"
 STRENGTHS = (0.0, 0.25, 0.5, 0.75, 1.0, 1.25)
-SAMPLES = 32
-"""Pictures per strength, all from one seed."""
+TEXT = ", ".join(map(str, STRENGTHS))
+SAMPLES, SHOWN = 32, 4
+"""Pictures per strength, all from one seed, and how many of them the grid picture has."""
 CONTROL = 2
 """A digit the base model knows: asking for it shows what the LoHa does to the rest."""
 AT_MOST_WITHOUT, AT_LEAST_WITH = 0.15, 0.80
@@ -73,14 +74,15 @@ def demonstrate(server: comfyui.Server, out: Path) -> int:
     with server:
         print(f"Started at {server.address} after {time.monotonic() - started:.0f} s")
         train_lohas(server, digits.TARGET)
-        print(f"Sweeping the strength by {WORKFLOW.name}")
-        prompt = comfyui.to_api(json.loads(WORKFLOW.read_text()), server.object_info())
-        sweeps = {digit: sweep(server, prompt, digit) for digit in (digits.TARGET, CONTROL)}
+        print(f"Sweeping the strength by {GRID.name}")
+        sweeps = {digit: sweep(server, digit) for digit in (digits.TARGET, CONTROL)}
+        sheets = [labelled(server, digit, SHOWN, strengths=TEXT) for digit in sweeps]
 
     out.parent.mkdir(parents=True, exist_ok=True)
-    draw(sweeps).save(out)
+    Image.fromarray(np.concatenate(sheets)).save(out)
     shares = {
-        digit: [float(np.mean(judge.read(p) == digit)) for p in by_strength] for digit, by_strength in grey(sweeps)
+        digit: [float(np.mean(judge.read(p.mean(axis=3) / 255) == digit)) for p in by_strength]
+        for digit, by_strength in sweeps.items()
     }
     report(judge, shares)
     print(f"\nThe grid: {out.resolve()}")
@@ -95,19 +97,12 @@ def demonstrate(server: comfyui.Server, out: Path) -> int:
     return 0 if kept else 1
 
 
-Sweep = list[np.ndarray]  # per strength (SAMPLES, 32, 32, 3) uint8
-
-
-def sweep(server: comfyui.Server, prompt: comfyui.Json, digit: int) -> Sweep:
-    """Ask for `digit` at each strength; nothing else changes from one to the next."""
-    pictures = []
-    for strength in STRENGTHS:
-        started = time.monotonic()
-        prefix = f"{digits.WORDS[digit]}_{strength:g}"
-        pictures.append(drawn(server, prompt, digit, prefix, lora_name=LOHA, strength_model=strength))
-        seconds = time.monotonic() - started
-        print(f'"{digits.prompt(digit)}" at strength {strength:4.2f}: {SAMPLES} pictures in {seconds:.1f} s')
-    return pictures
+def sweep(server: comfyui.Server, digit: int) -> list[np.ndarray]:
+    """Ask for `digit` at each strength; nothing else changes. (SAMPLES, 32, 32, 3) uint8 per strength."""
+    started = time.monotonic()
+    pictures = every_picture(server, digit, SAMPLES, strengths=TEXT)
+    print(f'"{digits.prompt(digit)}": {len(pictures)} pictures in {time.monotonic() - started:.1f} s')
+    return [pictures[column :: len(STRENGTHS)] for column in range(len(STRENGTHS))]
 
 
 def drawn(server: comfyui.Server, prompt: comfyui.Json, digit: int, prefix: str, **loader: Any) -> np.ndarray:
@@ -124,23 +119,6 @@ def drawn(server: comfyui.Server, prompt: comfyui.Json, digit: int, prefix: str,
     positive = next(node["inputs"]["positive"][0] for node in job.values() if node["class_type"] == "KSampler")
     job[positive]["inputs"]["text"] = digits.prompt(digit)
     return server.images(server.queue(job))
-
-
-def grey(sweeps: dict[int, Sweep]) -> list[tuple[int, Sweep]]:
-    """The pictures as the judge wants them: (n, h, w) in [0, 1]."""
-    return [(digit, [p.mean(axis=3) / 255 for p in by_strength]) for digit, by_strength in sweeps.items()]
-
-
-def draw(sweeps: dict[int, Sweep], seeds: int = 4) -> Image.Image:
-    """The grid: columns are strengths, rows the first pictures of each batch."""
-    rows, labels = [], []
-    for digit, by_strength in sweeps.items():
-        for row in range(seeds):
-            rows.append(np.stack([pictures[row] for pictures in by_strength]))
-            labels.append("" if row else f'"{digits.prompt(digit)}"')
-    columns = [f"{strength:g}" for strength in STRENGTHS]
-    title = f"LoHa “{digits.WORDS[digits.TARGET]}” on a model that never saw one: strength"
-    return grid(rows, labels, columns, title)
 
 
 def report(judge: digits.Judge, shares: dict[int, list[float]]) -> None:

@@ -158,7 +158,7 @@ class Stage:
 def loader(stage: Stage) -> None:
     stage.open("loha_loader", LoHaLoader={"strength_model": 0.8})
     stage.run()
-    show(stage.shoot({"LoHaLoader": (0, 0, 360, 0), "PreviewAny": (0, 290, 360, 90)}), "LoHaLoader")
+    show(stage.shoot({"LoHaLoader": (0, 0, 360, 0), "PreviewAny": (0, 380, 360, 90)}), "LoHaLoader")
     enlarged(stage.results()[0], 128).save(stage.server.path("models", "loras", LOHA).with_suffix(".png"))
 
     stage.page.evaluate(ENLARGE, 8)
@@ -167,7 +167,7 @@ def loader(stage: Stage) -> None:
         "CLIPTextEncode": (390, 0, 260, 0),
         "PreviewAny": (390, 170, 260, 92),
         "KSampler": (700, 0, 260, 262),
-        "SaveImage": (0, 312, 960, 300),
+        "SaveImage": (0, 390, 960, 300),
     }
     frames, columns = [], []
     for strength in (0.0, 0.25, 0.5, 0.75, 1.0):
@@ -184,7 +184,7 @@ def apply(stage: Stage) -> None:
     stage.open("loha_apply_and_info", LoHaApply={"strength_model": 0.8})
     stage.run()
     show(stage.shoot({"LoHaLoadAdapter": (0, 0, 330, 0), "LoHaApply": (390, 0, 330, 0)}), "LoHaLoadAdapter")
-    show(stage.shoot({"LoHaApply": (0, 0, 360, 0), "PreviewAny": (0, 290, 360, 90)}), "LoHaApply")
+    show(stage.shoot({"LoHaApply": (0, 0, 360, 0), "PreviewAny": (0, 320, 360, 90)}), "LoHaApply")
     show(stage.shoot({"LoHaInfo": (0, 0, 460, 420)}), "LoHaInfo")
     thumbnail(
         "loha_apply_and_info", stage.element("pre.loha-info"), stage.picture_on("LoHaInfo"), strip(stage.results())
@@ -270,7 +270,57 @@ def stack(stage: Stage) -> None:
     stage.page.keyboard.press("Escape")
 
 
-SCENES = {scene.__name__: scene for scene in (loader, apply, blocks, dataset, train, extract, merge, stack)}
+def grid(stage: Stage) -> None:
+    stage.open("loha_grid")
+    stage.run()
+    picture: Box = (390, 0, 640, 560)
+    show(stage.shoot({"LoHaGrid": (0, 0, 340, 0), "LoHaGridImage": picture}), "LoHaGrid")
+    show(stage.shoot({"LoHaGridImage": (0, 0, 640, 560)}), "LoHaGridImage")
+    thumbnail("loha_grid", stage.picture_on("LoHaGridImage"))
+
+
+def impact(stage: Stage) -> None:
+    stage.open("loha_impact", LoHaSave={"overwrite": True})
+    stage.run()
+    show(stage.shoot({"LoHaImpact": (0, 0, 600, 0)}), "LoHaImpact")
+    thumbnail("loha_impact", stage.picture_on("LoHaImpact"), strip(stage.results()))
+
+
+def region(stage: Stage) -> None:
+    stage.open("loha_region")
+    stage.run()
+    show(stage.shoot({"LoHaRegion": (0, 0, 340, 0), "LoHaLoader": (390, 0, 340, 0)}), "LoHaRegion")
+    thumbnail("loha_region", *(wide(picture) for picture in stage.results()))
+
+
+def hook(stage: Stage) -> None:
+    stage.open("loha_hooks")
+    stage.run()
+    nodes: dict[str, Box] = {"LoHaLoadAdapter": (0, 0, 320, 0), "LoHaHook": (370, 0, 320, 0)}
+    show(stage.shoot(nodes | {"SetClipHooks": (740, 0, 270, 110)}), "LoHaHook")
+    thumbnail("loha_hooks", *(wide(picture) for picture in stage.results()))
+
+
+def train_folder(stage: Stage) -> None:
+    shutil.rmtree(stage.server.base / "output" / "loha", ignore_errors=True)
+    stage.open("loha_train_on_a_folder")
+    boxes: dict[str, Box] = {"LoHaTrainFolder": (0, 0, 420, 0)}
+    stage.shoot(boxes)
+    stage.queue()
+    told = "/^(\\d+) of .* left$/.exec(document.querySelector('.loha-monitor .loha-count').textContent)?.[1] >= 110"
+    stage.page.wait_for_function(told, timeout=300_000)
+    show(stage.shoot(boxes), "LoHaTrainFolder")
+    curve = stage.element(".loha-monitor .loha-plot")
+    stage.finish()
+    thumbnail("loha_train_on_a_folder", curve, strip(stage.results()))
+
+
+SCENES = {
+    scene.__name__: scene
+    for scene in (
+        loader, apply, blocks, dataset, train, extract, merge, stack, grid, impact, region, hook, train_folder,
+    )
+}  # fmt: skip
 
 
 # --- pictures -----------------------------------------------------------------------------------
@@ -299,6 +349,11 @@ def strip(pictures: Sequence[Image.Image], side: int = 128, gap: int = 4) -> Ima
     for place, picture in enumerate(pictures):
         sheet.paste(enlarged(picture, side), (place * (side + gap), 0))
     return sheet
+
+
+def wide(picture: Image.Image, side: int = 128) -> Image.Image:
+    """A picture of two digits, as large as others of one."""
+    return picture.resize((picture.width * side // picture.height, side), Image.Resampling.NEAREST)
 
 
 def thumbnail(workflow: str, *parts: Image.Image) -> None:

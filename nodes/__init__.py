@@ -6,14 +6,19 @@ from comfy_api.latest import ComfyExtension, io
 
 from .graph.dataset import LoHaDataset
 from .graph.extract import LoHaExtract
+from .graph.grid import LoHaGrid, LoHaGridImage
+from .graph.hook import LoHaHook
+from .graph.impact import LoHaImpact
 from .graph.info import LoHaInfo
 from .graph.loader import LoHaApply, LoHaLoadAdapter, LoHaLoader
 from .graph.merge import LoHaConvert, LoHaMerge, LoHaResize
 from .graph.network import LoHaNetwork
 from .graph.optimizer import LoHaObjective, LoHaOptimizer
+from .graph.region import LoHaRegion
 from .graph.save import LoHaSave
 from .graph.stack import LoHaStack
 from .graph.strength import LoHaBlockStrength, LoHaSchedule
+from .graph.train_folder import LoHaTrainFolder
 from .graph.trainer import LoHaTrainer
 from .page import routes
 
@@ -28,12 +33,18 @@ class LoHaExtension(ComfyExtension):
             LoHaStack,
             LoHaBlockStrength,
             LoHaSchedule,
+            LoHaRegion,
+            LoHaHook,
             LoHaInfo,
+            LoHaGrid,
+            LoHaGridImage,
+            LoHaImpact,
             LoHaDataset,
             LoHaNetwork,
             LoHaOptimizer,
             LoHaObjective,
             LoHaTrainer,
+            LoHaTrainFolder,
             LoHaSave,
             LoHaMerge,
             LoHaResize,

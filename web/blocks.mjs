@@ -1,9 +1,12 @@
 // Block equaliser: a bar per block. What the vector means only the server knows; this draws its answer and writes text.
 import { ask } from "./adapters.mjs";
 import { el, onDrag } from "./dom.mjs";
-import { after, committed, host, onOutput, valueOf } from "./host.mjs";
+import { after, committed, host, valueOf } from "./host.mjs";
 import { clamp, snap, stepped, text, FINE, STEP } from "./number.mjs";
 import { t } from "./words.mjs";
+
+// Loaded when a model is connected.
+const model = () => import("./model.mjs");
 
 const LOW = -1, HIGH = 2;
 const BARS = 132, HEIGHT = 226;
@@ -28,7 +31,7 @@ const numberOf = (/** @type {string} */ label) => label.slice(partOf(label).leng
 export function blocksWidget(node, name, spec) {
   /** @type {Bars} */
   let bars = { family: null, values: {}, start: null, listed: null };
-  let learned = "auto"; // the layout of the model of the last run
+  const followed = new WeakSet(); // loaders' widgets
 
   const title = el("span.loha-count");
   const presets = el("button.loha-button", {
@@ -68,22 +71,38 @@ export function blocksWidget(node, name, spec) {
     query();
   }
 
-  let asking = false, asked = "";
-  async function query() {
-    const chosen = valueOf(node, "family") ?? "auto";
-    const wanted = { family: chosen === "auto" ? learned : chosen, preset: valueOf(node, "preset") ?? "ALL", vector: hosted.get() };
-    const key = JSON.stringify(wanted);
-    if (asking || key === asked) return; // whoever is asking looks again afterwards
-    asking = true;
-    const answer = await ask("blocks", wanted).catch((reason) => ({ error: reason.message }));
-    asking = false;
-    if (wanted.vector === hosted.get()) {
-      asked = key;
-      error.textContent = answer.error ?? "";
-      if (!answer.error) bars = answer;
-      if (!dragging) draw();
+  /** The layout of the model that is connected; whenever another is chosen, it is asked for again. */
+  async function connected() {
+    if (node.inputs?.find((input) => input.name === "model")?.link == null) return "auto";
+    const { layoutOf, modelOf } = await model();
+    const found = modelOf(node);
+    for (const widget of found?.node.widgets ?? []) {
+      if (!followed.has(widget)) after(widget, "callback", query);
+      followed.add(widget);
     }
-    query();
+    return found ? layoutOf(found) : "auto";
+  }
+
+  let asking = false, again = false, asked = "";
+  async function query() {
+    again = asking;
+    if (asking) return;
+    asking = true;
+    const chosen = valueOf(node, "family") ?? "auto";
+    const family = chosen === "auto" ? await connected() : chosen;
+    const wanted = { family, preset: valueOf(node, "preset") ?? "ALL", vector: hosted.get() };
+    const key = JSON.stringify(wanted);
+    if (key !== asked) {
+      const answer = await ask("blocks", wanted).catch((reason) => ({ error: reason.message }));
+      if (wanted.vector === hosted.get()) {
+        asked = key;
+        error.textContent = answer.error ?? "";
+        if (!answer.error) bars = answer;
+        if (!dragging) draw();
+      }
+    }
+    asking = false;
+    if (again) query();
   }
 
   let dragging = false;
@@ -92,7 +111,7 @@ export function blocksWidget(node, name, spec) {
   function draw() {
     const labels = Object.keys(bars.values);
     title.textContent = bars.family ?? t("parts of any model");
-    title.title = bars.family ? "" : t("For a bar per block choose the family, or run once with the model connected.");
+    title.title = bars.family ? "" : t("For a bar per block choose the family, or connect the model.");
     if (labels.join() !== drawn) {
       drawn = labels.join();
       plot.replaceChildren(...labels.map(drawBar));
@@ -210,16 +229,21 @@ export function blocksWidget(node, name, spec) {
     return written.join(", ");
   }
 
-  after(node, "onConfigure", query);
+  const later = () => setTimeout(query); // when the nodes and links of a graph that is loaded are there
+  after(node, "onConfigure", later);
+  after(node, "onConnectionsChange", later);
   node.lohaCreated = () => {
     for (const other of ["preset", "family"]) {
       after(node.widgets.find((widget) => widget.name === other), "callback", query);
     }
     query();
   };
-  onOutput(node, ({ layout }) => {
-    learned = layout?.[0] ?? "auto";
-    query();
-  });
+  // A run is of the model that is connected now; what runs of other nodes have left for this one's id is not.
+  const onExecuted = node.onExecuted;
+  node.onExecuted = function (output) {
+    onExecuted?.apply(this, arguments);
+    const layout = output?.layout?.[0];
+    if (layout) model().then(({ learn }) => (learn(node, layout), query()));
+  };
   return { widget: hosted.widget, minWidth: 400 };
 }

@@ -1,39 +1,55 @@
 // Choosing adapters out of many, and reading what is in one.
-import { adapterNames, ask, find, pictureOf, split } from "./adapters.mjs";
-import { copyText, el, openDialog } from "./dom.mjs";
+import { app } from "../../scripts/app.js";
+import { allAdapters, ask, pictureOf, refreshAdapters, split } from "./adapters.mjs";
+import { copyText } from "./clipboard.mjs";
+import { el, openDialog } from "./dom.mjs";
+import { entryOf, foldersOf, isIn, search } from "./search.mjs";
+import { FAVOURITES, RECENT } from "./settings.mjs";
 import { t } from "./words.mjs";
 
 // More rows than this nobody reads; typing narrows them down.
-const MOST = 200;
+const MOST = 100;
+const MOST_RECENT = 12;
+// Where a folder may be chosen; no folder's name begins so.
+const ONLY = { favourites: "/favourites", recent: "/recent" };
+
+/** Names that the user's settings keep. */
+const kept = (/** @type {string} */ setting) => /** @type {string[]} */ ([...(app.extensionManager.setting.get(setting) ?? [])]);
+const keep = (/** @type {string} */ setting, /** @type {string[]} */ names) => app.extensionManager.setting.set(setting, names);
 
 /**
  * @param {HTMLElement} anchor
- * @param {boolean} several
- * @param {(names: string[]) => void} chosen called once, if something was chosen
+ * @param {object} how
+ * @param {boolean} [how.several]
+ * @param {string} [how.current] the one that is chosen now
+ * @param {string} [how.typed] the beginning of what to look for
+ * @param {(names: string[]) => void} how.chosen called once, if something was chosen
  */
-export async function chooseAdapters(anchor, several, chosen) {
-  const names = await adapterNames().catch(() => new Set());
+export function chooseAdapters(anchor, { several = false, current = "", typed = "", chosen }) {
   /** @type {Set<string>} */
   const ticked = new Set();
+  /** @type {{names: Set<string>, pictured: Set<string>} | undefined} */
+  let all;
+  /** @type {import("./search.mjs").Entry[]} */
+  let entries = [];
+  const favourites = new Set(kept(FAVOURITES));
+  const recent = kept(RECENT);
   let at = 0;
   /** @type {string[]} */
   let shown = [];
 
   const filter = el("input.loha-filter", {
     type: "search",
-    placeholder: t("Type a few letters…"),
+    value: typed,
+    placeholder: t("Words in any order…"),
     "aria-label": t("filter"),
     role: "combobox",
     "aria-controls": "loha-choices",
     "aria-expanded": "true",
-    oninput: () => draw(0),
+    oninput: () => fill(),
   });
-  const folders = [...new Set([...names].map((name) => split(name)[0]))].filter(Boolean).sort();
-  const folder = el("select.loha-folder", { "aria-label": t("folder"), title: t("folder"), onchange: () => draw(0) });
-  folder.append(el("option", { value: "", textContent: t("all folders") }));
-  for (const name of folders) folder.append(el("option", { value: name, textContent: name }));
-  folder.hidden = !folders.length;
-  const list = el("div.loha-choices.loha-scrolls", { id: "loha-choices", role: "listbox", "aria-multiselectable": String(several) });
+  const folder = el("select.loha-folder", { "aria-label": t("folder"), title: t("folder"), onchange: () => fill() });
+  const list = el("div.loha-choices.loha-many.loha-scrolls", { id: "loha-choices", role: "listbox", "aria-multiselectable": String(several) });
   const add = el("button.loha-button", { type: "button", onclick: () => finish([...ticked]) });
   const dialog = openDialog(
     several ? t("Add adapters") : t("Choose an adapter"),
@@ -43,58 +59,114 @@ export async function chooseAdapters(anchor, several, chosen) {
     ...(several ? [el("footer", {}, el("small", { textContent: t("Enter adds one; tick to add several") }), add)] : []),
   );
 
-  const finish = (found) => {
+  const finish = (/** @type {string[]} */ found) => {
     dialog.close();
-    if (found.length) chosen(found);
+    if (!found.length) return;
+    keep(RECENT, [...new Set([...found, ...recent])].slice(0, MOST_RECENT));
+    chosen(found);
   };
-  const tick = (name) => {
+  const tick = (/** @type {string} */ name) => {
     if (!several) return finish([name]);
     if (!ticked.delete(name)) ticked.add(name);
-    draw(shown.indexOf(name));
+    const row = list.children[shown.indexOf(name)];
+    row.setAttribute("aria-selected", String(ticked.has(name)));
+    row.querySelector("input").checked = ticked.has(name);
+    point(shown.indexOf(name));
     filter.focus();
   };
-  const draw = (next) => {
-    const found = find(names, filter.value, folder.value);
-    shown = found.slice(0, MOST);
-    at = Math.max(0, Math.min(next, shown.length - 1));
-    const top = list.scrollTop;
-    list.replaceChildren(
-      ...shown.map((name, index) => {
-        const [inside, stem] = split(name);
-        const box = several ? [el("input", { type: "checkbox", checked: ticked.has(name), tabIndex: -1 })] : [];
-        return el(
-          "div.loha-choice",
-          {
-            id: `loha-choice-${index}`,
-            role: "option",
-            title: name,
-            "aria-selected": String(several ? ticked.has(name) : index === at),
-            onclick(event) {
-              event.preventDefault(); // the box follows the set, not the click
-              tick(name);
-            },
-          },
-          ...box,
-          el("span", { textContent: stem }),
-          el("small", { textContent: inside }),
-        );
-      }),
+
+  /** The server's answer: the folders, and the names: first what is chosen, then what the user knows. */
+  function know(found) {
+    all = found;
+    const first = new Set([current, ...recent, ...favourites].filter((name) => all.names.has(name)));
+    entries = [...first, ...[...all.names].filter((name) => !first.has(name))].map(entryOf);
+    const option = (value, textContent) => el("option", { value, textContent });
+    const before = folder.value;
+    folder.replaceChildren(
+      option("", t("all folders")),
+      option(ONLY.favourites, `★ ${t("favourites")}`),
+      option(ONLY.recent, t("recently used")),
+      ...foldersOf(all.names).map((name) => option(name, name)),
     );
+    folder.value = before;
+    if (folder.selectedIndex < 0) folder.value = "";
+    list.classList.toggle("pictured", all.pictured.size > 0);
+    fill();
+  }
+
+  function within(/** @type {string} */ name) {
+    if (folder.value === ONLY.favourites) return favourites.has(name);
+    if (folder.value === ONLY.recent) return recent.includes(name);
+    return !folder.value || isIn(name, folder.value);
+  }
+
+  function fill() {
+    const found = search(entries.filter(({ name }) => within(name)), filter.value);
+    shown = found.slice(0, MOST);
+    list.replaceChildren(...shown.map(drawRow));
     if (found.length > MOST) list.append(el("small", { textContent: t("… and {number} more: type to narrow them down", { number: found.length - MOST }) }));
-    if (!found.length) list.append(el("small", { textContent: names.size ? t("nothing fits") : t("no adapter in models/loras") }));
-    list.scrollTop = top;
-    const current = list.children[at];
-    current?.classList.add("current");
-    current?.scrollIntoView({ block: "nearest" });
-    filter.setAttribute("aria-activedescendant", `loha-choice-${at}`);
+    if (!found.length) list.append(el("small", { textContent: !all ? "…" : all.names.size ? t("nothing fits") : t("no adapter in models/loras") }));
+    list.scrollTop = 0;
+    // Where nothing is typed, Enter keeps what is chosen.
+    point(filter.value ? 0 : Math.max(0, shown.indexOf(current)));
+  }
+
+  function drawRow(/** @type {string} */ name, /** @type {number} */ index) {
+    const [inside, stem] = split(name);
+    const has = all?.pictured.has(name);
+    return el(
+      "div.loha-choice",
+      {
+        id: `loha-choice-${index}`,
+        role: "option",
+        title: name,
+        "aria-label": `${stem} ${inside}`.trimEnd(),
+        "aria-selected": String(several ? ticked.has(name) : name === current),
+        onclick(event) {
+          event.preventDefault(); // the box follows the set, not the click
+          tick(name);
+        },
+      },
+      ...(several ? [el("input", { type: "checkbox", checked: ticked.has(name), tabIndex: -1 })] : []),
+      ...(all?.pictured.size ? [has ? el("img", { src: pictureOf(name), alt: "", loading: "lazy", decoding: "async" }) : el("i.loha-no-picture")] : []),
+      el("span", { textContent: stem }),
+      el("small", { textContent: inside }),
+      star(name, stem),
+      icon("pi-info-circle", t("About {name}", { name: stem }), ({ currentTarget }) => showInfo(currentTarget, name)),
+    );
+  }
+
+  function star(/** @type {string} */ name, /** @type {string} */ stem) {
+    const button = icon("pi-star", t("{name} is a favourite", { name: stem }), () => {
+      if (!favourites.delete(name)) favourites.add(name);
+      keep(FAVOURITES, [...favourites]);
+      mark();
+    });
+    const mark = () => {
+      button.setAttribute("aria-pressed", String(favourites.has(name)));
+      button.firstElementChild.className = `pi ${favourites.has(name) ? "pi-star-fill" : "pi-star"}`;
+    };
+    mark();
+    return button;
+  }
+
+  /** The row that Enter takes. */
+  function point(/** @type {number} */ next) {
+    list.children[at]?.classList.remove("current");
+    at = Math.max(0, Math.min(next, shown.length - 1));
+    const row = shown.length ? list.children[at] : undefined;
+    row?.classList.add("current");
+    row?.scrollIntoView({ block: "nearest" });
+    filter.setAttribute("aria-activedescendant", row?.id ?? "");
     add.textContent = ticked.size ? t("Add {number}", { number: ticked.size }) : t("Add");
     add.disabled = !ticked.size;
-  };
+  }
+
   filter.addEventListener("keydown", (event) => {
     const step = { ArrowDown: 1, ArrowUp: -1, PageDown: 8, PageUp: -8 }[event.key];
     if (step) {
       event.preventDefault();
-      draw(at + step);
+      point(at + step);
     } else if (event.key === "Enter" && shown.length) {
       event.preventDefault();
       finish(ticked.size ? [...ticked] : [shown[at]]);
@@ -103,8 +175,30 @@ export async function chooseAdapters(anchor, several, chosen) {
       tick(shown[at]);
     }
   });
-  draw(0);
+  fill();
   filter.focus();
+  filter.setSelectionRange(typed.length, typed.length);
+
+  const learn = () => allAdapters().then(know, () => {});
+  learn().then(() => {
+    // What was saved since: the list is drawn anew only if there is something.
+    const before = all;
+    refreshAdapters();
+    return allAdapters().then((found) => {
+      const same = before && before.names.size === found.names.size && [...found.names].every((name) => before.names.has(name));
+      if (!same && dialog.open) know(found);
+    }, () => {});
+  });
+}
+
+function icon(/** @type {string} */ name, /** @type {string} */ title, /** @type {(event: any) => void} */ then) {
+  return el("button.loha-icon", {
+    type: "button", title, "aria-label": title, tabIndex: -1,
+    onclick(event) {
+      event.stopPropagation(); // not the row's
+      then(event);
+    },
+  }, el(`i.pi.${name}`));
 }
 
 /**

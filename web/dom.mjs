@@ -71,8 +71,11 @@ export function openDialog(title, anchor, ...content) {
   });
   // ComfyUI's own keys stay out of it, also while nothing in it has the focus.
   const onKey = (event) => {
-    if (event.key === "Escape") dialog.close();
-    else if (dialog.contains(event.target)) return;
+    if ([...document.querySelectorAll("dialog.loha-dialog[open]")].at(-1) !== dialog) return; // one above has the keys
+    if (event.key === "Escape") {
+      event.preventDefault(); // else the browser closes the one below, too
+      dialog.close();
+    } else if (dialog.contains(event.target)) return;
     event.stopPropagation();
   };
   window.addEventListener("keydown", onKey, true);
@@ -105,23 +108,4 @@ export function isolate(element) {
   element.addEventListener("keydown", (event) => {
     if (!event.ctrlKey && !event.metaKey) event.stopPropagation();
   });
-}
-
-/**
- * @param {string} text
- * @returns {Promise<void>}
- */
-export async function copyText(text) {
-  try {
-    await navigator.clipboard.writeText(text);
-  } catch {
-    // Pages that are not served by https have no clipboard of their own.
-    const focused = document.activeElement;
-    const area = el("textarea", { value: text });
-    (document.querySelector("dialog[open]") ?? document.body).append(area);
-    area.select();
-    document.execCommand("copy");
-    area.remove();
-    focused?.focus();
-  }
 }

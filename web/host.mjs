@@ -128,7 +128,7 @@ export function display(node, name, element, height) {
 }
 
 /** A node's key in `app.nodeOutputs`. */
-const keyOf = (/** @type {any} */ { id, graph }) => (graph.isRootGraph ? String(id) : `${graph.id}:${id}`);
+export const keyOf = (/** @type {any} */ { id, graph }) => (graph.isRootGraph ? String(id) : `${graph.id}:${id}`);
 
 /**
  * Undo, redo, and opening another workflow make nodes anew, with the ids of those that were there. Nodes 2.0 keeps what

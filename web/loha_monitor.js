@@ -8,10 +8,10 @@ const HEIGHT = 250;
 app.registerExtension({
   name: "LoHa.Monitor",
   nodeCreated(node) {
-    if (node.comfyClass !== "LoHaTrainer") return;
+    if (!["LoHaTrainer", "LoHaTrainFolder"].includes(node.comfyClass)) return;
     const view = el("div.loha-monitor");
     display(node, "monitor", view, HEIGHT);
-    node.setSize([Math.max(node.size[0], 380), node.computeSize()[1] + 220]); // room for the curve's picture below
+    node.setSize([Math.max(node.size[0], 380), node.computeSize()[1]]);
     import("./monitor.mjs").then(({ monitor }) => monitor(node, view));
   },
 });

@@ -7,7 +7,7 @@ import { t } from "./words.mjs";
 const LINE = 17, BARS = 96; // pixels
 
 /** @type {Record<string, number>} node -> lines that are shown at least */
-const LINES = { LoHaInfo: 11, LoHaMerge: 6, LoHaResize: 6, LoHaConvert: 6, LoHaExtract: 6, LoHaNetwork: 3, LoHaSave: 3 };
+const LINES = { LoHaInfo: 11, LoHaMerge: 6, LoHaResize: 6, LoHaConvert: 6, LoHaExtract: 6, LoHaNetwork: 3, LoHaSave: 3, LoHaTrainFolder: 2 };
 
 // They also say how much of each layer is lost.
 const LOSING = ["LoHaMerge", "LoHaResize", "LoHaConvert", "LoHaExtract"];
@@ -17,6 +17,7 @@ const HINTS = {
   LoHaInfo: "Run the workflow to see what is in the adapter.",
   LoHaNetwork: "Run the workflow to see how many layers this means.",
   LoHaSave: "Run the workflow to see where the file lies.",
+  LoHaTrainFolder: "Run the workflow to see where the file lies.",
 };
 
 app.registerExtension({

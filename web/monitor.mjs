@@ -6,6 +6,8 @@ import { t } from "./words.mjs";
 
 const SMOOTHING = 0.95;
 const PICTURES = 6;
+// After these there may be more to show.
+const EVENTS = ["loha.training", "reconnected", "execution_start", "execution_success", "execution_error", "execution_interrupted"];
 const PATIENCE = 2000; // ms without an event, after which the server is asked: a page that was reloaded may get none
 
 /**
@@ -14,6 +16,7 @@ const PATIENCE = 2000; // ms without an event, after which the server is asked: 
  */
 export function monitor(node, view) {
   let run, losses = [], previous = [];
+  let preparing = "", passed = ""; // ids of prompts: one whose run has not begun, and one that takes this node's as it is
   let held, asking = false, again = false, removed = false, drawing, timer, log = false, range;
   const toggle = (label, title, then) =>
     el("button.loha-button", {
@@ -52,7 +55,9 @@ export function monitor(node, view) {
         run: run?.id ?? "",
         since: String(losses.length),
       });
-      const found = (await (await api.fetchApi(`/loha/training?${query}`)).json()).runs.at(-1);
+      const answer = await (await api.fetchApi(`/loha/training?${query}`)).json();
+      const found = answer.runs.at(-1);
+      preparing = answer.preparing === passed ? "" : answer.preparing;
       if (found) {
         const same = found.id === run?.id;
         losses = same ? losses.concat(found.losses) : found.losses;
@@ -62,27 +67,35 @@ export function monitor(node, view) {
       } else if (run?.state === "running") {
         run.state = "ComfyUI was restarted";
         show();
-      }
+      } else show();
     } catch {
       // ComfyUI is away: what was there stays to be seen.
     }
     asking = false;
     if (removed) return;
     if (again) ask();
-    else if (run?.state === "running") timer = setTimeout(ask, PATIENCE);
+    else if (preparing || run?.state === "running") timer = setTimeout(ask, PATIENCE);
   }
 
   function show() {
-    const left = run.state === "running" ? run.seconds_left : null;
-    status.textContent = [
-      t("{step} of {steps}", run),
-      run.loss != null && t("loss {loss}", { loss: run.loss.toPrecision(3) }),
-      run.lr != null && t("lr {rate}", { rate: run.lr.toPrecision(2) }),
-      left != null ? t("{time} left", { time: clock(left) }) : t(run.state),
-    ].filter(Boolean).join(" · ");
+    const running = run?.state === "running";
+    const left = running ? run.seconds_left : null;
+    const parts = run && !preparing
+      ? [
+          t("{step} of {steps}", run),
+          run.loss != null && t("loss {loss}", { loss: run.loss.toPrecision(3) }),
+          running && run.lr != null && t("lr {rate}", { rate: run.lr.toPrecision(2) }),
+          left != null ? t("{time} left", { time: clock(left) }) : t(run.state),
+        ]
+      : [preparing ? t("preparing…") : t("Run the workflow to see the loss.")];
+    // What is over says so, and when it was.
+    const when = run?.began && new Date(1000 * run.began).toLocaleString([], { dateStyle: "short", timeStyle: "short" });
+    if (run && !running && !preparing) parts.unshift(when ? t("last run ({name}, {when})", { name: run.name, when }) : t("last run"));
+    status.textContent = parts.filter(Boolean).join(" · ");
     status.title = status.textContent;
-    cancel.disabled = run.state !== "running";
-    const wanted = run.previews.slice(-PICTURES).map((step) => {
+    cancel.disabled = !running && !preparing;
+    view.toggleAttribute("data-over", !running);
+    const wanted = (preparing ? [] : (run?.previews ?? [])).slice(-PICTURES).map((step) => {
       const query = new URLSearchParams({
         filename: `preview_${String(step).padStart(6, "0")}.png`, type: "output", subfolder: `loha/${run.name}`,
         of: run.id,
@@ -99,19 +112,26 @@ export function monitor(node, view) {
   function draw() {
     drawing ??= requestAnimationFrame(() => {
       drawing = undefined;
-      range = paint(canvas, { losses, previous, steps: run?.steps ?? 1, log, held });
+      // Until a new run begins, the last one is the run before.
+      const curves = preparing ? { losses: [], previous: losses } : { losses, previous };
+      range = paint(canvas, { ...curves, steps: run?.steps ?? 1, log, held });
     });
   }
 
-  api.addEventListener("loha.training", ask);
-  api.addEventListener("reconnected", ask);
+  const pass = ({ detail }) => {
+    const own = String(node.id);
+    if (detail.nodes?.some((id) => String(id) === own || String(id).endsWith(`:${own}`))) passed = detail.prompt_id;
+    ask();
+  };
+  for (const event of EVENTS) api.addEventListener(event, ask);
+  api.addEventListener("execution_cached", pass);
   const sized = new ResizeObserver(draw);
   sized.observe(canvas);
   const onRemoved = node.onRemoved;
   node.onRemoved = function () {
     onRemoved?.apply(this, arguments);
-    api.removeEventListener("loha.training", ask);
-    api.removeEventListener("reconnected", ask);
+    for (const event of EVENTS) api.removeEventListener(event, ask);
+    api.removeEventListener("execution_cached", pass);
     sized.disconnect();
     removed = true;
     clearTimeout(timer);

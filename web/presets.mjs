@@ -1,6 +1,7 @@
 // Block settings by name, kept with the user's other data in ComfyUI, and vectors to share.
 import { api } from "../../scripts/api.js";
-import { copyText, el, openDialog } from "./dom.mjs";
+import { copyText } from "./clipboard.mjs";
+import { el, openDialog } from "./dom.mjs";
 import { committed, setValue, valueOf } from "./host.mjs";
 import { t } from "./words.mjs";
 

@@ -1,5 +1,5 @@
 // Stack: rows of adapters. The node's value is one string, the rows as JSON.
-import { adapterNames, split } from "./adapters.mjs";
+import { allAdapters, split } from "./adapters.mjs";
 import { el, onDrag } from "./dom.mjs";
 import { after, committed, host } from "./host.mjs";
 import { clamp, numberField, parse } from "./number.mjs";
@@ -46,12 +46,13 @@ export function stackWidget(node, name, spec) {
     changed();
   });
   const add = button(t("+ Add"), t("Add adapters"), async () => {
-    (await chooser()).chooseAdapters(add, true, (names) => {
-      for (const chosen of names) {
-        rows.push({ on: true, name: chosen, strength_model: 1, ...(two ? { strength_clip: 1 } : {}) });
-      }
-      changed();
-      list.scrollTop = list.scrollHeight;
+    (await chooser()).chooseAdapters(add, {
+      several: true,
+      chosen(names) {
+        for (const name of names) rows.push({ on: true, name, strength_model: 1, ...(two ? { strength_clip: 1 } : {}) });
+        changed();
+        list.scrollTop = list.scrollHeight;
+      },
     });
   });
   const list = el("div.loha-rows.loha-scrolls", { role: "list" });
@@ -119,7 +120,7 @@ export function stackWidget(node, name, spec) {
       changed(to);
     };
     const replace = async () =>
-      (await chooser()).chooseAdapters(title, false, ([chosen]) => ((row.name = chosen), changed()));
+      (await chooser()).chooseAdapters(title, { current: row.name, chosen: ([chosen]) => ((row.name = chosen), changed()) });
     const on = toggle(t("{name} on", { name: stem }), () => ((row.on = !row.on), changed()));
     on.setAttribute("aria-checked", String(row.on));
     const remove = () => (rows.splice(index, 1), changed());
@@ -175,7 +176,7 @@ export function stackWidget(node, name, spec) {
     };
   });
 
-  const learn = () => adapterNames().then((names) => ((known = names), mark()), () => {});
+  const learn = () => allAdapters().then(({ names }) => ((known = names), mark()), () => {});
   window.addEventListener("loha-adapters", learn);
   after(node, "onRemoved", () => window.removeEventListener("loha-adapters", learn));
   learn();

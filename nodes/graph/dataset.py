@@ -19,7 +19,7 @@ from loha_core.training.data.pictures import Sizes
 from ..host.progress import ProgressBar
 from ..page.contact_sheet import MAX_SHOWN, Shown, contact_sheet, latent_picture
 from . import sources
-from .inputs import number, switch
+from .inputs import number, schema, switch
 from .sources import Source
 from .types import LOHA_DATASET
 
@@ -44,9 +44,10 @@ class LoHaDataset(io.ComfyNode):
 
     @classmethod
     def define_schema(cls) -> io.Schema:
-        return io.Schema(
+        return schema(
             node_id="LoHaDataset",
             display_name="LoHa Dataset",
+            search_aliases=["training images", "captions", "lora dataset"],
             category="LoHa/train",
             description="Prepares pictures and captions, or latents and conditioning, for training, and shows them.",
             is_input_list=True,
@@ -69,7 +70,7 @@ class LoHaDataset(io.ComfyNode):
         _check_inputs(lists, settings, captions)
         entries, sizes = _sources(lists, settings), _sizes(settings)
         dataset = ClipDataset(_items(entries, sizes, settings), captions, settings.get("clip"))
-        _encode_captions(dataset)
+        encode_captions(dataset)
         image = _sheet(dataset, entries, sizes)
         return io.NodeOutput(dataset, image, ui=ui.PreviewImage(image, cls=cls))
 
@@ -213,7 +214,7 @@ def _sizes(settings: dict[str, Any]) -> Sizes:
     return Sizes(settings["resolution"], settings["bucket_step"], settings["aspect_buckets"])
 
 
-def _encode_captions(dataset: Dataset) -> None:
+def encode_captions(dataset: Dataset) -> None:
     """Now rather than amid training, where the text encoder would take the model's place in memory."""
     captions = dataset.all_captions()
     bar = ProgressBar(len(captions))

@@ -15,7 +15,7 @@ from loha_core.models.extract import extract
 from ..host import live, weights
 from ..host.layers import names_in_files
 from .inputs import choice, number, one_of
-from .results import KINDS, kind_input, schema, shown
+from .results import KINDS, kind_input, result_schema, shown
 
 
 class Patched(Checkpoint):
@@ -61,7 +61,7 @@ class LoHaExtract(io.ComfyNode):
 
     @classmethod
     def define_schema(cls) -> io.Schema:
-        return schema(
+        return result_schema(
             "LoHaExtract",
             "Extract LoHa",
             "Makes a LoHa of the difference of two models: what fine-tuning, or merging, did to one.",
@@ -92,6 +92,7 @@ class LoHaExtract(io.ComfyNode):
                 ),
             ],
             "The difference, for Apply LoHa or Save LoHa.",
+            aliases=["extract lora", "lora from checkpoint"],
         )
 
     @classmethod

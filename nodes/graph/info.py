@@ -13,6 +13,7 @@ from loha_core import Adapter, describe
 from loha_core.naming import names
 
 from ..page.charts import BACKGROUND, INK, Canvas, ramp
+from .inputs import schema
 from .types import LOHA
 
 CELL, ROW, MARGIN, TOP = 118, 26, 150, 74
@@ -23,9 +24,10 @@ class LoHaInfo(io.ComfyNode):
 
     @classmethod
     def define_schema(cls) -> io.Schema:
-        return io.Schema(
+        return schema(
             node_id="LoHaInfo",
             display_name="LoHa Info",
+            search_aliases=["lora info", "lora metadata", "trigger words"],
             category="LoHa",
             description="Shows what is in a LoHa: dialect, ranks, trigger words, and where it changes the model.",
             inputs=[LOHA.Input("loha", tooltip="The adapter to look into.")],

@@ -4,12 +4,21 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping
+from dataclasses import fields
 from typing import Any
 
 from comfy_api.latest import io
 
 from loha_core import LoHaError
 from loha_core.errors import check_choice
+
+# Parts of a schema that older ComfyUI does not know; it goes without.
+NEWER = {"search_aliases"} - {field.name for field in fields(io.Schema)}
+
+
+def schema(**parts: Any) -> io.Schema:
+    """A node's schema, as far as this ComfyUI knows its parts."""
+    return io.Schema(**{name: part for name, part in parts.items() if name not in NEWER})
 
 
 def number(

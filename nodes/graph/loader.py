@@ -6,13 +6,18 @@ from typing import Any
 
 from comfy_api.latest import io
 
-from loha_core import Adapter
+from loha_core import Adapter, LoHaError
 
 from ..host import files, modes
+from . import words
+from .inputs import schema
+from .region import region_input
 from .types import LOHA, LOHA_BLOCKS, LOHA_SCHEDULE
 
 # How many unmatched keys a report lists; the others are counted.
 MAX_REPORTED = 100
+# What people look for who have adapters of this kind, in other packs' words.
+ALIASES = ["lycoris", "lora", "lora loader", "slider", "trigger words"]
 
 
 def file_input() -> Any:
@@ -21,6 +26,16 @@ def file_input() -> Any:
         options=files.names(),
         tooltip="A LoHa file (LyCORIS/kohya, PEFT, OneTrainer, diffusers, …) or PEFT folder under models/loras.",
     )
+
+
+def problem_of(lora_name: str | None) -> bool | str:
+    """What keeps a file's name from being loaded; True is nothing, or that it is connected and not known yet."""
+    try:
+        if lora_name is not None:
+            files.resolve(lora_name)
+    except LoHaError as error:
+        return str(error)
+    return True
 
 
 def strength_inputs() -> list[Any]:
@@ -72,12 +87,13 @@ def optional_inputs() -> list[Any]:
         LOHA_SCHEDULE.Input(
             "schedule", optional=True, tooltip="Strength over the progress of sampling, from LoHa Schedule; needs live."
         ),
+        region_input(),
     ]
 
 
-def _patched(model: Any, clip: Any, adapter: Adapter, **options: Any) -> io.NodeOutput:
+def _patched(model: Any, clip: Any, adapter: Adapter, *more: Any, **options: Any) -> io.NodeOutput:
     model, clip, report = modes.apply(model, clip, adapter, **options)
-    return io.NodeOutput(model, clip, report.text(MAX_REPORTED))
+    return io.NodeOutput(model, clip, report.text(MAX_REPORTED), *more)
 
 
 class LoHaLoader(io.ComfyNode):
@@ -85,27 +101,42 @@ class LoHaLoader(io.ComfyNode):
 
     @classmethod
     def define_schema(cls) -> io.Schema:
-        return io.Schema(
+        return schema(
             node_id="LoHaLoader",
             display_name="Load LoHa",
             category="LoHa",
             description="Loads a LoHa adapter from the loras folder and applies it to the model and the text encoders.",
+            search_aliases=ALIASES,
             inputs=[
                 io.Model.Input("model", tooltip="The diffusion model to apply the adapter to."),
                 file_input(),
                 *strength_inputs(),
                 *optional_inputs(),
+                *words.word_inputs(),
             ],
-            outputs=patched_outputs(),
+            outputs=[*patched_outputs(), words.words_output()],
         )
+
+    @classmethod
+    def validate_inputs(cls, lora_name: str | None = None) -> bool | str:
+        return problem_of(lora_name)
 
     @classmethod
     def fingerprint_inputs(cls, lora_name: str, **_: Any) -> str:
         return files.fingerprint(lora_name)
 
     @classmethod
-    def execute(cls, model: Any, lora_name: str, clip: Any = None, **options: Any) -> io.NodeOutput:
-        return _patched(model, clip, files.load(lora_name), **options)
+    def execute(
+        cls,
+        model: Any,
+        lora_name: str,
+        clip: Any = None,
+        max_trigger_words: int = words.DEFAULT_COUNT,
+        trigger_words: str = "",
+        **options: Any,
+    ) -> io.NodeOutput:
+        adapter = files.load(lora_name)
+        return _patched(model, clip, adapter, words.joined([adapter], max_trigger_words, trigger_words), **options)
 
 
 class LoHaLoadAdapter(io.ComfyNode):
@@ -113,11 +144,12 @@ class LoHaLoadAdapter(io.ComfyNode):
 
     @classmethod
     def define_schema(cls) -> io.Schema:
-        return io.Schema(
+        return schema(
             node_id="LoHaLoadAdapter",
             display_name="Load LoHa Adapter",
             category="LoHa",
             description="Loads a LoHa adapter without applying it, to look into it or to apply it elsewhere.",
+            search_aliases=["load lora", "load lycoris", "trigger words"],
             inputs=[
                 file_input(),
                 io.Boolean.Input(
@@ -125,17 +157,32 @@ class LoHaLoadAdapter(io.ComfyNode):
                     default=False,
                     tooltip="For Tucker files by LyCORIS before October 2023, whose effect used t1 for both halves.",
                 ),
+                *words.word_inputs(),
             ],
-            outputs=[LOHA.Output(display_name="loha", tooltip="The adapter, for Apply LoHa or LoHa Info.")],
+            outputs=[
+                LOHA.Output(display_name="loha", tooltip="The adapter, for Apply LoHa or LoHa Info."),
+                words.words_output(),
+            ],
         )
+
+    @classmethod
+    def validate_inputs(cls, lora_name: str | None = None) -> bool | str:
+        return problem_of(lora_name)
 
     @classmethod
     def fingerprint_inputs(cls, lora_name: str, **_: Any) -> str:
         return files.fingerprint(lora_name)
 
     @classmethod
-    def execute(cls, lora_name: str, legacy_tucker: bool) -> io.NodeOutput:
-        return io.NodeOutput(files.load(lora_name, legacy_tucker=legacy_tucker))
+    def execute(
+        cls,
+        lora_name: str,
+        legacy_tucker: bool,
+        max_trigger_words: int = words.DEFAULT_COUNT,
+        trigger_words: str = "",
+    ) -> io.NodeOutput:
+        adapter = files.load(lora_name, legacy_tucker=legacy_tucker)
+        return io.NodeOutput(adapter, words.joined([adapter], max_trigger_words, trigger_words))
 
 
 class LoHaApply(io.ComfyNode):
@@ -143,11 +190,12 @@ class LoHaApply(io.ComfyNode):
 
     @classmethod
     def define_schema(cls) -> io.Schema:
-        return io.Schema(
+        return schema(
             node_id="LoHaApply",
             display_name="Apply LoHa",
             category="LoHa",
             description="Applies a loaded LoHa adapter to the model and the text encoders.",
+            search_aliases=["apply lora", "apply lycoris", "slider"],
             inputs=[
                 io.Model.Input("model", tooltip="The diffusion model to apply the adapter to."),
                 LOHA.Input("loha", tooltip="The adapter, from Load LoHa Adapter."),

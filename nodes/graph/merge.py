@@ -13,7 +13,7 @@ from loha_core.transform import compress
 from loha_core.transform.merge import METHODS, combination
 
 from .inputs import choice, number, one_of
-from .results import KINDS, kind_input, schema, shown
+from .results import KINDS, kind_input, result_schema, shown
 from .save import DTYPES
 from .types import LOHA, LOHA_BLOCKS
 
@@ -37,7 +37,7 @@ class LoHaMerge(io.ComfyNode):
 
     @classmethod
     def define_schema(cls) -> io.Schema:
-        return schema(
+        return result_schema(
             "LoHaMerge",
             "Merge LoHas",
             "Merges adapters into one LoHa, and shows what is lost by it.",
@@ -63,6 +63,7 @@ class LoHaMerge(io.ComfyNode):
                 *(_weight(slot, optional=True) for slot in SLOTS[2:]),
             ],
             "The merged adapter, for Apply LoHa or Save LoHa.",
+            aliases=["merge lora", "lora merge", "combine"],
         )
 
     @classmethod
@@ -93,7 +94,7 @@ class LoHaResize(io.ComfyNode):
 
     @classmethod
     def define_schema(cls) -> io.Schema:
-        return schema(
+        return result_schema(
             "LoHaResize",
             "Resize LoHa",
             "Gives an adapter another rank, and shows what is lost by it.",
@@ -108,6 +109,7 @@ class LoHaResize(io.ComfyNode):
                 ),
             ],
             "The resized adapter.",
+            aliases=["resize lora", "lora rank"],
         )
 
     @classmethod
@@ -121,7 +123,7 @@ class LoHaConvert(io.ComfyNode):
 
     @classmethod
     def define_schema(cls) -> io.Schema:
-        return schema(
+        return result_schema(
             "LoHaConvert",
             "Convert LoHa",
             "Writes an adapter otherwise: as LoHa or LoRA, with other names, alphas or numbers.",
@@ -149,6 +151,7 @@ class LoHaConvert(io.ComfyNode):
                 ),
             ],
             "The converted adapter.",
+            aliases=["convert lora", "loha to lora"],
         )
 
     @classmethod

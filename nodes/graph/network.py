@@ -11,7 +11,7 @@ from loha_core.errors import about
 from loha_core.naming.patterns import checked
 
 from ..host.layers import NetworkConfig, count
-from .inputs import choice, number, one_of, switch
+from .inputs import choice, number, one_of, schema, switch
 from .types import LOHA_CONFIG
 
 # Preset -> what a layer's path must contain. Timestep, size and modulation embeddings are nobody's style.
@@ -29,9 +29,10 @@ class LoHaNetwork(io.ComfyNode):
 
     @classmethod
     def define_schema(cls) -> io.Schema:
-        return io.Schema(
+        return schema(
             node_id="LoHaNetwork",
             display_name="LoHa Network",
+            search_aliases=["lora rank", "network dim"],
             category="LoHa/train",
             description="What is trained: the rank of the LoHa, which layers get one, and how it begins.",
             inputs=_inputs(),

@@ -12,7 +12,7 @@ from comfy_api.latest import io
 from loha_core.training.objectives import LossType, Objective, Timesteps
 from loha_core.training.optimizers import SOURCES, Curve, OptimizerConfig
 
-from .inputs import json_object, number, one_of, switch
+from .inputs import json_object, number, one_of, schema, switch
 from .types import LOHA_OBJECTIVE, LOHA_OPTIMIZER
 
 
@@ -33,9 +33,10 @@ class LoHaOptimizer(io.ComfyNode):
 
     @classmethod
     def define_schema(cls) -> io.Schema:
-        return io.Schema(
+        return schema(
             node_id="LoHaOptimizer",
             display_name="LoHa Optimizer",
+            search_aliases=["learning rate", "adamw", "prodigy"],
             category="LoHa/train",
             description="How fast and by which method the LoHa is trained.",
             inputs=[
@@ -100,9 +101,10 @@ class LoHaObjective(io.ComfyNode):
 
     @classmethod
     def define_schema(cls) -> io.Schema:
-        return io.Schema(
+        return schema(
             node_id="LoHaObjective",
             display_name="LoHa Objective",
+            search_aliases=["loss", "min snr"],
             category="LoHa/train",
             description="Which noise levels are trained, and how an error counts. What the model predicts is its own.",
             inputs=[

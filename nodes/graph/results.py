@@ -17,7 +17,7 @@ from loha_core.naming import names
 from ..host.progress import ProgressBar
 from ..page import charts
 from .info import block_order
-from .inputs import one_of
+from .inputs import one_of, schema
 from .types import LOHA
 
 KINDS = {"LoHa": "loha", "LoRA": "lora"}
@@ -25,11 +25,14 @@ KINDS = {"LoHa": "loha", "LoRA": "lora"}
 MIN_SCALE = 0.01
 
 
-def schema(node_id: str, display_name: str, description: str, inputs: list[Any], result: str) -> io.Schema:
+def result_schema(
+    node_id: str, display_name: str, description: str, inputs: list[Any], result: str, aliases: list[str]
+) -> io.Schema:
     """The schema of a node whose outputs are `shown`; ``result`` is the adapter's tooltip."""
-    return io.Schema(
+    return schema(
         node_id=node_id,
         display_name=display_name,
+        search_aliases=aliases,
         category="LoHa/merge",
         description=description,
         inputs=inputs,

@@ -21,7 +21,7 @@ from loha_core.formats.lycoris import as_one_file
 from loha_core.naming.readers import unread
 
 from ..host.files import FOLDER
-from .inputs import choice, json_object, one_of, switch
+from .inputs import choice, json_object, one_of, schema, switch
 from .types import LOHA
 
 DTYPES = {"as it is": None, "fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
@@ -34,9 +34,10 @@ class LoHaSave(io.ComfyNode):
 
     @classmethod
     def define_schema(cls) -> io.Schema:
-        return io.Schema(
+        return schema(
             node_id="LoHaSave",
             display_name="Save LoHa",
+            search_aliases=["save lora", "lora save"],
             category="LoHa",
             description="Saves a LoHa into the loras folder, where the loader nodes find it.",
             inputs=[

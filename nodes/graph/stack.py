@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 from typing import Any
 
 from comfy_api.latest import io
 
-from loha_core import LoHaError
+from loha_core import Adapter, LoHaError, load_adapter
 from loha_core.errors import about, check_number
 
 from ..host import files, modes
+from . import tags, words
+from .inputs import schema, switch
 from .loader import MAX_REPORTED, mode_input, patched_outputs
+from .region import region_input
 from .types import LORA_STACK
 
 NONE = "None"
@@ -28,11 +32,12 @@ class LoHaStack(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
         model, clip, report = patched_outputs()
-        return io.Schema(
+        return schema(
             node_id="LoHaStack",
             display_name="LoHa Stack",
             category="LoHa",
             description="Applies several adapters at once, and exchanges lists of them with other stack nodes.",
+            search_aliases=["lora stack", "power lora", "multi lora", "lycoris stack", "lora tag", "lora from prompt"],
             inputs=[
                 io.String.Input(
                     "rows",
@@ -57,6 +62,23 @@ class LoHaStack(io.ComfyNode):
                     tooltip="A list from another stack node. Its adapters come before the ones chosen here and are "
                     "applied here too: connect it to a node that has not applied them yet.",
                 ),
+                io.String.Input(
+                    "text",
+                    default="",
+                    optional=True,
+                    dynamic_prompts=True,
+                    placeholder="a cat <lora:style:0.8>",
+                    tooltip="A prompt whose tags are applied, too, after the rows: <lora:name>, <lora:name:0.8> or "
+                    "<lora:name:0.8:0.6>, the model's strength first. The name with or without folder and extension.",
+                ),
+                switch(
+                    "skip_missing",
+                    "Leave out adapters whose file is not found, with a warning in the report and the log. Off: an "
+                    "error.",
+                    optional=True,
+                ),
+                *words.word_inputs(),
+                region_input(),
             ],
             outputs=[
                 model,
@@ -67,29 +89,125 @@ class LoHaStack(io.ComfyNode):
                     "strength, clip strength).",
                 ),
                 report,
+                words.words_output(),
+                io.String.Output(display_name="prompt", tooltip="The text without its tags."),
+                io.String.Output(
+                    display_name="lora_tags",
+                    tooltip="All adapters that are on as <lora:name:strength:clip>, for metadata, a prompt, or the "
+                    "text of another stack.",
+                ),
             ],
         )
 
     @classmethod
-    def fingerprint_inputs(cls, rows: str | None = None, **_: Any) -> str:
-        # Connected rows, and adapters from a connected list, are not known yet.
-        return "|".join(files.fingerprint(name) for name, _, _ in chosen(rows or "[]"))
+    def validate_inputs(
+        cls, rows: str | None = None, text: str | None = None, skip_missing: bool | None = False
+    ) -> bool | str:
+        try:
+            _, _, missing = wanted("[]" if rows is None else rows, text or "")
+        except LoHaError as error:
+            return str(error)
+        # Connected inputs are None: not known yet.
+        return "\n".join(missing) if missing and skip_missing is False else True
+
+    @classmethod
+    def fingerprint_inputs(cls, rows: str | None = None, text: str | None = None, **others: Any) -> str:
+        # Connected rows and text, and adapters from a connected list, are not known yet.
+        entries, _, missing = wanted("[]" if rows is None else rows, text or "")
+        return "|".join([*(files.fingerprint(name) for name, _, _ in entries), *missing])
 
     @classmethod
     def execute(
-        cls, rows: str, model: Any = None, clip: Any = None, lora_stack: Any = None, mode: str = "auto"
+        cls,
+        rows: str,
+        model: Any = None,
+        clip: Any = None,
+        lora_stack: Any = None,
+        mode: str = "auto",
+        text: str = "",
+        skip_missing: bool = False,
+        max_trigger_words: int = words.DEFAULT_COUNT,
+        trigger_words: str = "",
+        region: Any = None,
     ) -> io.NodeOutput:
-        chosen_here = chosen(rows)
-        entries = [*received(lora_stack), *chosen_here]
-        if model is None and clip is None:
-            for name, _, _ in chosen_here:
-                files.resolve(name)  # other packs load by these names: no others may leave here
-            return io.NodeOutput(None, None, entries, f"{len(entries)} adapters in the list; none applied here")
-        reports = []
+        is_list = model is None and clip is None
+        if is_list and region is not None:
+            raise LoHaError("a list of adapters cannot hold a region; connect the model here, or remove the region")
+        here, prompt, missing = wanted(rows, text)
+        listed, lost = received(lora_stack), list[str]()
+        if skip_missing or not is_list:  # what only passes through may be another pack's to find
+            listed, lost = present(listed)
+        missing = lost + missing
+        if missing and not skip_missing:
+            raise LoHaError("\n".join(missing))
+        entries, reports = listed + here, [f"left out: {reason}" for reason in missing]
+        for reason in missing:
+            logging.warning("LoHa Stack left out %s", reason)
+        adapters = []
         for name, strength_model, strength_clip in entries:
-            model, clip, report = modes.apply(model, clip, files.load(name), strength_model, strength_clip, mode=mode)
-            reports.append(report.text(MAX_REPORTED))
-        return io.NodeOutput(model, clip, entries, "\n\n".join(reports) or "no adapter is on")
+            adapter = header(name, reports) if is_list else files.load(name)
+            if not is_list:
+                model, clip, report = modes.apply(
+                    model, clip, adapter, strength_model, strength_clip, mode=mode, region=region
+                )
+                reports.append(report.text(MAX_REPORTED))
+            adapters += [adapter] if strength_model or strength_clip else []
+        if is_list:
+            reports.append(f"{len(entries)} adapters in the list; none applied here")
+        given = words.joined(adapters, max_trigger_words, trigger_words)
+        spelled = " ".join(spell(entries, reports))
+        return io.NodeOutput(model, clip, entries, "\n\n".join(reports) or "no adapter is on", given, prompt, spelled)
+
+
+def wanted(rows: str, text: str) -> tuple[list[Entry], str, list[str]]:
+    """The adapters of rows and tags that are there, the text without tags, and what is missing, a sentence each.
+
+    Raises:
+        LoHaError: a row or a tag that cannot be understood, or a name that several adapters have.
+    """
+    prompt, found = tags.read(text)
+    entries, missing = present(chosen(rows))
+    names = tags.Names(files.names() if found else ())
+    for tag in found:
+        if name := names.find(tag.name):
+            entries.append((name, tag.strength_model, tag.strength_clip))
+        else:
+            near = ", ".join(names.nearest(tag.name)) or "none is like it"
+            missing.append(f"{tag.name!r}: no such adapter in ComfyUI's {files.FOLDER} folders; nearest: {near}")
+    return entries, prompt, missing
+
+
+def present(entries: list[Entry]) -> tuple[list[Entry], list[str]]:
+    """Those whose files can be opened, and why the others cannot."""
+    there, missing = [], []
+    for entry in entries:
+        try:
+            files.resolve(entry[0])
+            there.append(entry)
+        except LoHaError as error:
+            missing.append(str(error))
+    return there, missing
+
+
+def header(name: str, reports: list[str]) -> Adapter:
+    """What a file says of itself; nothing, and a line in the reports, where it cannot be read here."""
+    try:
+        return load_adapter(files.resolve(name), values=False)
+    except (LoHaError, OSError) as error:
+        reports.append(f"{name}: no trigger words, as it cannot be read ({str(error).partition(chr(10))[0]})")
+        return Adapter({})
+
+
+def spell(entries: list[Entry], reports: list[str]) -> list[str]:
+    """The entries as tags, and a line in the reports for each that no tag can hold."""
+    names = tags.Names(files.names())
+    spelled = []
+    for entry in entries:
+        if tag := names.write(*entry):
+            spelled.append(tag)
+        else:
+            reports.append(f"{entry[0]}: not among lora_tags, since no tag can hold such a name")
+    return spelled
 
 
 def chosen(rows: str) -> list[Entry]:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
-from comfy_api.latest import io, ui
+from comfy_api.latest import io
 
 from loha_core.blocks import FAMILIES, PRESETS, BlockStrength
 from loha_core.schedule import INTERPOLATIONS, Schedule
 
 from ..page import charts
 from ..page.blocks import AUTO, spell
+from .inputs import schema
 from .types import LOHA_BLOCKS, LOHA_SCHEDULE
 
 # How many rules the picture lists; the others are counted.
@@ -22,9 +23,10 @@ class LoHaBlockStrength(io.ComfyNode):
 
     @classmethod
     def define_schema(cls) -> io.Schema:
-        return io.Schema(
+        return schema(
             node_id="LoHaBlockStrength",
             display_name="LoHa Block Strength",
+            search_aliases=["block weight", "lora block weight", "lbw"],
             category="LoHa",
             description="Lets an adapter act more or less on each block of the model and on chosen layers.",
             inputs=[
@@ -70,7 +72,7 @@ class LoHaBlockStrength(io.ComfyNode):
             ],
             outputs=[
                 LOHA_BLOCKS.Output(display_name="blocks", tooltip="For the blocks input of Load LoHa or Apply LoHa."),
-                io.Image.Output(display_name="image", tooltip="The picture that the node shows: a bar per block."),
+                io.Image.Output(display_name="image", tooltip="The node's bars as a picture, with the rules."),
             ],
             is_output_node=True,
         )
@@ -81,8 +83,7 @@ class LoHaBlockStrength(io.ComfyNode):
         blocks = BlockStrength.parse(known, vector, rules, preset=preset)
         image = block_chart(blocks)
         # The widget draws the bars of the model that it was told of last.
-        shown = {"layout": (spell(blocks.layout),)} if blocks.layout else {}
-        return io.NodeOutput(blocks, image, ui=ui.PreviewImage(image, cls=cls).as_dict() | shown)
+        return io.NodeOutput(blocks, image, ui={"layout": (spell(blocks.layout),)} if blocks.layout else None)
 
 
 def block_chart(blocks: BlockStrength) -> Any:
@@ -99,9 +100,10 @@ class LoHaSchedule(io.ComfyNode):
 
     @classmethod
     def define_schema(cls) -> io.Schema:
-        return io.Schema(
+        return schema(
             node_id="LoHaSchedule",
             display_name="LoHa Schedule",
+            search_aliases=["lora schedule", "strength schedule", "lora keyframes"],
             category="LoHa",
             description="Lets the strength of an adapter follow a curve over the progress of sampling.",
             inputs=[
@@ -131,7 +133,7 @@ class LoHaSchedule(io.ComfyNode):
                 LOHA_SCHEDULE.Output(
                     display_name="schedule", tooltip="For the schedule input of Load LoHa or Apply LoHa."
                 ),
-                io.Image.Output(display_name="image", tooltip="The picture that the node shows: the curve."),
+                io.Image.Output(display_name="image", tooltip="The node's curve as a picture."),
             ],
             is_output_node=True,
         )
@@ -140,7 +142,7 @@ class LoHaSchedule(io.ComfyNode):
     def execute(cls, keyframes: str, interpolation: str, start_percent: float, end_percent: float) -> io.NodeOutput:
         schedule = Schedule.parse(keyframes, interpolation, start_percent, end_percent)
         image = schedule_chart(schedule)
-        return io.NodeOutput(schedule, image, ui=ui.PreviewImage(image, cls=cls))
+        return io.NodeOutput(schedule, image)
 
 
 def shorten(text: str) -> str:

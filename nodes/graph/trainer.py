@@ -9,7 +9,7 @@ from typing import Any
 
 import folder_paths
 import torch
-from comfy_api.latest import io, ui
+from comfy_api.latest import io
 
 from loha_core import Adapter, LoHaError
 from loha_core.training.config import TrainingConfig
@@ -26,7 +26,7 @@ from ..host.preview import Preview
 from ..host.progress import ProgressBar
 from ..host.training import TrainingRun
 from ..page import charts, monitor
-from .inputs import choice, number, one_of, switch
+from .inputs import choice, number, one_of, schema, switch
 from .optimizer import OptimizerSettings, optimizer_settings
 from .types import LOHA, LOHA_CONFIG, LOHA_DATASET, LOHA_OBJECTIVE, LOHA_OPTIMIZER
 
@@ -53,7 +53,7 @@ class Watcher:
                 self.run.folder.mkdir(parents=True, exist_ok=True)
                 picture.save(self.run.folder / f"preview_{event.step:06d}.png")
                 self.record.previewed(event.step)
-                self.bar.update_absolute(event.step, preview=("JPEG", picture.convert("RGB"), 512))
+                self.bar.update_absolute(event.step)  # the node shows the picture already
             case Stopped():
                 self.record.ended(type(event.reason).__name__)
 
@@ -81,9 +81,10 @@ class LoHaTrainer(io.ComfyNode):
 
     @classmethod
     def define_schema(cls) -> io.Schema:
-        return io.Schema(
+        return schema(
             node_id="LoHaTrainer",
             display_name="Train LoHa",
+            search_aliases=["train lora", "lora training", "trainer", "fine-tune"],
             category="LoHa/train",
             description="Trains a LoHa on the connected model. Cancel keeps the state; resume goes on from there.",
             inputs=_inputs(),
@@ -93,7 +94,7 @@ class LoHaTrainer(io.ComfyNode):
                 io.Model.Output(tooltip="The model with the LoHa at strength 1."),
                 io.Clip.Output(tooltip="The text encoders with the LoHa at strength 1; empty if none were trained."),
                 io.LossMap.Output(display_name="loss_map", tooltip="The loss of each step, for ComfyUI's Plot Loss."),
-                io.Image.Output(display_name="loss_curve", tooltip="The picture of the loss that the node shows."),
+                io.Image.Output(display_name="loss_curve", tooltip="A picture of the loss, as the node shows it."),
             ],
             is_output_node=True,
         )
@@ -102,20 +103,28 @@ class LoHaTrainer(io.ComfyNode):
     def execute(
         cls, model: Any, clip: Any = None, name: str = "my_loha", resume: bool = True, **values: Any
     ) -> io.NodeOutput:
-        with torch.inference_mode(False):
-            run, preview = training_run(model, clip, run_folder(name, resume), **values)
-            watch = partial(Watcher, run, preview, _workflow(cls.hidden))
-            adapter, losses = run.run(watch, resume=resume)
-            model, clip, _ = modes.apply(model, clip, adapter, 1.0, 1.0)
-        curve = charts.losses(f"Loss of {run.folder.name}", f"{len(losses)} steps", losses)
-        return io.NodeOutput(adapter, model, clip, {"loss": losses}, curve, ui=ui.PreviewImage(curve, cls=cls))
+        return io.NodeOutput(*train(cls.hidden, model, clip, name, resume, **values))
 
 
-def _workflow(hidden: Any) -> str:
-    """The id of the workflow that the page sent along; a prompt by the API may have none, or anything."""
-    sent = getattr(hidden, "extra_pnginfo", None)
-    workflow = sent.get("workflow") if isinstance(sent, dict) else None
-    return str(workflow.get("id", "")) if isinstance(workflow, dict) else ""
+def train(
+    hidden: Any, model: Any, clip: Any, name: str, resume: bool, **values: Any
+) -> tuple[Adapter, Any, Any, dict[str, list[float]], torch.Tensor]:
+    """A run of the node that is executed now, as the page is told of it.
+
+    Args:
+        hidden: the node's hidden inputs.
+        values: the inputs of `training_run`.
+
+    Returns:
+        The adapter; the model and the text encoders with it; the losses as ComfyUI's LOSS_MAP, and their picture.
+    """
+    with torch.inference_mode(False):
+        run, preview = training_run(model, clip, run_folder(name, resume), **values)
+        workflow = monitor.workflow_id(getattr(hidden, "extra_pnginfo", None))
+        adapter, losses = run.run(partial(Watcher, run, preview, workflow), resume=resume)
+        model, clip, _ = modes.apply(model, clip, adapter, 1.0, 1.0)
+    curve = charts.losses(f"Loss of {run.folder.name}", f"{len(losses)} steps", losses)
+    return adapter, model, clip, {"loss": losses}, curve
 
 
 def training_run(

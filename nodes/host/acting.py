@@ -73,8 +73,11 @@ class ActingLayer:
             forwards.renew(self._link)
 
     def _active(self, parameter: str) -> list[tuple[ActingUpdate, float]]:
-        strengths = ((update, update.live.strength_now()) for update in self.updates.get(parameter, ()))
+        strengths = ((update, self._strength(update)) for update in self.updates.get(parameter, ()))
         return [(update, strength) for update, strength in strengths if strength != 0]
+
+    def _strength(self, update: ActingUpdate) -> float:
+        return update.live.strength_now()
 
     def _function(self, parameter: str, weight: Tensor) -> Tensor:
         """ComfyUI's weight function."""
@@ -86,6 +89,9 @@ class ActingLayer:
 
     def __call__(self, forward: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
         self.ran = True
+        return self._act(forward, *args, **kwargs)
+
+    def _act(self, forward: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
         self._called.clear()
         y = self._with_weight(forward, *args, **kwargs)
         for parameter in [p for p in self._remove_function if p not in self._called and self._active(p)]:
@@ -171,13 +177,17 @@ class ActingLayer:
     def _weight(self, device: torch.device, below: Active) -> Tensor:
         return updated(weights.dense(self.module, device=device), below, f"{self.path}.weight")
 
+    @property
+    def _strategy(self) -> Any:
+        """By U and V where this was chosen over W + s·ΔW, else the cheaper way."""
+        return "khatri-rao" if self.castable else "auto"
+
     def _product(self, x: Tensor, factors: LoHaFactors, part: Part, strength: float) -> Tensor:
-        """s·ΔW·x, by U and V where this was chosen over W + s·ΔW, else the cheaper way."""
-        strategy: Any = "khatri-rao" if self.castable else "auto"
+        """s·ΔW·x."""
         if part is not None and part[0] == 1:
             x = x.narrow(self._channels(x), *part[1:])
         if not self.is_conv:
-            return loha_linear(x, factors, strength=strength, strategy=strategy)
+            return loha_linear(x, factors, strength=strength, strategy=self._strategy)
         m: Any = self.module
         padding = m.padding
         if m.padding_mode != "zeros" or isinstance(padding, str):
@@ -192,7 +202,7 @@ class ActingLayer:
             dilation=m.dilation,
             groups=m.groups,
             strength=strength,
-            strategy=strategy,
+            strategy=self._strategy,
         )
 
     def _added(self, y: Tensor, update: Tensor, part: Part) -> Tensor:

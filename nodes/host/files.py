@@ -17,6 +17,7 @@ from loha_core.formats.container import SUFFIXES
 from loha_core.formats.peft import CONFIG_NAME
 
 FOLDER = "loras"
+PICTURES = {".png": "image/png", ".jpg": "image/jpeg", ".jpeg": "image/jpeg", ".webp": "image/webp"}
 BUDGET = int(comfy.model_management.total_ram * 2**20) // 8
 """Bytes of adapters that are kept: an eighth of the machine's memory."""
 
@@ -34,24 +35,57 @@ _kept: dict[tuple[Path, bool], _Kept] = {}  # by file and legacy_tucker; the one
 
 def names() -> list[str]:
     """What a user can choose: adapter files, and PEFT folders by the name of the outermost folder."""
-    peft = peft_folders()
-    files = {
-        name
-        for name in folder_paths.get_filename_list(FOLDER)
-        if name.lower().endswith(SUFFIXES) and peft.isdisjoint(map(str, Path(name).parents))
-    }
-    return sorted([*files, *peft], key=str.lower)
+    listed = folder_paths.get_filename_list(FOLDER)
+    folders = {name.rpartition(os.sep)[0] for name in listed}
+    peft = _peft_folders(folders)
+    parts = {folder for folder in folders if peft and not peft.isdisjoint((folder, *map(str, Path(folder).parents)))}
+    files = {name for name in listed if name.lower().endswith(SUFFIXES) and name.rpartition(os.sep)[0] not in parts}
+    return sorted(files | peft, key=str.lower)
 
 
-def peft_folders() -> set[str]:
-    """Folders that hold an adapter_config.json, or whose unet/, text_encoder/, … do; relative names."""
-    folders: set[str] = set()
-    for name in folder_paths.get_filename_list(FOLDER):
-        parent = Path(name).parent
-        if parent != Path(".") and (path := _locate(parent)) is not None and (path / CONFIG_NAME).is_file():
-            is_part = parent.name == "unet" or parent.name.startswith(("text_encoder", "transformer"))
-            folders.add(str(parent.parent if is_part and parent.parent != Path(".") else parent))
-    return folders
+def _peft_folders(folders: Iterable[str]) -> set[str]:
+    """Those that hold an adapter_config.json, or whose unet/, text_encoder/, … do; relative names.
+
+    Each folder is looked at once, however many files are in it.
+    """
+    roots = folder_paths.get_folder_paths(FOLDER)
+    found: set[str] = set()
+    for folder in filter(None, folders):
+        # Of folders of one name, the first counts: that is where `resolve` leads.
+        path = next((path for root in roots if os.path.lexists(path := os.path.join(root, folder))), None)
+        if path is not None and os.path.isfile(os.path.join(path, CONFIG_NAME)):
+            outer, last = os.path.split(folder)
+            is_part = last == "unet" or last.startswith(("text_encoder", "transformer"))
+            found.add(outer if is_part and outer else folder)
+    return found
+
+
+def pictured(chosen: Iterable[str]) -> list[str]:
+    """Those of the names that have a picture beside them; each folder is read once."""
+    roots = folder_paths.get_folder_paths(FOLDER)
+    stems: dict[str, set[str]] = {}
+    found = []
+    for name in chosen:
+        folder, _, file = name.rpartition(os.sep)
+        if folder not in stems:
+            beside = (file for root in roots for file in _listed(os.path.join(root, folder)))
+            pictures = (file.rpartition(".")[0] for file in beside if file.endswith(tuple(PICTURES)))
+            stems[folder] = {stem.removesuffix(".preview") for stem in pictures}
+        if stems[folder] and stem_of(file) in stems[folder]:
+            found.append(name)
+    return found
+
+
+def stem_of(name: str) -> str:
+    """A file's name without its suffix, or a PEFT folder's as it is: pictures beside are called by it."""
+    return os.path.splitext(name)[0] if name.lower().endswith(SUFFIXES) else name
+
+
+def _listed(folder: str) -> list[str]:
+    try:
+        return os.listdir(folder)
+    except OSError:  # the folder is in another root
+        return []
 
 
 def resolve(name: str) -> Path:

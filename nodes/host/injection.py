@@ -18,7 +18,9 @@ from loha_core.bind import weight_key
 
 from . import versions
 from .acting import ActingLayer
+from .tokens import layout_of
 from .updates import LiveUpdate, SamplingCall
+from .varying import VaryingLayer
 
 KEY = "loha"  # one injection for all live adapters of a model
 
@@ -59,8 +61,16 @@ class LiveAdapters(PatcherInjection):
         for key, updates in self.by_key.items():
             path, _, parameter = key.rpartition(".")
             modules[path][parameter] = updates
-        layers = [ActingLayer(comfy.utils.get_attr(patcher.model, path), path, p) for path, p in modules.items()]
+        layout = layout_of(patcher.model) if any(update.region for update in self.updates) else None
+        layers: list[ActingLayer] = []
+        for path, parameters in modules.items():
+            module = comfy.utils.get_attr(patcher.model, path)
+            if any(update.varies for updates in parameters.values() for update in updates):
+                layers.append(VaryingLayer(module, path, parameters, layout))
+            else:
+                layers.append(ActingLayer(module, path, parameters))
         LiveAdapters.injected[patcher.model] = _Injected(self, id(patcher), layers)
+        self.call.patcher = weakref.ref(patcher)
         try:
             for layer in layers:
                 layer.start()

@@ -28,6 +28,8 @@ MODEL, CLIP = "MODEL", "CLIP"
 _KEYS = (comfy.lora.model_lora_keys_unet, comfy.lora.model_lora_keys_clip)
 Layer = tuple[str, Target, Any]  # name in the file, weight, update
 Part = tuple[int, int, int] | None  # axis, start, length; None is all of a weight
+Strength = float | tuple[float, ...]  # one for all pictures of a batch, or one for each
+Blocks = Callable[[str, str], Strength]  # (weight key, name in the file) -> multiplier of the strength
 
 
 class Term(NamedTuple):
@@ -140,7 +142,7 @@ class Patch:
 
     target: Target
     update: Any  # LoHaPatch, or what comfy.lora.load_lora makes of other adapters
-    block_strength: float  # multiplies the network's
+    block_strength: Strength  # multiplies the network's; only live mode has one per picture
 
 
 @dataclass
@@ -151,7 +153,7 @@ class Bound:
     report: Report
 
 
-def find(adapter: Adapter, model: Any, clip: Any, blocks: Callable[[str, str], float] = lambda key, name: 1.0) -> Bound:
+def find(adapter: Adapter, model: Any, clip: Any, blocks: Blocks = lambda key, name: 1.0) -> Bound:
     """Where the adapter's updates belong in ``model`` and ``clip``, either of which may be None.
 
     Args:
@@ -204,11 +206,13 @@ def networks_of(modules: tuple[Any, Any]) -> dict[str, Network]:
     }
 
 
-def merge(patcher: Any, patches: Iterable[Patch], strength: float) -> Any:
+def merge(patcher: Any, patches: Iterable[Patch], strength: Strength) -> Any:
     """A clone of ``patcher`` whose weights ComfyUI patches when it loads them; ``patcher`` itself at strength 0."""
     # ComfyUI takes one patch per weight and one strength per call; nearly always one round is all.
     rounds: list[tuple[float, dict[Target, Any]]] = []
     for patch in patches:
+        if isinstance(strength, tuple) or isinstance(patch.block_strength, tuple):
+            raise LoHaError("merged weights have one strength for all pictures of a batch; set mode to live")
         if strength * patch.block_strength == 0:
             continue
         free = (taken for s, taken in rounds if s == patch.block_strength and patch.target not in taken)
@@ -221,7 +225,7 @@ def merge(patcher: Any, patches: Iterable[Patch], strength: float) -> Any:
         raise LoHaError(f"{why}; set mode to live")
     clone = patcher.clone()
     for block_strength, updates in rounds:
-        if lost := set(updates) - set(clone.add_patches(updates, strength * block_strength)):
+        if lost := set(updates) - set(clone.add_patches(updates, strength * block_strength)):  # type: ignore[operator]
             raise LoHaError(f"ComfyUI did not take the patches for {sorted(map(str, lost))[:3]}")
         _join(getattr(clone, "patcher", clone).patches, map(weight_key, updates))
     return clone

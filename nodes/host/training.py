@@ -108,10 +108,11 @@ class TrainingRun:
     def _check(self) -> None:
         if self.start is not None:
             check_start(self.start, self.model.model, None if self.clip is None else self.clip.cond_stage_model)
-        if (live := live_of(self.model)) and any(update.schedule for update in live.updates):
+        updates = live.updates if (live := live_of(self.model)) else ()
+        if any(update.schedule or update.varies for update in updates):
             raise LoHaError(
-                "the model carries a LoHa with a schedule, which has no single strength to train on top of; "
-                "take the schedule or that LoHa away from the model input"
+                "the model carries a LoHa with a schedule, a region or a strength for each picture, which has no "
+                "single strength to train on top of; take that, or the LoHa, away from the model input"
             )
 
     def _resident(self) -> tuple[list[Any], Any]:

@@ -5,7 +5,7 @@ W' is W + ΔW, and with DoRA c∘(W + ΔW), c = m/‖W+ΔW‖. At strength s a w
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache, cached_property
 from math import prod
@@ -14,27 +14,38 @@ from typing import Any
 
 import comfy.lora
 import torch
+from comfy.hooks import Hook
 from torch import Tensor
 
-from loha_core import LoHaFactors, add_delta_, algebra
+from loha_core import LoHaError, LoHaFactors, add_delta_, algebra
 
-from .patches import LoHaPatch, Part, Patch, part_of, reordered
+from .patches import LoHaPatch, Part, Patch, Strength, part_of, reordered
+from .regions import Region
 
 
 class SamplingCall:
     """What the diffusion model is asked at this moment of sampling.
 
-    A wrapper of ComfyUI's around ``apply_model`` sets it before each call: `KEY` in a patcher's wrappers.
+    A wrapper of ComfyUI's around ``apply_model`` sets it before each call: `KEY` in a patcher's wrappers. Where regions
+    act, another around ``predict_noise`` (`of_sampler`) sees the latents that areas, tiles and windows are parts of.
 
     Attributes:
-        shape: of the latents, (rows, channels, …, height, width); () before the first call.
+        shape: of the latents, (rows, channels, …, height, width); () outside a call.
         chunks: conditionings that the rows hold one after the other, each for all pictures of the batch.
+        whole: the shape of the latents that the sampler holds; () where that is not known.
+        context: how many tokens of text there are.
+        inputs: the other inputs of ``apply_model`` that are given.
         options: transformer_options.
+        patcher: gives the patcher whose adapters act.
     """
 
     shape: tuple[int, ...] = ()
     chunks: int = 1
+    whole: tuple[int, ...] = ()
+    context: int = 0
+    inputs: frozenset[str] = frozenset()
     options: Mapping[str, Any] = MappingProxyType({})
+    patcher: Callable[[], Any] = staticmethod(lambda: None)
     _moment: Callable[[], float] = staticmethod(lambda: 0.0)
 
     def __call__(
@@ -51,8 +62,28 @@ class SamplingCall:
         """ComfyUI's wrapper around ``apply_model``; t is sigma."""
         self.shape, self.options = tuple(x.shape), transformer_options
         self.chunks = len(transformer_options.get("cond_or_uncond", ())) or 1
+        self.context = c_crossattn.shape[1] if c_crossattn is not None and c_crossattn.dim() > 1 else 0
+        self.inputs = frozenset(
+            name for name, value in kwargs.items() if value is not None and not (isinstance(value, list) and not value)
+        )
         self._moment = cache(lambda: percent_of(float(t.max()), executor.class_obj.model_sampling))
-        return executor(x, t, c_concat, c_crossattn, control, transformer_options, **kwargs)
+        try:
+            return executor(x, t, c_concat, c_crossattn, control, transformer_options, **kwargs)
+        finally:
+            self.shape = ()
+
+    def of_sampler(self, executor: Any, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """ComfyUI's wrapper around ``predict_noise``."""
+        self.whole = tuple(x.shape)
+        try:
+            return executor(x, *args, **kwargs)
+        finally:
+            self.whole = ()
+
+    @property
+    def pictures(self) -> int:
+        """How many pictures the batch has: row i of the latents is of picture i % pictures. 0 outside a call."""
+        return self.shape[0] // self.chunks if self.shape else 0
 
     @property
     def percent(self) -> float:
@@ -69,18 +100,62 @@ def percent_of(sigma: float, model_sampling: Any) -> float:
     return (low + high) / 2
 
 
+def agreed(counts: Iterable[int | None]) -> int | None:
+    """For how many pictures all of these are; None if for any number.
+
+    Raises:
+        LoHaError: they are for different numbers.
+    """
+    found = sorted({count for count in counts if count is not None})
+    if len(found) > 1:
+        raise LoHaError(
+            f"strengths or masks for {found[0]} pictures meet some for {found[1]}; expected one per picture"
+        )
+    return found[0] if found else None
+
+
+def pictures_of(*strengths: Strength) -> int | None:
+    """For how many pictures these are; None if for any number. Raises as `agreed`."""
+    return agreed(len(strength) if isinstance(strength, tuple) else None for strength in strengths)
+
+
+def strength_of(strength: Strength, picture: int) -> float:
+    return strength[picture] if isinstance(strength, tuple) else strength
+
+
+def acts(*strengths: Strength) -> bool:
+    """Whether the product is other than 0 for some picture."""
+    return any(prod(strength_of(s, picture) for s in strengths) for picture in range(pictures_of(*strengths) or 1))
+
+
 @dataclass
 class LiveUpdate:
     """One live update of one weight, as a patcher and its clones hold it."""
 
     patch: Patch
-    strength: float = 1.0
+    strength: Strength = 1.0
     schedule: Callable[[float], float] | None = None
     call: SamplingCall = field(default_factory=SamplingCall)
+    region: Region | None = None  # where in the picture it acts
+    hook: Hook | None = None  # acts only for conditionings that carry it, as strongly as its keyframes say there
 
-    def strength_now(self) -> float:
-        """The strength at this moment of sampling."""
-        strength = self.strength * self.patch.block_strength
+    @cached_property
+    def pictures(self) -> int | None:
+        """How many pictures there are strengths or masks for; None where one is for all."""
+        masks = self.region.pictures if self.region else None
+        return agreed((pictures_of(self.strength, self.patch.block_strength), masks))
+
+    @property
+    def varies(self) -> bool:
+        """Whether one strength does not say what it is."""
+        return self.pictures is not None or self.region is not None
+
+    def strength_now(self, picture: int = 0) -> float:
+        """The strength at this moment of sampling, on one picture of the batch."""
+        strength = strength_of(self.strength, picture) * strength_of(self.patch.block_strength, picture)
+        if self.hook is not None:
+            hooks = self.call.patcher().current_hooks
+            strength *= sum(float(hook.strength) for hook in (hooks.hooks if hooks else ()) if hook == self.hook)
         return strength * self.schedule(self.call.percent) if self.schedule else strength
 
     def native(self, strength: float) -> tuple[Any, ...]:

@@ -113,6 +113,38 @@ def _group(label: str) -> tuple[str, str]:
     return (match[1], match[2]) if match else (label, "")
 
 
+LINE, COLUMN, MAX_LINES = 20, 250, 60
+
+
+def ranking(
+    title: str, subtitle: str, columns: Sequence[str], rows: Sequence[tuple[str, Sequence[float], bool]]
+) -> torch.Tensor:
+    """Lines with a bar in each column, first to last; each column has a scale of its own, the others are counted.
+
+    Args:
+        rows: label, the columns' values, not negative, and whether it stands out.
+    """
+    shown = rows[:MAX_LINES]
+    bottom = TOP + 22 + LINE * len(shown)
+    height = bottom + (LINE + 8 if len(rows) > len(shown) else 12)
+    start = EDGE + 14 + round(max((ImageFont.load_default(12).getlength(label) for label, *_ in shown), default=0))
+    canvas = Canvas(start + COLUMN * len(columns), height, title, subtitle)
+    for column, name in enumerate(columns):
+        left, largest = start + COLUMN * column, max((values[column] for _, values, _ in rows), default=0.0)
+        canvas.text((left, TOP), name, FAINT)
+        for line, (_, values, stands_out) in enumerate(shown):
+            y, length = TOP + 22 + LINE * line, round((COLUMN - 70) * values[column] / (largest or 1.0))
+            canvas.draw.rectangle((left, y + 3, left + COLUMN - 70, y + LINE - 4), PANEL)
+            canvas.draw.rectangle((left, y + 3, left + length, y + LINE - 4), ramp(0.75) if stands_out else FAINT)
+            canvas.text((left + COLUMN - 62, y + LINE // 2), f"{values[column]:.3g}", size=11, anchor="lm")
+    for line, (label, _, stands_out) in enumerate(shown):
+        at = (start - 10, TOP + 22 + LINE * line + LINE // 2)
+        canvas.text(at, label, INK if stands_out else FAINT, anchor="rm")
+    if len(rows) > len(shown):
+        canvas.text((EDGE, bottom), f"… and {len(rows) - len(shown)} more", FAINT)
+    return canvas.image()
+
+
 PLOT_WIDTH, PLOT_HEIGHT = 520, 300
 
 

@@ -54,11 +54,7 @@ def contact_sheet(title: str, subtitle: str, shown: Sequence[Shown], more: int) 
 def _cell(canvas: Canvas, entry: Shown, left: int, top: int) -> None:
     canvas.draw.rectangle((left, top, left + THUMB - 1, top + THUMB - 1), PANEL)
     picture = entry.picture if entry.mask is None else entry.picture * (0.2 + 0.8 * entry.mask[:, :, None])
-    thumb = Image.fromarray((picture.clamp(0, 1).cpu().numpy() * 255).round().astype(np.uint8))
-    scale = THUMB / max(thumb.size)
-    # Enlarged pixels stay pixels: a small picture looks like one.
-    method = Image.Resampling.NEAREST if scale > 1 else Image.Resampling.LANCZOS
-    thumb = thumb.resize((max(1, round(thumb.width * scale)), max(1, round(thumb.height * scale))), method)
+    thumb = thumbnail(picture, THUMB)
     canvas.picture.paste(thumb, (left + (THUMB - thumb.width) // 2, top + (THUMB - thumb.height) // 2))
     if entry.regularisation:
         canvas.draw.rectangle((left - 2, top - 2, left + THUMB + 1, top + THUMB + 1), outline=NEGATIVE, width=2)
@@ -66,6 +62,15 @@ def _cell(canvas: Canvas, entry: Shown, left: int, top: int) -> None:
     canvas.text((left, text_top), ", ".join(entry.marks), NEGATIVE if entry.regularisation else ramp(0.75), size=11)
     for number, line in enumerate(_wrapped(canvas, entry.caption or "(no caption)"), 1):
         canvas.text((left, text_top + LINE * number), line, INK if entry.caption else FAINT, size=11)
+
+
+def thumbnail(picture: Tensor, size: int) -> Image.Image:
+    """A picture (h, w, 3) in 0…1 with its longer side as long as ``size``."""
+    image = Image.fromarray((picture.clamp(0, 1).cpu().numpy() * 255).round().astype(np.uint8))
+    scale = size / max(image.size)
+    # Enlarged pixels stay pixels: a small picture looks like one.
+    method = Image.Resampling.NEAREST if scale > 1 else Image.Resampling.LANCZOS
+    return image.resize((max(1, round(image.width * scale)), max(1, round(image.height * scale))), method)
 
 
 def _wrapped(canvas: Canvas, text: str) -> list[str]:
@@ -82,10 +87,11 @@ def _wrapped(canvas: Canvas, text: str) -> list[str]:
     lines.append(line)
     if len(lines) > CAPTION_LINES:
         lines[CAPTION_LINES - 1 :] = [lines[CAPTION_LINES - 1] + " …"]
-    return [_cut(line, fits) for line in lines]
+    return [cut(line, fits) for line in lines]
 
 
-def _cut(line: str, fits: Callable[[str], bool]) -> str:
+def cut(line: str, fits: Callable[[str], bool]) -> str:
+    """As much of a line as fits, with … for the rest."""
     while len(line) > 1 and not fits(line):
         line = line.rstrip("…")[:-1] + "…"
     return line

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,6 +19,8 @@ MAX_RUNS = 8  # that are kept
 
 # Sends an event to the pages; a running server sets it.
 tell: Callable[[str, dict[str, Any]], object] = lambda event, data: None  # noqa: E731
+# What ComfyUI executes now, as its queue has it: (number, prompt's id, prompt, extra data, …); set likewise.
+executing: Callable[[], Iterable[tuple[Any, ...]]] = lambda: ()  # noqa: E731
 
 # By the workflow and the node that trains, the latest last.
 runs: dict[tuple[str, str], Run] = {}
@@ -33,6 +35,7 @@ class Run:
     node: str
     steps: int
     losses: list[float]
+    prompt: str = ""  # the id of the one that it belongs to
     rates: list[float] = field(default_factory=list)
     previews: list[int] = field(default_factory=list)
     state: str = "running"
@@ -76,6 +79,7 @@ class Run:
             "seconds_left": self.seconds_left(),
             "previews": self.previews,
             "state": self.state,
+            "began": self.began,
         }
 
     def full(self) -> dict[str, Any]:
@@ -94,7 +98,8 @@ def begin(name: str, workflow: str, trainer: Trainer) -> Run:
     """A new run of the node that is executed now."""
     context = get_executing_context()
     node = "" if context is None else str(context.node_id)
-    run = Run(name, workflow, node, trainer.config.steps, list(trainer.losses), first=trainer.step)
+    prompt = "" if context is None else context.prompt_id
+    run = Run(name, workflow, node, trainer.config.steps, list(trainer.losses), prompt, first=trainer.step)
     if before := runs.pop((workflow, node), None):
         # A resumed run has the losses of the run that it goes on from.
         run.previous = before.previous if run.first and before.name == name else before.losses
@@ -111,9 +116,25 @@ def runs_of(workflow: str, node: str) -> list[Run]:
         workflow: its id; a run that came without one may be anyone's.
         node: its id, or ``:id`` for a node of a subgraph, whichever of its places runs; "" for all.
     """
-    return [
-        run
-        for run in list(runs.values())
-        if run.workflow in (workflow, "") or not workflow
-        if run.node == node or not node or (node.startswith(":") and run.node.endswith(node))
-    ]
+    return [run for run in list(runs.values()) if _is_of(run.workflow, run.node, workflow, node)]
+
+
+def preparing(workflow: str, node: str) -> str:
+    """The id of the prompt that is executed now and will come to this node, or has, but trains nothing yet; or ""."""
+    begun = {run.prompt for run in runs_of(workflow, node)}
+    for _, prompt_id, prompt, extra, *_ in executing():
+        sent = workflow_id(extra.get("extra_pnginfo"))
+        if node and prompt_id not in begun and any(_is_of(sent, other, workflow, node) for other in prompt):
+            return str(prompt_id)
+    return ""
+
+
+def _is_of(its_workflow: str, its_node: str, workflow: str, node: str) -> bool:
+    same_workflow = its_workflow in (workflow, "") or not workflow
+    return same_workflow and (its_node == node or not node or (node.startswith(":") and its_node.endswith(node)))
+
+
+def workflow_id(extra_pnginfo: Any) -> str:
+    """The id of the workflow that the page sent along; a prompt by the API may have none, or anything."""
+    workflow = extra_pnginfo.get("workflow") if isinstance(extra_pnginfo, dict) else None
+    return str(workflow.get("id", "")) if isinstance(workflow, dict) else ""

@@ -13,14 +13,13 @@ from aiohttp import web
 
 from loha_core import LoHaError, load_adapter
 from loha_core.formats import peft
-from loha_core.formats.container import SUFFIXES
 from loha_core.formats.describe import base_model, trigger_words
 
 from ..host import files
 from . import monitor
 from .blocks import bars
+from .models import layout_of
 
-PICTURES = {".png": "image/png", ".jpg": "image/jpeg", ".jpeg": "image/jpeg", ".webp": "image/webp"}
 # A line of text in the page, not a book: what a file says of itself is cut.
 MAX_LETTERS, MAX_WORDS = 200, 50
 
@@ -32,10 +31,10 @@ def register() -> None:
     from server import PromptServer  # a module of ComfyUI's that only a running server has
 
     monitor.tell = PromptServer.instance.send_sync
+    monitor.executing = lambda: PromptServer.instance.prompt_queue.get_current_queue_volatile()[0]
 
-    handlers = {"adapters": _adapters, "info": _info, "preview": _preview, "blocks": _blocks, "training": _training}
-    for path, handler in handlers.items():
-        PromptServer.instance.routes.get(f"/loha/{path}")(_answering(handler))
+    for handler in (_adapters, _info, _preview, _blocks, _layout, _training):
+        PromptServer.instance.routes.get(f"/loha/{handler.__name__[1:]}")(_answering(handler))
 
 
 def _answering(handler: Handler) -> Handler:
@@ -53,20 +52,23 @@ def _answering(handler: Handler) -> Handler:
 
 
 async def _adapters(request: web.Request) -> web.StreamResponse:
-    return web.json_response({"names": await asyncio.to_thread(files.names)})
+    names = await asyncio.to_thread(files.names)
+    return web.json_response({"names": names, "pictured": await asyncio.to_thread(files.pictured, names)})
 
 
 async def _training(request: web.Request) -> web.StreamResponse:
     """The latest runs (of a workflow's node), with their losses: the events say only what is new.
 
-    A page that has ``since`` losses of a ``run`` gets the rest of that.
+    A page that has ``since`` losses of a ``run`` gets the rest of that. ``preparing`` is the id of a prompt whose run
+    has not begun, if there is one.
     """
     asked = {key: request.query.get(key, "") for key in ("workflow", "node", "run")}
     since = request.query.get("since", "0")
     if not (since.isascii() and since.isdecimal() and len(since) < 10):
         raise LoHaError(f"since is {since[:MAX_LETTERS]!r}; expected how many losses the page has")
-    runs = monitor.runs_of(asked["workflow"], asked["node"])
-    return web.json_response({"runs": [r.since(int(since)) if r.id == asked["run"] else r.full() for r in runs]})
+    of = asked["workflow"], asked["node"]
+    runs = [run.since(int(since)) if run.id == asked["run"] else run.full() for run in monitor.runs_of(*of)]
+    return web.json_response({"runs": runs, "preparing": monitor.preparing(*of)})
 
 
 async def _info(request: web.Request) -> web.StreamResponse:
@@ -77,12 +79,17 @@ async def _preview(request: web.Request) -> web.StreamResponse:
     picture = await asyncio.to_thread(picture_of, request.query.get("name", ""))
     if picture is None:
         raise LoHaError("no picture lies beside this adapter")
-    return web.FileResponse(picture, headers={"Content-Type": PICTURES[picture.suffix.lower()]})
+    return web.FileResponse(picture, headers={"Content-Type": files.PICTURES[picture.suffix.lower()]})
 
 
 async def _blocks(request: web.Request) -> web.StreamResponse:
     asked = {name: request.query.get(name, other) for name, other in _ASKED.items()}
     return web.json_response(await asyncio.to_thread(partial(bars, **asked)))
+
+
+async def _layout(request: web.Request) -> web.StreamResponse:
+    asked = (request.query.get(key, "") for key in ("folder", "name"))
+    return web.json_response({"layout": await asyncio.to_thread(layout_of, *asked)})
 
 
 _ASKED = {"family": "auto", "preset": "ALL", "vector": ""}
@@ -91,8 +98,8 @@ _ASKED = {"family": "auto", "preset": "ALL", "vector": ""}
 def picture_of(name: str) -> Path | None:
     """The picture beside an adapter, by its stem: a.png or a.preview.png for a.safetensors."""
     files.resolve(name)
-    stem = str(Path(name).with_suffix("")) if Path(name).suffix.lower() in SUFFIXES else name
-    for candidate in (f"{stem}{middle}{suffix}" for middle in ("", ".preview") for suffix in PICTURES):
+    stem = files.stem_of(name)
+    for candidate in (f"{stem}{middle}{suffix}" for middle in ("", ".preview") for suffix in files.PICTURES):
         try:
             return _file(candidate)
         except LoHaError:

@@ -69,8 +69,8 @@ def models_of(family: str) -> list[tuple[Reduced, Any]]:
     return [(reduced, model_of(*reduced.comfyui)) for reduced in variants(family) if reduced.comfyui is not None]
 
 
-def model_of(kind: str, settings: dict[str, Any]) -> Any:
-    device = torch.device("cpu" if kind in NEEDS_NUMBERS else "meta")
+def model_of(kind: str, settings: dict[str, Any], device: torch.device | None = None) -> Any:
+    device = device or torch.device("cpu" if kind in NEEDS_NUMBERS else "meta")
     while True:
         config = getattr(comfy.supported_models, kind)(dict(settings))
         try:

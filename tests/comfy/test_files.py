@@ -79,6 +79,54 @@ def test_names_that_climb_out_are_refused(files, tmp_path, name):
         files.load(name)
 
 
+# --- many of them -------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def many(files, tmp_path):
+    """2,000 names in 110 folders, every tenth with a picture; a PEFT folder, and one in parts."""
+    root = tmp_path / "models" / "loras"
+    for number in range(2000):
+        folder = root / f"group {number % 10}" / f"set {number % 110 // 10}"
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / f"{number:04d}.v2.safetensors").touch()
+        if number % 10 == 0:
+            suffix = (".png", ".preview.webp", ".jpg", ".preview.jpeg")[number % 4]
+            (folder / f"{number:04d}.v2{suffix}").touch()
+    for part in ("peft", "whole/unet", "whole/text_encoder"):
+        (root / part).mkdir(parents=True)
+        (root / part / "adapter_config.json").touch()
+        (root / part / "adapter_model.safetensors").touch()
+    (root / "whole.png").touch()
+    (root / "group 1" / "notes.png").touch()
+    return files
+
+
+def test_pictures_beside_files(many):
+    names = many.names()
+    assert len(names) == 2002 and {"peft", "whole"} < set(names)
+    pictured = many.pictured(names)
+    assert len(pictured) == 201 and {os.path.join("group 0", "set 0", "0000.v2.safetensors"), "whole"} < set(pictured)
+
+
+def test_folders_are_looked_at_once_however_many_files_lie_in_them(many, monkeypatch):
+    """Counted, not timed: two questions to the file system for each folder, beside ComfyUI's own."""
+    folder_paths.get_filename_list("loras")
+    asked = []
+    for name in ("stat", "lstat", "scandir", "listdir", "open"):
+        own = getattr(os, name)
+        monkeypatch.setattr(os, name, lambda *a, own=own, **k: asked.append(a) or own(*a, **k))
+    folders = 110 + 10 + 4
+    folder_paths.get_filename_list("loras")
+    own_calls = len(asked)
+    asked.clear()
+    names = many.names()
+    assert len(asked) <= own_calls + 2 * folders
+    asked.clear()
+    many.pictured(names)
+    assert len(asked) <= folders
+
+
 # --- reading once -------------------------------------------------------------------------------
 
 SIZE = 4 * 2 * 64 * 4  # bytes of each file's tensors

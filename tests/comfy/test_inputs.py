@@ -68,7 +68,7 @@ def apply(request: pytest.FixtureRequest, models: reduced.Models, folders: Path)
     inputs = {**source, "model": models.model, "clip": models.clip, "strength_model": 1.0, "strength_clip": 1.0}
 
     def run_it(**changes: Any) -> Any:
-        model, clip, report = run("loader", request.param, **inputs | {"mode": "merge"} | changes)
+        model, clip, report = run("loader", request.param, **inputs | {"mode": "merge"} | changes)[:3]
         return SimpleNamespace(model=model, clip=clip, report=report)
 
     return run_it

@@ -17,11 +17,11 @@ from safetensors.torch import save_file
 
 from demo.comfyui import Server
 from loha_core import load_adapter
-from loha_core.blocks import LAYOUTS, BlockStrength
+from loha_core.blocks import LAYOUTS, BlockStrength, Layout
 
 from . import reduced
 
-ROUTES = ("adapters", "info", "preview", "blocks", "training")
+ROUTES = ("adapters", "info", "preview", "blocks", "layout", "training")
 MARKUP = "<script>window.hacked = 1</script>"
 
 
@@ -78,6 +78,39 @@ def test_the_list_is_that_of_the_nodes(server, loras):
     status, answer = ask(server, "adapters")
     options = server.object_info("LoHaLoader")["input"]["required"]["lora_name"][1]["options"]
     assert status == 200 and answer["names"] == options and "routes/good.safetensors" in options
+
+
+def test_the_list_says_which_have_a_picture(server, loras):
+    pictured = {name for name in ask(server, "adapters")[1]["pictured"] if name.startswith("routes")}
+    # A link out of the folders is listed and refused, as for adapters themselves.
+    assert pictured == {"routes/good.safetensors", "routes/said.safetensors", "routes/broken.safetensors"}
+    assert ask(server, "preview", name="routes/broken.safetensors")[0] == 400
+
+
+def test_the_layout_of_a_model_that_is_not_loaded(server, pack):
+    """As the loaded model says it, from the header alone: no tensor of these files could be read."""
+    folder = server.path("models", "checkpoints", "x").parent
+    spell = sys.modules[f"{pack.__name__}.nodes.page.blocks"].spell
+    for family in ("sd15", "sdxl", "sd3", "flux"):
+        keys = list(reduced.build(family).model.model.state_dict())
+        file = folder / f"layout_{family}.safetensors"
+        save_file({f"model.{key}": torch.zeros(0) for key in keys if key.startswith("diffusion_model.")}, file)
+        status, answer = ask(server, "layout", folder="checkpoints", name=file.name)
+        assert status == 200 and answer == {"layout": spell(Layout.of_keys(keys))}
+        bare = server.path("models", "diffusion_models", file.name)
+        save_file({key.removeprefix("diffusion_model."): torch.zeros(0) for key in keys}, bare)
+        assert ask(server, "layout", folder="diffusion_models", name=file.name)[1] == answer
+    (folder / "layout_broken.safetensors").write_bytes(b"{")
+    assert ask(server, "layout", folder="checkpoints", name="layout_broken.safetensors") == (200, {"layout": ""})
+
+
+@pytest.mark.parametrize(
+    ("folder", "name"),
+    [("checkpoints", "../loras/x.safetensors"), ("checkpoints", "a\0b"), ("loras", "a"), ("", ""), ("input", "..")],
+)
+def test_layouts_are_of_models_only(server, folder, name):
+    status, answer = ask(server, "layout", folder=folder, name=name)
+    assert status == 400 and "no such model" in answer["error"]
 
 
 def test_info_of_a_file_and_of_a_folder(server, loras):
@@ -222,7 +255,9 @@ def test_nothing_but_reading(server, loras, route, prefix):
     assert call(server, path, "POST", b"\xff\0<", **{"Content-Type": "application/json"})[0] == 405
     assert call(server, path, "POST", b"{}", Origin="http://evil.example")[0] == 403
     assert call(server, path, Origin="http://evil.example")[0] == 403
-    assert call(server, path, "GET", b"{" * 100_000, **{"Content-Type": "application/json"})[0] == 200  # not read
+    status = call(server, path)[0]
+    assert status == (400 if route == "layout" else 200)  # no model of that name
+    assert call(server, path, "GET", b"{" * 100_000, **{"Content-Type": "application/json"})[0] == status  # not read
     assert state(server) == before
     assert call(server, "/system_stats")[0] == 200
 

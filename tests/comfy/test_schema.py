@@ -16,7 +16,7 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 SNAPSHOT = Path(__file__).with_name("schema.json")
 # What an input says and how it looks may change, and so may what lies in the model folders.
 LOOKS = {"tooltip", "placeholder", "multiline", "display", "advanced"}
-FILES = {"lora_name", "base_model"}
+FILES = {"lora_name", "base_model", "folder"}
 
 
 def ours(info: dict[str, Any]) -> dict[str, Any]:

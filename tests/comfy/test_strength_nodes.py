@@ -31,7 +31,9 @@ SCHEDULE: dict[str, Any] = {
 
 
 def run(server: Server, node: str, **inputs: Any) -> dict:
-    return server.queue({"1": {"class_type": node, "inputs": inputs}})["outputs"]["1"]
+    """What a preview of its picture, the node's second output, has."""
+    preview = {"class_type": "PreviewImage", "inputs": {"images": ["1", 1]}}
+    return server.queue({"1": {"class_type": node, "inputs": inputs}, "2": preview})["outputs"]["2"]
 
 
 def stacked(*names: str, on: bool = True, strength: float = 1.0) -> dict[str, Any]:
@@ -235,6 +237,13 @@ def sample(ready: Server) -> Any:
     return run
 
 
+@pytest.fixture
+def sample_stack(sample: Any) -> Any:
+    """Pictures of the stack's example with the prompt of the others alone."""
+    asked, joined = {"text": "a handwritten seven"}, {"delimiter": ""}
+    return lambda **inputs: sample("loha_stack", LoHaStack=asked | inputs, StringConcatenate=joined)
+
+
 def pictures(server: Server, prompt: dict, saved: list[str]) -> np.ndarray:
     outputs = server.queue(prompt)["outputs"]
     return server.images({"outputs": {key: outputs[key] for key in saved}}).astype(int)
@@ -269,9 +278,9 @@ def test_a_schedule_is_what_two_samplings_after_each_other_are(ready, sample):
     assert np.abs(found - wanted).max() <= 1
 
 
-def test_blocks_and_schedules_that_are_zero_draw_what_no_adapter_draws(sample):
-    plain = sample("loha_stack", LoHaStack={"rows": "[]"})
-    assert np.abs(sample("loha_stack") - plain).max() > 10
+def test_blocks_and_schedules_that_are_zero_draw_what_no_adapter_draws(sample, sample_stack):
+    plain = sample_stack(rows="[]")
+    assert np.abs(sample_stack() - plain).max() > 10
     no_blocks = {"LoHaBlockStrength": {"preset": "NONE", "vector": ""}}
     # A schedule is about sampling; text encoders are done by then.
     never = {"LoHaSchedule": {"keyframes": "0: 0"}, "LoHaLoader": {"strength_clip": 0.0}}
@@ -293,10 +302,10 @@ def test_schedules_act_under_other_samplers(sample, sampler):
     assert np.abs(half - run("0: 0.5, 0.6: 0", 1.0)).max() > 5
 
 
-def test_stacked_strengths_of_one_adapter_add_up(sample, draw):  # noqa: F811
+def test_stacked_strengths_of_one_adapter_add_up(sample_stack, draw):  # noqa: F811
     for mode in ("merge", "live"):
         whole = draw(mode=mode, strength_model=1.0, strength_clip=1.0)
-        assert np.abs(sample("loha_stack", LoHaStack={"mode": mode}) - whole).max() <= 1
+        assert np.abs(sample_stack(mode=mode) - whole).max() <= 1
 
 
 # --- stacks -----------------------------------------------------------------------------------
@@ -325,12 +334,12 @@ def test_a_stack_adds_up_its_adapters(stack, loras):
     models = reduced.build("sd15")
     before = models.weights()
     widgets = stacked(*loras, strength=0.5)
-    model, clip, entries, report = stack.LoHaStack.execute(**widgets, model=models.model, clip=models.clip).result
+    model, clip, entries, report, *_ = stack.LoHaStack.execute(**widgets, model=models.model, clip=models.clip).result
     assert entries == [(name, 0.5, 0.5) for name in loras]
     assert all(name in report for name in loras)
     alone = []
     for name in loras:
-        one, _, _, _ = stack.LoHaStack.execute(**stacked(name, strength=0.5), model=models.model).result
+        one, *_ = stack.LoHaStack.execute(**stacked(name, strength=0.5), model=models.model).result
         alone.append(patched(one))
     for key, weight in patched(model).items():
         wanted = before["MODEL", key] + sum(one[key] - before["MODEL", key] for one in alone)
@@ -380,7 +389,7 @@ def test_lists_of_other_packs_are_applied_first_and_checked(stack, loras):
     models = reduced.build("sd15")
     foreign = [(loras[0], 0.5, None), ("None", 1.0, 1.0), [loras[1], 1, 1]]
     everything = {"model": models.model, "clip": models.clip, "lora_stack": foreign}
-    model, clip, entries, _ = stack.LoHaStack.execute(**stacked(loras[0]), **everything).result
+    model, clip, entries, *_ = stack.LoHaStack.execute(**stacked(loras[0]), **everything).result
     assert entries == [(loras[0], 0.5, 0.0), (loras[1], 1.0, 1.0), (loras[0], 1.0, 1.0)]
     on_model, on_clip = (
         max(len(patch.weights) for entries in patches.values() for _, patch, *_ in entries)

@@ -405,12 +405,17 @@ def test_previews_change_nothing(mode):
     assert t.same(plain, shown)
 
 
-def test_a_loha_with_a_schedule_upstream_is_refused(sd15):
+@pytest.mark.parametrize("what", ["a schedule", "a region", "a strength for each picture"])
+def test_a_loha_without_one_strength_upstream_is_refused(sd15, what):
     first = t.train(sd15, steps=1)
-    modes = t.node("host.modes")
-    model = modes.apply(sd15.model, None, first, 1.0, 1.0, mode="live", schedule=lambda percent: 1.0)[0]
-    with pytest.raises(LoHaError, match="schedule"):
-        t.train(sd15, model=model, name="on a schedule")
+    mask = torch.zeros(8, 8)
+    mask[:, 4:] = 1
+    more = {"schedule": lambda percent: 1.0} if what == "a schedule" else {}
+    more |= {"region": t.node("host.regions").Region(mask)} if what == "a region" else {}
+    strength = (1.0, 0.5) if what == "a strength for each picture" else 1.0
+    model = t.node("host.modes").apply(sd15.model, None, first, strength, 1.0, mode="live", **more)[0]
+    with pytest.raises(LoHaError, match=what):
+        t.train(sd15, model=model, name="on " + what)
 
 
 # --- text encoders ------------------------------------------------------------------------------

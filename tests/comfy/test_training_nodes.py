@@ -500,11 +500,13 @@ def test_the_workflow_trains_shows_and_saves(server, workflow):
     settings = {"steps": 4, "batch_size": 4, "save_every": 2, "name": "short", "resume": False}
     preview = {"preview_every": 2, "preview_steps": 2, "preview_prompt": "a handwritten seven", "vae": ["1", 2]}
     job = workflow(LoHaTrainer=settings | preview, LoHaSave={"filename": "short"})
+    [trainer] = [number for number, node in job.items() if node["class_type"] == "LoHaTrainer"]
+    job["curve"] = {"class_type": "PreviewImage", "inputs": {"images": [trainer, 4]}}
     prompt_id, how, events = asyncio.run(watched(server, job))
     assert how == "execution_success"
     while not (entry := server.get(f"/history/{prompt_id}").get(prompt_id)):  # written after the event
         time.sleep(0.05)
-    curve = server.images({"outputs": {"7": outputs(job, entry, "LoHaTrainer")}})
+    curve = server.images({"outputs": {"": entry["outputs"]["curve"]}})
     assert curve.shape[1] > 100 and curve.std() > 10
     assert outputs(job, entry, "LoHaSave")["text"] == ["saved as short.safetensors"]
     assert re.search(r"MODEL: \d+ layers", outputs(job, entry, "LoHaNetwork")["text"][0])

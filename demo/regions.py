@@ -1,0 +1,153 @@
+"""`python -m demo.regions`: an adapter that makes a seven of every digit, in one half of the picture only.
+
+The demo's model is asked for a digit in pictures of two digits side by side. The table says what the judge reads in the
+half with the mask, which should be sevens, and in the other half, which should be what was asked for.
+"""
+
+import argparse
+import copy
+import json
+import shutil
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+
+from . import comfyui, digits, train_loha
+from .picture import grid
+from .prepare import CHECKPOINT, _digest, _made_from, write_files
+
+WORKFLOW = comfyui.REPOSITORY / "example_workflows" / "loha_loader.json"
+LOHA = "loha_demo_always_seven.safetensors"
+ASKED = (2, 4)
+"""Digits that the model, which was shown single ones, draws side by side without being taught to."""
+SAMPLES = 32
+SIDE = 32
+"""A digit's width and height in pixels."""
+AT_LEAST = 0.80
+"""Of the pictures: sevens where the mask is, and the asked digit elsewhere."""
+WAYS: dict[str, dict[str, object] | None] = {
+    "without the LoHa": None,
+    "everywhere": {},
+    "left half, off": {"x": 0, "text_layers": "off"},
+    "right half, off": {"x": SIDE, "text_layers": "off"},
+    "left half, share": {"x": 0, "text_layers": "share"},
+    "left half, full": {"x": 0, "text_layers": "full"},
+}
+"""Where the adapter acts, and what layers without a place do."""
+PROMISED = ("left half, off", "right half, off")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m demo.regions", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--out", type=Path, default=comfyui.CACHE / "regions.png", help="the pictures")
+    out = parser.parse_args().out
+    try:
+        server = comfyui.Server(comfyui.find())
+        write_files(server)
+        _write_pictures(server)
+        with server:
+            _train(server)
+            return table(server, out)
+    except comfyui.ComfyUIError as error:
+        print(f"\nThe demo cannot go on: {error}", file=sys.stderr)
+        return 2
+
+
+def _write_pictures(server: comfyui.Server) -> None:
+    """Sevens under the captions of all digits that the model knows."""
+    data = digits.load()[0].only((digits.TARGET,))
+    labels = np.resize(np.array(digits.KNOWN), len(data.labels))
+    train_loha._write(digits.Digits(data.pictures, labels), server.path("input", _name(), ""))
+
+
+def _name() -> str:
+    return LOHA.removesuffix(".safetensors")
+
+
+def _train(server: comfyui.Server) -> None:
+    """As the training workflow does, without the pictures of what is to be kept."""
+    here = Path(__file__)
+    key = _digest(here.parent / "model.py", here.parent / "base.safetensors", here, train_loha.WORKFLOW)
+    if _made_from(server.path("models", "loras", LOHA)) == key:
+        return
+    prompt = comfyui.to_api(json.loads(train_loha.WORKFLOW.read_text()), server.object_info())
+    known = next(k for k, n in prompt.items() if n["inputs"].get("folder") == train_loha.KNOWN_FOLDER)
+    del prompt[known]
+    for node in prompt.values():
+        inputs = node["inputs"]
+        node["inputs"] = inputs = {k: v for k, v in inputs.items() if not (isinstance(v, list) and v[0] == known)}
+        if inputs.get("folder") == train_loha.folder(digits.TARGET):
+            inputs["folder"] = _name()
+        if node["class_type"] == "LoHaTrainer":
+            inputs |= {"name": _name(), "resume": False}
+        if node["class_type"] == "LoHaSave":
+            inputs |= {"filename": _name(), "overwrite": True, "metadata": json.dumps({"demo_made_from": key})}
+    print(f"Training {LOHA} …", flush=True)
+    server.queue(prompt, timeout=1800)
+
+
+def table(server: comfyui.Server, out: Path) -> int:
+    """Print what is read in both halves; 0 if the promise is kept."""
+    judge = digits.Judge()
+    prompt = comfyui.to_api(json.loads(WORKFLOW.read_text()), server.object_info())
+    shutil.rmtree(server.base / "output", ignore_errors=True)
+    print(f"Of {SAMPLES} pictures the judge reads, in the left and in the right half,")
+    print(f"{'asked':>6}  {'the LoHa acts':<18}{'a seven':>14}{'what was asked':>17}{'seconds':>9}")
+    kept, rows = True, []
+    for asked in ASKED:
+        shown = []
+        for number, (way, where) in enumerate(WAYS.items()):
+            started = time.monotonic()
+            pictures = server.images(server.queue(_job(prompt, asked, where, f"regions_{asked}_{number}")))
+            seconds = time.monotonic() - started
+            read = [judge.read(half.mean(axis=3) / 255) for half in (pictures[:, :, :SIDE], pictures[:, :, SIDE:])]
+            sevens = [float(np.mean(half == digits.TARGET)) for half in read]
+            right = [float(np.mean(half == asked)) for half in read]
+            cells = "".join(f"{f'{a:.0%} {b:.0%}':>{w}}" for (a, b), w in ((sevens, 14), (right, 17)))
+            print(f"{asked:>6}  {way:<18}{cells}{seconds:>9.1f}", flush=True)
+            shown.append(pictures[0])
+            if way in PROMISED:
+                masked = 0 if way.startswith("left") else 1
+                kept &= min(sevens[masked], right[1 - masked]) >= AT_LEAST
+        rows.append(np.stack(shown))
+    out.parent.mkdir(parents=True, exist_ok=True)
+    labels = [f'"{digits.prompt(asked)}"' for asked in ASKED]
+    grid(rows, labels, list(WAYS), "A LoHa that makes sevens, in half of the picture").save(out)
+    print(f"\nThe pictures: {out.resolve()}")
+    if not kept:
+        print(f"Expected at least {AT_LEAST:.0%} of both, with the mask on either half and off.", file=sys.stderr)
+    return 0 if kept else 1
+
+
+def _job(prompt: comfyui.Json, asked: int, where: dict[str, object] | None, prefix: str) -> comfyui.Json:
+    """The loader's workflow for pictures of two digits, with a region where one is wanted."""
+    job = copy.deepcopy(prompt)
+    strength = 0.0 if where is None else 1.0
+    settings = {
+        "CheckpointLoaderSimple": {"ckpt_name": CHECKPOINT},
+        "LoHaLoader": {"lora_name": LOHA, "strength_model": strength, "strength_clip": strength, "mode": "live"},
+        "EmptyLatentImage": {"batch_size": SAMPLES, "width": 2 * SIDE, "height": SIDE},
+        "SaveImage": {"filename_prefix": prefix},
+    }
+    for node in job.values():
+        node["inputs"] |= settings.get(node["class_type"], {})
+    positive = next(node["inputs"]["positive"][0] for node in job.values() if node["class_type"] == "KSampler")
+    job[positive]["inputs"]["text"] = digits.prompt(asked)
+    if where:
+        size = {"width": SIDE, "height": SIDE}
+        job["black"] = {"class_type": "SolidMask", "inputs": {"value": 0.0, "width": 2 * SIDE, "height": SIDE}}
+        job["white"] = {"class_type": "SolidMask", "inputs": {"value": 1.0, **size}}
+        place = {"destination": ["black", 0], "source": ["white", 0], "x": where["x"], "y": 0, "operation": "add"}
+        job["mask"] = {"class_type": "MaskComposite", "inputs": place}
+        region = {"mask": ["mask", 0], "feather": 0, "text_layers": where["text_layers"]}
+        job["region"] = {"class_type": "LoHaRegion", "inputs": region}
+        for node in job.values():
+            if node["class_type"] == "LoHaLoader":
+                node["inputs"]["region"] = ["region", 0]
+    return job
+
+
+if __name__ == "__main__":
+    sys.exit(main())
