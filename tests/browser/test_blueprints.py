@@ -18,10 +18,6 @@ FOLDER = REPOSITORY / "subgraphs"
 RUNS: dict[str, tuple[dict[str, Any], str]] = {
     "Compare two LoHas": ({"prompt": "a handwritten seven", "strength_2": 0.5, "steps": 2, "seed": 7}, "image"),
     "Merge two LoHas": ({"weight_2": -0.5, "rank": 4, "filename": "blueprint_merged"}, "image"),
-    "Train LoHa on a folder": (
-        {"name": "blueprint", "resolution": 64, "rank": 2, "steps": 2, "batch_size": 2, "mixed_precision": "fp32"},
-        "loss_curve",
-    ),
 }
 
 # What a user would connect it to, and a look at one of its outputs.
@@ -87,11 +83,10 @@ def test_added_from_the_library_it_runs(page: Page, ready, name: str, shoot):
         assert all(abs(a - b).max() > 20 for a, b in zip(thirds, thirds[1:] + thirds[:1], strict=True))
         return
     assert picture.std() > 5
-    saved_file = {"Merge": "blueprint_merged", "Train": "blueprint"}[name.split()[0]]
-    assert inside["LoHaSave"]["filename"] == saved_file
+    assert inside["LoHaSave"]["filename"] == "blueprint_merged"
     [text] = [o["text"][0] for key, o in entry["outputs"].items() if prompt[key]["class_type"] == "LoHaSave"]
     file = ready.path("models", "loras", text.removeprefix("saved as "))
     with safe_open(file, "pt") as adapter:
         ranks = {adapter.get_slice(key).get_shape()[1] for key in adapter.keys() if key.endswith("w1_a")}
         file.unlink()
-    assert ranks == {2: {2, 8}, 4: {4}}[values["rank"]]
+    assert ranks == {values["rank"]}

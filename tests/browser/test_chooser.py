@@ -115,6 +115,7 @@ def test_a_loader_is_changed_by_typing_and_enter(page: Page, shoot):
     adapter_button(page).press("ArrowUp")
     assert sent(page, node)["lora_name"] == ANNA
     adapter_button(page).press("Enter")
+    expect(dialog_of(page)).to_be_visible()
     page.keyboard.press("Escape")
     expect(dialog_of(page)).to_have_count(0)
     assert sent(page, node)["lora_name"] == ANNA
