@@ -6,6 +6,7 @@
 import argparse
 import copy
 import io
+import json
 import shutil
 import signal
 import sys
@@ -17,11 +18,10 @@ import numpy as np
 from PIL import Image
 
 from . import comfyui, digits
-from .grid import WORKFLOW as GRID
 from .grid import every_picture, labelled
-from .prepare import CHECKPOINT, train_lohas, write_files
+from .prepare import train_lohas, write_files
+from .workflows import CHECKPOINT, EXAMPLES, GRID, LOADER, filled
 
-WORKFLOW = comfyui.REPOSITORY / "example_workflows" / "loha_loader.json"
 STRENGTHS = (0.0, 0.25, 0.5, 0.75, 1.0, 1.25)
 TEXT = ", ".join(map(str, STRENGTHS))
 SAMPLES, SHOWN = 32, 4
@@ -55,12 +55,14 @@ def main() -> int:
 
 
 def serve(server: comfyui.Server) -> int:
-    """Run ComfyUI until Ctrl-C, with the demo's workflow among the user's."""
-    shutil.copy(WORKFLOW, server.path("user", "default", "workflows", WORKFLOW.name))
+    """Run ComfyUI until Ctrl-C, with the example workflows among the user's, on the demo's files."""
+    for path in EXAMPLES.glob("[0-9]*.json"):
+        text = json.dumps(filled(path, enlarged=True))
+        server.path("user", "default", "workflows", f"Demo {path.name}").write_text(text, "utf-8")
     with server:
         train_lohas(server, *digits.HELD_BACK)
         print(f"\nComfyUI is running at {server.address}")
-        print(f"Open the workflow {WORKFLOW.stem} (Workflows in the side bar, or key w), slide strength_model, run.")
+        print(f"Open the workflow Demo {LOADER.stem} (Workflows in the side bar, or key w), slide and run.")
         print("Ctrl-C ends it.")
         server.wait()
     return 0
@@ -74,7 +76,7 @@ def demonstrate(server: comfyui.Server, out: Path) -> int:
     with server:
         print(f"Started at {server.address} after {time.monotonic() - started:.0f} s")
         train_lohas(server, digits.TARGET)
-        print(f"Sweeping the strength by {GRID.name}")
+        print(f"Sweeping the strength by {GRID.stem}")
         sweeps = {digit: sweep(server, digit) for digit in (digits.TARGET, CONTROL)}
         sheets = [labelled(server, digit, SHOWN, strengths=TEXT) for digit in sweeps]
 

@@ -1,14 +1,11 @@
-"""Pictures by LoHa Grid: the example workflow loha_grid on the demo's model, asked for a digit."""
+"""Pictures by LoHa Grid: the example workflow of grids on the demo's model, asked for a digit."""
 
-import json
 from typing import Any
 
 import numpy as np
 
 from . import comfyui, digits
-from .prepare import CHECKPOINT
-
-WORKFLOW = comfyui.REPOSITORY / "example_workflows" / "loha_grid.json"
+from .workflows import CHECKPOINT, GRID, filled
 
 
 def every_picture(server: comfyui.Server, digit: int, batch: int, **grid: Any) -> np.ndarray:
@@ -30,7 +27,7 @@ def labelled(server: comfyui.Server, digit: int, batch: int, **grid: Any) -> np.
 
 
 def _job(server: comfyui.Server, digit: int, batch: int, grid: dict[str, Any]) -> comfyui.Json:
-    job = comfyui.to_api(json.loads(WORKFLOW.read_text()), server.object_info())
+    job = comfyui.to_api(filled(GRID), server.object_info())
     settings: dict[str, dict[str, Any]] = {
         "CheckpointLoaderSimple": {"ckpt_name": CHECKPOINT},
         "EmptyLatentImage": {"batch_size": batch},

@@ -1,22 +1,20 @@
 """`python -m demo.impact`: which blocks of the demo's LoHa matter, and what is left of the sevens without the others.
 
-The example workflow loha_impact ranks the blocks, by pictures and by the size of the update, and saves a LoHa with the
-half of them that pictures chose. The table says how often the judge sees the digit that was asked for.
+An example workflow ranks the blocks, by pictures and by the size of the update, and saves a LoHa with the half of
+them that pictures chose. The table says how often the judge sees the digit that was asked for.
 """
 
 import argparse
-import json
 import sys
 
 import numpy as np
 
 from . import comfyui, digits
 from .__main__ import CONTROL, SAMPLES, drawn
-from .__main__ import WORKFLOW as LOADER
 from .grid import every_picture
 from .prepare import train_lohas, write_files
+from .workflows import IMPACT, LOADER, filled
 
-WORKFLOW = comfyui.REPOSITORY / "example_workflows" / "loha_impact.json"
 PRUNED = "loha_demo_seven_pruned"
 AT_LEAST = 0.90
 """The share of the whole LoHa's sevens that half of its blocks must keep."""
@@ -52,7 +50,7 @@ def compare(server: comfyui.Server) -> int:
     }
     judge, asked = digits.Judge(), (digits.TARGET, CONTROL)
     tables = {digit: by_setting(server, settings, digit) for digit in asked}
-    loader = comfyui.to_api(json.loads(LOADER.read_text()), server.object_info())
+    loader = comfyui.to_api(filled(LOADER), server.object_info())
     for digit in asked:
         saved = {"lora_name": f"{PRUNED}.safetensors", "strength_model": 1.0}
         tables[digit]["half, its file"] = drawn(server, loader, digit, "pruned", **saved)
@@ -74,7 +72,7 @@ def without(names: set[str]) -> str:
 
 def rank(server: comfyui.Server) -> list[Part]:
     """Run the workflow, print its ranking, and leave the pruned LoHa among the others."""
-    prompt = comfyui.to_api(json.loads(WORKFLOW.read_text()), server.object_info())
+    prompt = comfyui.to_api(filled(IMPACT), server.object_info())
     for node in prompt.values():
         if node["class_type"] == "LoHaSave":
             node["inputs"] |= {"filename": PRUNED, "overwrite": True}

@@ -5,7 +5,6 @@ pictures made by ComfyUI with each merged file. The parameters are those of the 
 """
 
 import argparse
-import json
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -16,8 +15,9 @@ import numpy as np
 from loha_core import Adapter, Compression, ErrorReport, Result, Sparse, load_adapter, merge, save_adapter
 
 from . import comfyui, digits
-from .__main__ import CONTROL, WORKFLOW, drawn
+from .__main__ import CONTROL, drawn
 from .prepare import train_lohas, write_files
+from .workflows import LOADER, filled
 
 ASKED = (*digits.HELD_BACK, CONTROL)
 AT_LEAST = 0.70
@@ -71,7 +71,7 @@ def main() -> int:
 def table(server: comfyui.Server, adapters: list[Adapter]) -> int:
     """Print what each way of merging gives; 0 if the promise is kept."""
     judge = digits.Judge()
-    prompt = comfyui.to_api(json.loads(WORKFLOW.read_text()), server.object_info())
+    prompt = comfyui.to_api(filled(LOADER), server.object_info())
     print(f"{'':<32}{'numbers':>9}{'error':>9}" + "".join(f"{digits.WORDS[d]:>8}" for d in ASKED))
     kept = False
     for way, make in WAYS.items():

@@ -6,13 +6,14 @@ from pathlib import Path
 
 from safetensors import safe_open
 
-from . import digits, train_loha
+from . import digits, train_loha, workflows
 from .comfyui import Server, importable
+from .workflows import CHECKPOINT, LOHA
+
+__all__ = ["BASE", "CHECKPOINT", "LOHA", "train_lohas", "write_files"]
 
 HERE = Path(__file__).parent
 BASE = HERE / "base.safetensors"
-CHECKPOINT = "loha_demo_digits.safetensors"
-LOHA = f"loha_demo_{digits.WORDS[digits.TARGET]}.safetensors"
 _MADE_FROM = "demo_made_from"
 
 
@@ -32,7 +33,9 @@ def write_files(server: Server) -> None:
 
 def train_lohas(server: Server, *targets: int) -> list[str]:
     """A LoHa for each of the digits, trained in the started server unless it is there already; their file names."""
-    key = _digest(HERE / "model.py", BASE, HERE / "digits.py", HERE / "train_loha.py", train_loha.WORKFLOW)
+    key = _digest(
+        HERE / "model.py", BASE, HERE / "digits.py", HERE / "train_loha.py", HERE / "workflows.py", workflows.TRAIN
+    )
     names = []
     for target in targets:
         names.append(f"loha_demo_{digits.WORDS[target]}.safetensors")

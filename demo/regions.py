@@ -16,9 +16,9 @@ import numpy as np
 
 from . import comfyui, digits, train_loha
 from .picture import grid
-from .prepare import CHECKPOINT, _digest, _made_from, write_files
+from .prepare import _digest, _made_from, write_files
+from .workflows import CHECKPOINT, LOADER, TRAIN, filled
 
-WORKFLOW = comfyui.REPOSITORY / "example_workflows" / "loha_loader.json"
 LOHA = "loha_demo_always_seven.safetensors"
 ASKED = (2, 4)
 """Digits that the model, which was shown single ones, draws side by side without being taught to."""
@@ -69,10 +69,10 @@ def _name() -> str:
 def _train(server: comfyui.Server) -> None:
     """As the training workflow does, without the pictures of what is to be kept."""
     here = Path(__file__)
-    key = _digest(here.parent / "model.py", here.parent / "base.safetensors", here, train_loha.WORKFLOW)
+    key = _digest(here.parent / "model.py", here.parent / "base.safetensors", here, here.parent / "workflows.py", TRAIN)
     if _made_from(server.path("models", "loras", LOHA)) == key:
         return
-    prompt = comfyui.to_api(json.loads(train_loha.WORKFLOW.read_text()), server.object_info())
+    prompt = comfyui.to_api(filled(TRAIN), server.object_info())
     known = next(k for k, n in prompt.items() if n["inputs"].get("folder") == train_loha.KNOWN_FOLDER)
     del prompt[known]
     for node in prompt.values():
@@ -91,7 +91,7 @@ def _train(server: comfyui.Server) -> None:
 def table(server: comfyui.Server, out: Path) -> int:
     """Print what is read in both halves; 0 if the promise is kept."""
     judge = digits.Judge()
-    prompt = comfyui.to_api(json.loads(WORKFLOW.read_text()), server.object_info())
+    prompt = comfyui.to_api(filled(LOADER), server.object_info())
     shutil.rmtree(server.base / "output", ignore_errors=True)
     print(f"Of {SAMPLES} pictures the judge reads, in the left and in the right half,")
     print(f"{'asked':>6}  {'the LoHa acts':<18}{'a seven':>14}{'what was asked':>17}{'seconds':>9}")

@@ -23,9 +23,9 @@ from . import comfyui, digits
 from .browser import chromium
 from .prepare import LOHA, train_lohas, write_files
 from .train_loha import KNOWN_FOLDER, folder
+from .workflows import EXAMPLES, filled
 
 HELP = comfyui.REPOSITORY / "web" / "docs" / "images"
-EXAMPLES = comfyui.REPOSITORY / "example_workflows"
 MARGIN = 14
 THUMBNAIL, TILE_GAP = 512, 12
 """A side of the template browser's pictures: squares are shown largest."""
@@ -99,7 +99,7 @@ class Stage:
 
     def open(self, workflow: str, **values: dict[str, Any]) -> None:
         """Load an example workflow, with other values for nodes of these classes."""
-        self.page.evaluate("w => app.loadGraphData(w)", json.loads((EXAMPLES / f"{workflow}.json").read_text()))
+        self.page.evaluate("w => app.loadGraphData(w)", filled(EXAMPLES / f"{workflow}.json"))
         self.set(**values)
 
     def set(self, **values: dict[str, Any]) -> None:
@@ -156,7 +156,7 @@ class Stage:
 
 
 def loader(stage: Stage) -> None:
-    stage.open("loha_loader", LoHaLoader={"strength_model": 0.8})
+    stage.open("01 Load a LoHa", LoHaLoader={"strength_model": 0.8})
     stage.run()
     show(stage.shoot({"LoHaLoader": (0, 0, 360, 0), "PreviewAny": (0, 380, 360, 90)}), "LoHaLoader")
     enlarged(stage.results()[0], 128).save(stage.server.path("models", "loras", LOHA).with_suffix(".png"))
@@ -177,29 +177,29 @@ def loader(stage: Stage) -> None:
         columns.append(stage.results())
     film(frames, HELP / "strength.webp")
     rows = [strip(pictures) for pictures in zip(*columns, strict=True)]
-    thumbnail("loha_loader", stage.element(".loha-strength"), *rows)
+    thumbnail("01 Load a LoHa", stage.element(".loha-strength"), *rows)
 
 
 def apply(stage: Stage) -> None:
-    stage.open("loha_apply_and_info", LoHaApply={"strength_model": 0.8})
+    stage.open("02 Look inside a LoHa", LoHaApply={"strength_model": 0.8})
     stage.run()
     show(stage.shoot({"LoHaLoadAdapter": (0, 0, 330, 0), "LoHaApply": (390, 0, 330, 0)}), "LoHaLoadAdapter")
     show(stage.shoot({"LoHaApply": (0, 0, 360, 0), "PreviewAny": (0, 320, 360, 90)}), "LoHaApply")
     show(stage.shoot({"LoHaInfo": (0, 0, 460, 420)}), "LoHaInfo")
     thumbnail(
-        "loha_apply_and_info", stage.element("pre.loha-info"), stage.picture_on("LoHaInfo"), strip(stage.results())
+        "02 Look inside a LoHa", stage.element("pre.loha-info"), stage.picture_on("LoHaInfo"), strip(stage.results())
     )
 
 
 def blocks(stage: Stage) -> None:
     bars = {"family": "SD1.5", "vector": "IN00-IN03=0.4, IN04-IN08=0.7, M=0, OUT06-OUT11=1.3", "rules": "attn2.*: 0.5"}
     curve = {"keyframes": "0: 0.2, 0.35: 1.2, 0.7: 0.8, 1: 0.3", "end_percent": 0.9}
-    stage.open("loha_blocks_and_schedule", LoHaBlockStrength=bars, LoHaSchedule=curve)
+    stage.open("04 Blocks and schedule", LoHaBlockStrength=bars, LoHaSchedule=curve)
     # After a run, the pictures below would show the same again.
     show(stage.shoot({"LoHaBlockStrength": (0, 0, 440, 0)}), "LoHaBlockStrength")
     equaliser = stage.element(".loha-equaliser")
     show(stage.shoot({"LoHaSchedule": (0, 0, 440, 0)}), "LoHaSchedule")
-    thumbnail("loha_blocks_and_schedule", equaliser, stage.element(".loha-schedule .loha-plot"))
+    thumbnail("04 Blocks and schedule", equaliser, stage.element(".loha-schedule .loha-plot"))
 
 
 def dataset(stage: Stage) -> None:
@@ -210,7 +210,9 @@ def dataset(stage: Stage) -> None:
     for name, numbers in few.values():
         for file in (number + suffix for number in numbers for suffix in (".png", ".txt")):
             shutil.copy(stage.server.path("input", name, file), stage.server.path("input", f"{name}_few", file))
-    stage.open("loha_train", **{title: {"folder": f"{name}_few"} for title, (name, _) in few.items()})
+    stage.open(
+        "10 Train a LoHa with every setting", **{title: {"folder": f"{name}_few"} for title, (name, _) in few.items()}
+    )
     stage.run("LoHaDataset")
     show(stage.shoot({"LoHaDataset": (0, 0, 560, 650)}), "LoHaDataset")
 
@@ -219,7 +221,9 @@ def train(stage: Stage) -> None:
     shutil.rmtree(stage.server.base / "output" / "loha", ignore_errors=True)
     previews = {"preview_every": 30, "preview_prompt": digits.prompt(digits.TARGET)}
     saved = {"filename": "digits/seven", "overwrite": True}
-    stage.open("loha_train", LoHaTrainer={"name": "seven", "resume": False} | previews, LoHaSave=saved)
+    stage.open(
+        "10 Train a LoHa with every setting", LoHaTrainer={"name": "seven", "resume": False} | previews, LoHaSave=saved
+    )
     boxes: dict[str, Box] = {"LoHaTrainer": (0, 0, 420, 0)}
     stage.shoot(boxes)
     stage.queue()
@@ -233,24 +237,24 @@ def train(stage: Stage) -> None:
     show(stage.shoot({"LoHaNetwork": (0, 0, 400, 530)}), "LoHaNetwork")
     show(stage.shoot({"LoHaOptimizer": (0, 0, 360, 0)}), "LoHaOptimizer")
     show(stage.shoot({"LoHaObjective": (0, 0, 360, 0)}), "LoHaObjective")
-    thumbnail("loha_train", curve, strip(stage.results()))
+    thumbnail("10 Train a LoHa with every setting", curve, strip(stage.results()))
 
 
 def extract(stage: Stage) -> None:
-    stage.open("loha_extract")
+    stage.open("12 Extract, resize, convert")
     stage.run()
     for node in ("LoHaExtract", "LoHaConvert", "LoHaResize"):
         show(stage.shoot({node: (0, 0, 440, 640)}), node)
-    thumbnail("loha_extract", stage.element(LOST), strip(stage.results()))
+    thumbnail("12 Extract, resize, convert", stage.element(LOST), strip(stage.results()))
 
 
 def merge(stage: Stage) -> None:
-    stage.open("loha_merge")
+    stage.open("11 Merge two LoHas")
     stage.run()
     show(stage.shoot({"LoHaMerge": (0, 0, 440, 880)}), "LoHaMerge")
     lost = stage.element(LOST)
     show(lost, "merging")
-    thumbnail("loha_merge", lost, strip(stage.results()))
+    thumbnail("11 Merge two LoHas", lost, strip(stage.results()))
     show(stage.shoot({"LoHaSave": (0, 0, 360, 280)}), "LoHaSave")
 
 
@@ -260,50 +264,50 @@ def stack(stage: Stage) -> None:
         {"on": on, "name": name, "strength_model": strength}
         for name, strength, on in zip(names, (0.9, 0.35, 1), (True, True, False), strict=True)
     ]
-    stage.open("loha_stack", LoHaStack={"rows": json.dumps(rows)})
+    stage.open("03 Stack several LoHas", LoHaStack={"rows": json.dumps(rows)})
     stage.run()
     box: dict[str, Box] = {"LoHaStack": (0, 0, 420, 0)}
     stage.shoot(box)
-    thumbnail("loha_stack", stage.element(".loha-stack"), strip(stage.results()))
+    thumbnail("03 Stack several LoHas", stage.element(".loha-stack"), strip(stage.results()))
     stage.page.get_by_role("button", name="About loha_demo_seven").click()
     show(stage.shoot(box, stage.page.get_by_role("dialog")), "LoHaStack")
     stage.page.keyboard.press("Escape")
 
 
 def grid(stage: Stage) -> None:
-    stage.open("loha_grid")
+    stage.open("05 Compare strengths in a grid")
     stage.run()
     picture: Box = (390, 0, 640, 560)
     show(stage.shoot({"LoHaGrid": (0, 0, 340, 0), "LoHaGridImage": picture}), "LoHaGrid")
     show(stage.shoot({"LoHaGridImage": (0, 0, 640, 560)}), "LoHaGridImage")
-    thumbnail("loha_grid", stage.picture_on("LoHaGridImage"))
+    thumbnail("05 Compare strengths in a grid", stage.picture_on("LoHaGridImage"))
 
 
 def impact(stage: Stage) -> None:
-    stage.open("loha_impact", LoHaSave={"overwrite": True})
+    stage.open("08 See what matters in a LoHa", LoHaSave={"overwrite": True})
     stage.run()
     show(stage.shoot({"LoHaImpact": (0, 0, 600, 0)}), "LoHaImpact")
-    thumbnail("loha_impact", stage.picture_on("LoHaImpact"), strip(stage.results()))
+    thumbnail("08 See what matters in a LoHa", stage.picture_on("LoHaImpact"), strip(stage.results()))
 
 
 def region(stage: Stage) -> None:
-    stage.open("loha_region")
+    stage.open("06 A LoHa in part of the picture")
     stage.run()
     show(stage.shoot({"LoHaRegion": (0, 0, 340, 0), "LoHaLoader": (390, 0, 340, 0)}), "LoHaRegion")
-    thumbnail("loha_region", *(wide(picture) for picture in stage.results()))
+    thumbnail("06 A LoHa in part of the picture", *(wide(picture) for picture in stage.results()))
 
 
 def hook(stage: Stage) -> None:
-    stage.open("loha_hooks")
+    stage.open("07 A LoHa for each prompt")
     stage.run()
     nodes: dict[str, Box] = {"LoHaLoadAdapter": (0, 0, 320, 0), "LoHaHook": (370, 0, 320, 0)}
     show(stage.shoot(nodes | {"SetClipHooks": (740, 0, 270, 110)}), "LoHaHook")
-    thumbnail("loha_hooks", *(wide(picture) for picture in stage.results()))
+    thumbnail("07 A LoHa for each prompt", *(wide(picture) for picture in stage.results()))
 
 
 def train_folder(stage: Stage) -> None:
     shutil.rmtree(stage.server.base / "output" / "loha", ignore_errors=True)
-    stage.open("loha_train_on_a_folder")
+    stage.open("09 Train a LoHa on a folder")
     boxes: dict[str, Box] = {"LoHaTrainFolder": (0, 0, 420, 0)}
     stage.shoot(boxes)
     stage.queue()
@@ -312,13 +316,29 @@ def train_folder(stage: Stage) -> None:
     show(stage.shoot(boxes), "LoHaTrainFolder")
     curve = stage.element(".loha-monitor .loha-plot")
     stage.finish()
-    thumbnail("loha_train_on_a_folder", curve, strip(stage.results()))
+    thumbnail("09 Train a LoHa on a folder", curve, strip(stage.results()))
+
+
+def sliders(stage: Stage) -> None:
+    stage.open("13 Train a slider from prompts", LoHaTrainer={"resume": False}, LoHaSave={"overwrite": True})
+    node = stage.shoot({"LoHaSlider": (0, 0, 400, 600)})
+    show(node, "LoHaSlider")
+    stage.run()
+    thumbnail("13 Train a slider from prompts", stage.results()[0], node)
+    for workflow, name in (
+        ("14 Train a slider from pairs of pictures", "LoHaPictureSlider"),
+        ("15 Train and keep the class", "LoHaPreservation"),
+    ):
+        stage.open(workflow)
+        picture = stage.shoot({name: (0, 0, 360, 0), "LoHaTrainer": (410, 0, 380, 0)})
+        show(picture, name)
+        thumbnail(workflow, picture)
 
 
 SCENES = {
     scene.__name__: scene
     for scene in (
-        loader, apply, blocks, dataset, train, extract, merge, stack, grid, impact, region, hook, train_folder,
+        loader, apply, blocks, dataset, train, extract, merge, stack, grid, impact, region, hook, train_folder, sliders,
     )
 }  # fmt: skip
 

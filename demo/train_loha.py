@@ -8,9 +8,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from . import comfyui, digits
+from . import comfyui, digits, workflows
 
-WORKFLOW = comfyui.REPOSITORY / "example_workflows" / "loha_train.json"
 KNOWN_EACH = 40
 """Pictures of each known digit, for regularisation: they keep in memory what the model can do already."""
 KNOWN_FOLDER = "loha_demo_known"
@@ -49,7 +48,7 @@ def train(server: comfyui.Server, target: int, lora_name: str, metadata: dict[st
     Args:
         metadata: goes into the file.
     """
-    prompt = comfyui.to_api(json.loads(WORKFLOW.read_text()), server.object_info())
+    prompt = comfyui.to_api(workflows.filled(workflows.TRAIN), server.object_info())
     name = lora_name.removesuffix(".safetensors")
     for node in prompt.values():
         inputs = node["inputs"]
@@ -64,7 +63,7 @@ def train(server: comfyui.Server, target: int, lora_name: str, metadata: dict[st
         if node["class_type"] == "LoHaSave":
             words = {"trigger_words": digits.prompt(target), "metadata": json.dumps(metadata)}
             inputs |= {"filename": name, "overwrite": True, **words}
-    print(f"Training {lora_name} by {WORKFLOW.name} …")
+    print(f"Training {lora_name} by {workflows.TRAIN.stem} …")
     started = time.monotonic()
     server.queue(prompt, timeout=1800)
     print(f"Trained, saved and tried in {time.monotonic() - started:.0f} s")

@@ -14,8 +14,10 @@ from .graph.loader import LoHaApply, LoHaLoadAdapter, LoHaLoader
 from .graph.merge import LoHaConvert, LoHaMerge, LoHaResize
 from .graph.network import LoHaNetwork
 from .graph.optimizer import LoHaObjective, LoHaOptimizer
+from .graph.preservation import LoHaPreservation
 from .graph.region import LoHaRegion
 from .graph.save import LoHaSave
+from .graph.slider import LoHaPictureSlider, LoHaSlider
 from .graph.stack import LoHaStack
 from .graph.strength import LoHaBlockStrength, LoHaSchedule
 from .graph.train_folder import LoHaTrainFolder
@@ -25,8 +27,7 @@ from .page import routes
 
 class LoHaExtension(ComfyExtension):
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
-        routes.register()
-        return [
+        nodes: list[type[io.ComfyNode]] = [
             LoHaLoader,
             LoHaLoadAdapter,
             LoHaApply,
@@ -43,6 +44,9 @@ class LoHaExtension(ComfyExtension):
             LoHaNetwork,
             LoHaOptimizer,
             LoHaObjective,
+            LoHaPreservation,
+            LoHaSlider,
+            LoHaPictureSlider,
             LoHaTrainer,
             LoHaTrainFolder,
             LoHaSave,
@@ -51,3 +55,5 @@ class LoHaExtension(ComfyExtension):
             LoHaConvert,
             LoHaExtract,
         ]
+        routes.register(nodes)
+        return nodes

@@ -409,3 +409,19 @@ REDUCED["Stable Cascade B"] = Reduced(
         },
     ),
 )  # fmt: skip
+
+# --- pipelines of diffusers that are trained, and whose files have the names of the original ---
+
+PIPELINES = {
+    "AuraFlowPipeline": "AuraFlow",
+    "ChromaPipeline": "Chroma",
+    "Flux2Pipeline": "Flux.2",
+    "Flux2KleinPipeline": "Flux.2",
+    "Lumina2Pipeline": "Lumina 2",
+    "PixArtAlphaPipeline": "PixArt",
+    "PixArtSigmaPipeline": "PixArt",
+    "QwenImagePipeline": "Qwen-Image",
+    "WanPipeline": "Wan",
+    "ZImagePipeline": "Z-Image",
+}
+"""Class -> the family of its transformer."""

@@ -1,7 +1,7 @@
 // Block equaliser: a bar per block. What the vector means only the server knows; this draws its answer and writes text.
 import { ask } from "./adapters.mjs";
 import { el, onDrag } from "./dom.mjs";
-import { after, committed, host, valueOf } from "./host.mjs";
+import { after, committed, valueOf } from "./host.mjs";
 import { clamp, snap, stepped, text, FINE, STEP } from "./number.mjs";
 import { t } from "./words.mjs";
 
@@ -9,7 +9,6 @@ import { t } from "./words.mjs";
 const model = () => import("./model.mjs");
 
 const LOW = -1, HIGH = 2;
-const BARS = 132, HEIGHT = 226;
 
 /**
  * @typedef {object} Bars as GET /loha/blocks answers
@@ -24,11 +23,15 @@ const partOf = (/** @type {string} */ label) => /^(\D+)\d+$/.exec(label)?.[1] ??
 const numberOf = (/** @type {string} */ label) => label.slice(partOf(label).length);
 
 /**
+ * Fill a widget.
+ *
  * @param {any} node
- * @param {string} name
- * @param {any} spec
+ * @param {import("./host.mjs").Hosted<string>} hosted
+ * @param {HTMLElement} element
+ * @param {string} placeholder
+ * @returns {(value: string) => void} to show a value from outside
  */
-export function blocksWidget(node, name, spec) {
+export function fill(node, hosted, element, placeholder) {
   /** @type {Bars} */
   let bars = { family: null, values: {}, start: null, listed: null };
   const followed = new WeakSet(); // loaders' widgets
@@ -48,21 +51,14 @@ export function blocksWidget(node, name, spec) {
   const area = el("textarea.loha-text", {
     rows: 2,
     spellcheck: false,
-    placeholder: spec[1]?.placeholder ?? "",
+    placeholder,
     "aria-label": t("vector"),
     oninput: () => put(area.value, false),
     onchange: committed,
   });
   const error = el("div.loha-error", { role: "status" });
-  const element = el("div.loha-equaliser", {}, el("div.loha-row", {}, title, presets), plot, groups, area, error);
-
-  const hosted = host(node, name, element, {
-    value: spec[1]?.default ?? "",
-    read: (found) => String(found ?? ""),
-    height: () => HEIGHT,
-    grows: true,
-    show: (value) => put(value),
-  });
+  element.classList.add("loha-equaliser");
+  element.append(el("div.loha-row", {}, title, presets), plot, groups, area, error);
 
   /** A new vector, from wherever: the server tells what it means. */
   function put(value, write = true) {
@@ -83,7 +79,9 @@ export function blocksWidget(node, name, spec) {
     return found ? layoutOf(found) : "auto";
   }
 
-  let asking = false, again = false, asked = "";
+  let asking = false, again = false, asked = "", wrong = "", said = "";
+  const tell = () => (error.textContent = error.title = wrong || said);
+  node.lohaSays = (/** @type {string} */ text) => ((said = text), tell());
   async function query() {
     again = asking;
     if (asking) return;
@@ -96,7 +94,8 @@ export function blocksWidget(node, name, spec) {
       const answer = await ask("blocks", wanted).catch((reason) => ({ error: reason.message }));
       if (wanted.vector === hosted.get()) {
         asked = key;
-        error.textContent = answer.error ?? "";
+        wrong = answer.error ?? "";
+        tell();
         if (!answer.error) bars = answer;
         if (!dragging) draw();
       }
@@ -232,12 +231,9 @@ export function blocksWidget(node, name, spec) {
   const later = () => setTimeout(query); // when the nodes and links of a graph that is loaded are there
   after(node, "onConfigure", later);
   after(node, "onConnectionsChange", later);
-  node.lohaCreated = () => {
-    for (const other of ["preset", "family"]) {
-      after(node.widgets.find((widget) => widget.name === other), "callback", query);
-    }
-    query();
-  };
+  for (const other of ["preset", "family"]) {
+    after(node.widgets.find((widget) => widget.name === other), "callback", query);
+  }
   // A run is of the model that is connected now; what runs of other nodes have left for this one's id is not.
   const onExecuted = node.onExecuted;
   node.onExecuted = function (output) {
@@ -245,5 +241,6 @@ export function blocksWidget(node, name, spec) {
     const layout = output?.layout?.[0];
     if (layout) model().then(({ learn }) => (learn(node, layout), query()));
   };
-  return { widget: hosted.widget, minWidth: 400 };
+  put(hosted.get());
+  return put;
 }

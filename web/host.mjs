@@ -41,7 +41,7 @@ export function host(node, name, element, { value, read, show, height, grows, re
     if (frame.contains(focused)) focused?.blur();
   };
   isolate(frame);
-  passOn(frame);
+  passOn(node, frame);
   takeOver(node, name, frame);
 
   const widget = node.addDOMWidget(name, "loha", frame, {
@@ -86,6 +86,7 @@ export function host(node, name, element, { value, read, show, height, grows, re
   after(node, "onConfigure", overridden);
 
   let before = height();
+  if (!grows) frame.style.maxHeight = `${before}px`; // Nodes 2.0 shares a tall node's room among its widgets
   frame.style.minHeight = `${before}px`;
   return {
     widget,
@@ -162,8 +163,16 @@ export function onOutput(node, then) {
   });
 }
 
-/** Wheel and middle button over a widget mean the canvas; Nodes 2.0 passes them on itself. */
-function passOn(/** @type {HTMLElement} */ frame) {
+/** Wheel and middle button over a widget mean the canvas, the right one the node; Nodes 2.0 passes them on itself. */
+function passOn(/** @type {any} */ node, /** @type {HTMLElement} */ frame) {
+  frame.addEventListener("contextmenu", (event) => {
+    if (LiteGraph.vueNodesMode || event.target.closest?.("input, textarea")) return;
+    event.preventDefault();
+    app.canvas.constructor.active_canvas = app.canvas; // else only once the pointer has been on it; the menu needs it
+    app.canvas.processSelect(node, event, true); // what the menu does, it does to the selected nodes
+    const [canvasX, canvasY] = app.canvas.convertEventToCanvasOffset(event); // the menu asks which slot lies there
+    app.canvas.processContextMenu(node, Object.assign(event, { canvasX, canvasY }));
+  });
   frame.addEventListener("wheel", (event) => {
     const list = event.target.closest?.(".loha-scrolls, textarea");
     if (list && list.scrollHeight > list.clientHeight && !event.ctrlKey) return event.stopPropagation();

@@ -37,12 +37,16 @@ app.registerExtension({
       view.append(made.element);
       return made;
     });
+    if (node.comfyClass === "LoHaInfo") import("./about.mjs").then(({ tellOfFile }) => tellOfFile(node, text, t(hint)));
     // Room for the picture below, where there is one.
     const [width, least] = lines > 3 ? [400, 320] : [320, 0];
     node.setSize([Math.max(node.size[0], width), node.computeSize()[1] + least]);
 
     onOutput(node, ({ text: said, layers }) => {
-      if (said) text.textContent = [].concat(said).join("\n");
+      if (said) {
+        text.dataset.ran = "";
+        text.textContent = [].concat(said).join("\n");
+      }
       if (layers && bars) bars.then(({ show }) => show(layers));
     });
   },

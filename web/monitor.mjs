@@ -2,6 +2,7 @@
 import { app } from "../../scripts/app.js";
 import { api } from "../../scripts/api.js";
 import { el } from "./dom.mjs";
+import { cancelJob } from "./job.mjs";
 import { t } from "./words.mjs";
 
 const SMOOTHING = 0.95;
@@ -33,7 +34,7 @@ export function monitor(node, view) {
   const pictures = el("div.loha-row.loha-previews");
   const cancel = el("button.loha-button", {
     type: "button", textContent: t("Cancel"), title: t("End the run; its state is kept"), disabled: true,
-    onclick: () => api.interrupt(),
+    onclick: () => cancelJob(preparing || run?.prompt || ""),
   });
   view.append(
     el("div.loha-row", {}, status,
@@ -80,10 +81,14 @@ export function monitor(node, view) {
   function show() {
     const running = run?.state === "running";
     const left = running ? run.seconds_left : null;
+    const held_out = run?.validation ?? [];
+    const last = held_out.at(-1)?.[1];
+    const best = held_out.length ? lowest(held_out) : null;
     const parts = run && !preparing
       ? [
           t("{step} of {steps}", run),
           run.loss != null && t("loss {loss}", { loss: run.loss.toPrecision(3) }),
+          best && t("validation {loss}, lowest {best} at step {step}", { loss: last.toPrecision(3), best: best[1].toPrecision(3), step: best[0] }),
           running && run.lr != null && t("lr {rate}", { rate: run.lr.toPrecision(2) }),
           left != null ? t("{time} left", { time: clock(left) }) : t(run.state),
         ]
@@ -95,9 +100,11 @@ export function monitor(node, view) {
     status.title = status.textContent;
     cancel.disabled = !running && !preparing;
     view.toggleAttribute("data-over", !running);
-    const wanted = (preparing ? [] : (run?.previews ?? [])).slice(-PICTURES).map((step) => {
+    const all = (preparing ? [] : (run?.previews ?? [])).flatMap((step) =>
+      Array.from({ length: run.pictures ?? 1 }, (_, i) => [step, i ? `_${i + 1}` : ""]));
+    const wanted = all.slice(-Math.max(PICTURES, run?.pictures ?? 1)).map(([step, mark]) => {
       const query = new URLSearchParams({
-        filename: `preview_${String(step).padStart(6, "0")}.png`, type: "output", subfolder: `loha/${run.name}`,
+        filename: `preview_${String(step).padStart(6, "0")}${mark}.png`, type: "output", subfolder: `loha/${run.name}`,
         of: run.id,
       });
       return [step, api.apiURL(`/view?${query}`)];
@@ -113,7 +120,8 @@ export function monitor(node, view) {
     drawing ??= requestAnimationFrame(() => {
       drawing = undefined;
       // Until a new run begins, the last one is the run before.
-      const curves = preparing ? { losses: [], previous: losses } : { losses, previous };
+      const validation = run?.validation ?? [];
+      const curves = preparing ? { losses: [], previous: losses, validation: [] } : { losses, previous, validation };
       range = paint(canvas, { ...curves, steps: run?.steps ?? 1, log, held });
     });
   }
@@ -147,6 +155,9 @@ const clock = (seconds) =>
       ? t("{time} min", { time: Math.round(seconds / 60) })
       : t("{time} h", { time: (seconds / 3600).toFixed(1) });
 
+/** The first [step, loss] of the lowest loss. */
+const lowest = (pairs) => pairs.reduce((least, pair) => (pair[1] < least[1] ? pair : least));
+
 /** An exponential average that is right from the first value on. */
 function smoothed(values) {
   let sum = 0, weight = 0;
@@ -158,12 +169,12 @@ function smoothed(values) {
 }
 
 /** Draws the curves; returns the axis' range. */
-function paint(canvas, { losses, previous, steps, log, held }) {
+function paint(canvas, { losses, previous, validation, steps, log, held }) {
   const scale = devicePixelRatio;
   const width = (canvas.width = Math.max(1, Math.round(canvas.clientWidth * scale)));
   const height = (canvas.height = Math.max(1, Math.round(canvas.clientHeight * scale)));
   const pen = canvas.getContext("2d");
-  const values = losses.concat(previous).filter((value) => value > 0);
+  const values = losses.concat(previous, validation.map(([, loss]) => loss)).filter((value) => value > 0);
   if (!values.length) return held;
   let low = Infinity, high = 0;
   for (const value of values) [low, high] = [Math.min(low, value), Math.max(high, value)];
@@ -197,6 +208,21 @@ function paint(canvas, { losses, previous, steps, log, held }) {
   curve(losses, accent, 0.35, 1);
   curve(smoothed(losses), accent, 1, 2);
   pen.globalAlpha = 1;
+  if (validation.length) {
+    const x = (step) => ((step - 1) / length) * (width - 1);
+    const dot = ([step, loss], radius) => {
+      pen.beginPath();
+      pen.arc(x(step), y(loss), radius * scale, 0, 2 * Math.PI);
+      pen.fill();
+    };
+    pen.strokeStyle = pen.fillStyle = color("--loha-validation") || "#f0a64a";
+    pen.lineWidth = 1.5 * scale;
+    pen.beginPath();
+    for (const [step, loss] of validation) pen.lineTo(x(step), y(loss));
+    pen.stroke();
+    for (const pair of validation) dot(pair, 1.5);
+    dot(lowest(validation), 4);
+  }
   pen.fillStyle = muted;
   pen.font = `${10 * scale}px system-ui, sans-serif`;
   const ends = [log ? range[0].toPrecision(3) : "0", range[1].toPrecision(3)];
@@ -204,6 +230,7 @@ function paint(canvas, { losses, previous, steps, log, held }) {
   pen.fillText(ends[0], 4 * scale, height - 4 * scale);
   const behind = previous.length ? t(", {number} of the run before", { number: previous.length }) : "";
   const axis = t("axis from {low} to {high}", { low: ends[0], high: ends[1] });
-  canvas.setAttribute("aria-label", `${t("Loss of {number} steps", { number: losses.length })}${behind}; ${axis}`);
+  const second = validation.length ? t(", validated {number} times", { number: validation.length }) : "";
+  canvas.setAttribute("aria-label", `${t("Loss of {number} steps", { number: losses.length })}${behind}${second}; ${axis}`);
   return range;
 }

@@ -85,4 +85,8 @@ export async function openPresets(anchor, node, equaliser) {
     el("button.loha-icon", { type: "button", title: t("Remove {name}", { name: key }), "aria-label": t("remove {name}", { name: key }), onclick: () => change((saved) => delete saved[key]) }, el("i.pi.pi-times"));
 
   await attempt(async () => show(await read()));
+  // Enter alone keeps the setting; what is typed replaces the name.
+  name.value = (equaliser.vector.trim() || String(valueOf(node, "preset") ?? "")).slice(0, 60);
+  name.focus();
+  name.select();
 }

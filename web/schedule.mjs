@@ -1,22 +1,25 @@
 // Schedule: the curve over the progress of sampling, with keyframes to add, drag and remove.
 import { parseFrames, strengthAt, writeFrames } from "./curve.mjs";
 import { el, onDrag } from "./dom.mjs";
-import { after, committed, host, valueOf } from "./host.mjs";
+import { after, committed, valueOf } from "./host.mjs";
 import { FINE, STEP, clamp, snap, text } from "./number.mjs";
 import { t } from "./words.mjs";
 
 /** @typedef {import("./curve.mjs").Frame} Frame */
 
-const HEIGHT = 220, SAMPLES = 200;
+const SAMPLES = 200;
 const STEP_X = 0.01, FINE_X = 0.001;
 const SVG = "http://www.w3.org/2000/svg";
 
 /**
+ * Fill a widget.
+ *
  * @param {any} node
- * @param {string} name
- * @param {any} spec
+ * @param {import("./host.mjs").Hosted<string>} hosted
+ * @param {HTMLElement} element
+ * @returns {(value: string) => void} to show a value from outside
  */
-export function scheduleWidget(node, name, spec) {
+export function fill(node, hosted, element) {
   /** @type {Frame[]} */
   let frames = [];
   let low = 0, high = 1.5; // of the plot; they stay while a keyframe is dragged
@@ -34,15 +37,10 @@ export function scheduleWidget(node, name, spec) {
   const scale = el("div.loha-scale", {}, ...["0 %", "25 %", "50 %", "75 %", "100 %"].map((label) => el("span", { textContent: label })));
   const area = el("textarea.loha-text", { rows: 2, spellcheck: false, "aria-label": t("keyframes"), placeholder: "0: 0, 0.5: 1, 1: 0.3", oninput: typed, onchange: committed });
   const error = el("div.loha-error", { role: "status" });
-  const element = el("div.loha-schedule", {}, plot, scale, area, error);
-
-  const hosted = host(node, name, element, {
-    value: spec[1]?.default ?? "",
-    read: (found) => String(found ?? ""),
-    height: () => HEIGHT,
-    grows: true,
-    show: load,
-  });
+  element.classList.add("loha-schedule");
+  element.append(plot, scale, area, error);
+  // The server's words, where there are some, in place of ours.
+  node.lohaSays = (/** @type {string} */ text) => (error.textContent = error.title = text);
 
   function load(value) {
     if (area.value !== value) area.value = value;
@@ -166,12 +164,10 @@ export function scheduleWidget(node, name, spec) {
     settle();
   });
 
-  node.lohaCreated = () => {
-    for (const other of ["interpolation", "start_percent", "end_percent"]) {
-      after(node.widgets.find((widget) => widget.name === other), "callback", draw);
-    }
-  };
+  for (const other of ["interpolation", "start_percent", "end_percent"]) {
+    after(node.widgets.find((widget) => widget.name === other), "callback", draw);
+  }
   after(node, "onConfigure", draw);
   load(hosted.get());
-  return { widget: hosted.widget, minWidth: 400 };
+  return load;
 }

@@ -22,7 +22,13 @@ export function strengthWidget(node, name, spec) {
   const what = name === "strength_clip" ? t("clip strength") : t("model strength");
   const fill = el("div.loha-fill");
   const thumb = el("div.loha-thumb");
-  const label = el("span.loha-label", { textContent: what });
+  const label = el("span.loha-label");
+  /** Where the track is narrow, its first word alone, which ends before the fill begins. */
+  const call = (/** @type {string} */ name) => {
+    const [word, ...rest] = name.split(" ");
+    label.replaceChildren(word, el("span", { textContent: rest.map((other) => ` ${other}`).join("") }));
+  };
+  call(what);
   const track = el(
     "div.loha-track",
     {
@@ -59,7 +65,7 @@ export function strengthWidget(node, name, spec) {
     read: (found) => clamp(parse(found) ?? 1),
     height: () => 26,
     show,
-    rename: (name = what) => (label.textContent = name),
+    rename: (name = what) => call(name),
     field: { type: "number", options: { min: MIN, max: MAX, step: 10 * STEP, step2: STEP, precision: 2 } },
   });
   function show(value) {

@@ -9,6 +9,7 @@ and bias are frozen. Autograd sees tensors only among a Function's own arguments
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -243,16 +244,20 @@ class Rebuilt(torch.autograd.Function):
     ΔW is built in the forward, dropped, and built again in the backward. In half precision ΔW is not added to W,
     where it would drown in the rounding, but applied beside it.
 
-    x (n, i) or (n, g·i, *size); weight (o, i, *k): without ``spec.apply_base`` for DoRA's norm alone.
+    x (n, i) or (n, g·i, *size); weight (o, i, *k): without ``spec.apply_base`` for DoRA's norm alone, and then
+    perhaps a function that gives it, which is called twice so that nothing is kept.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, magnitude: Tensor | None,
-        spec: LayerSpec, *factors: Tensor,
+        ctx: Any, x: Tensor, given: Tensor | Callable[[], Tensor] | None, bias: Tensor | None,
+        magnitude: Tensor | None, spec: LayerSpec, *factors: Tensor,
     ) -> Tensor:  # fmt: skip
-        ctx.save_for_backward(x, weight, magnitude, *factors)
-        ctx.spec, geometry = spec, spec.geometry
+        kept = given if isinstance(given, Tensor) else None
+        make = None if given is None or isinstance(given, Tensor) else given
+        ctx.save_for_backward(x, kept, magnitude, *factors)
+        ctx.make, ctx.spec, geometry = make, spec, spec.geometry
+        weight = kept if make is None else make()
         update = _update(Factors(*factors), spec.scale, spec.shape)
         if magnitude is not None:
             assert weight is not None
@@ -268,6 +273,7 @@ class Rebuilt(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, g: Tensor) -> Gradients:
         x, weight, magnitude, *tensors = ctx.saved_tensors
+        weight = weight if ctx.make is None else ctx.make()
         factors, spec, geometry, need_x = Factors(*tensors), ctx.spec, ctx.spec.geometry, ctx.needs_input_grad[0]
         m1, m2 = _halves(factors, spec.shape)
         update = (m1 * m2).mul_(spec.scale)

@@ -13,7 +13,7 @@ unless the base weight itself is being trained. First derivatives only.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from functools import reduce
 from typing import Any, Literal
@@ -143,9 +143,14 @@ def adapted_forward(
 
 def update_forward(
     x: Tensor, factors: Factors, spec: LayerSpec,
-    magnitude: Tensor | None = None, weight: Tensor | None = None, *, strategy: StrategyChoice = "auto",
+    magnitude: Tensor | None = None, weight: Tensor | Callable[[], Tensor] | None = None, *,
+    strategy: StrategyChoice = "auto",
 ) -> Tensor:  # fmt: skip
-    """ΔW ∗ x, or (W' − W) ∗ x with DoRA's magnitudes and the weight that they belong to; x as `adapted_forward`'s."""
+    """ΔW ∗ x, or (W' − W) ∗ x with DoRA's magnitudes and the weight that they belong to; x as `adapted_forward`'s.
+
+    Args:
+        weight: or a function that gives it, which is then called for the forward and again for the backward.
+    """
     if _is_unbatched(x, spec):
         return update_forward(x[None], factors, spec, magnitude, weight, strategy=strategy)[0]
     weight = None if magnitude is None else weight
@@ -158,7 +163,7 @@ def _is_unbatched(x: Tensor, spec: LayerSpec) -> bool:
 
 def _applied(
     x: Tensor, factors: Factors, spec: LayerSpec,
-    weight: Tensor | None, bias: Tensor | None, magnitude: Tensor | None, strategy: StrategyChoice,
+    weight: Any, bias: Tensor | None, magnitude: Tensor | None, strategy: StrategyChoice,
 ) -> Tensor:  # fmt: skip
     x = _autocast(x)
     factors = factors.to(compute_dtype(x, *factors))  # their gradients come back in each one's own dtype

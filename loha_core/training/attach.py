@@ -8,11 +8,11 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 
 from ..tuner.forwards import acting_as
 from ..tuner.layer import LoHaLayer
 from .digest import digest
+from .losses.strength import Strength
 
 
 @contextmanager
@@ -25,18 +25,23 @@ def attached(layers: Iterable[LoHaLayer]) -> Iterator[None]:
 
 
 @contextmanager
-def recomputing(blocks: Iterable[nn.Module]) -> Iterator[None]:
-    """Gradient checkpointing (arXiv 1604.06174): each block keeps its input only, and runs again in the backward."""
+def recomputing(blocks: Iterable[nn.Module], strength: Strength | None = None) -> Iterator[None]:
+    """Gradient checkpointing (arXiv 1604.06174): each block keeps its input only, and runs again in the backward.
+
+    Args:
+        strength: of the layers in the blocks, where a loss changes it.
+    """
+    strength = strength or Strength()
+
+    def run(forward: Any, *args: Any, **kwargs: Any) -> Any:
+        if not torch.is_grad_enabled():
+            return forward(*args, **kwargs)
+        return strength.recomputed(forward, *args, **kwargs)
+
     with ExitStack() as stack:
         for block in blocks:
-            stack.enter_context(acting_as(block, _recomputed))
+            stack.enter_context(acting_as(block, run))
         yield
-
-
-def _recomputed(forward: Any, *args: Any, **kwargs: Any) -> Any:
-    if not torch.is_grad_enabled():
-        return forward(*args, **kwargs)
-    return checkpoint(forward, *args, use_reentrant=False, **kwargs)
 
 
 def fingerprint(model: nn.Module) -> str:

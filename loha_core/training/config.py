@@ -25,6 +25,7 @@ class TrainingConfig:
         ema_decay: decay of the exponential moving average that is saved and shown instead of the factors; 0 is off.
         max_norm: upper limit of each layer's ‖ΔW‖; 0 is off.
         save_every, preview_every: in steps; 0 is never (the state is saved at the end in any case).
+        validate_every: in steps, where there is data to validate with.
 
     Raises:
         LoHaError: a value out of its range.
@@ -39,6 +40,7 @@ class TrainingConfig:
     max_norm: float = 0.0
     save_every: int = 100
     preview_every: int = 0
+    validate_every: int = 100
 
     def __post_init__(self) -> None:
         for name, minimum in (
@@ -46,6 +48,7 @@ class TrainingConfig:
             ("gradient_accumulation_steps", 1),
             ("save_every", 0),
             ("preview_every", 0),
+            ("validate_every", 1),
         ):
             check_number(name, getattr(self, name), minimum=minimum, integer=True)
         for name in ("max_grad_norm", "max_norm"):

@@ -26,6 +26,19 @@ class Stepped:
 
 
 @dataclass(frozen=True)
+class Validated:
+    """The loss on held-out data was taken.
+
+    Attributes:
+        best: there has been no lower one before.
+    """
+
+    step: int
+    loss: float
+    best: bool
+
+
+@dataclass(frozen=True)
 class PreviewDue:
     """A preview is due. While callbacks get this, the layers act as they would be saved."""
 
@@ -48,5 +61,5 @@ class Stopped:
     reason: BaseException
 
 
-Event = Stepped | PreviewDue | Saved | Stopped
+Event = Stepped | Validated | PreviewDue | Saved | Stopped
 Callback = Callable[[Event], None]

@@ -20,8 +20,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..errors import LoHaError, check_choice, check_number
+from .losses import timesteps as distributions
+from .losses.preservation import Preservation
+from .losses.timesteps import MODE_SCALES, TOKENS, Quantile, Timesteps
 
-Timesteps = Literal["uniform", "logit-normal", "shifted"]
 LossType = Literal["mse", "huber", "l1"]
 
 
@@ -45,12 +47,18 @@ class Objective:
     """Noise levels of a run, and its loss.
 
     Attributes:
-        timesteps: "uniform"; "logit-normal", the logit of a normal with ``logit_mean`` and ``logit_std`` (SD3, arXiv
-            2403.03206, eq. 19); "shifted", uniform moved towards noise by ``shift`` (eq. 23 there).
+        timesteps: "uniform"; "logit-normal", the logit of a normal with ``logit_mean`` and ``logit_std``; "shifted",
+            uniform moved towards noise by ``shift``; "heavy-tail", SD3's mode sampling with ``mode_scale``; "beta",
+            with ``beta_a`` and ``beta_b``. See `losses.timesteps`.
         loss_type: "mse", "huber" (squared within ``huber_delta``, linear beyond) or "l1".
         min_snr_gamma: γ of min-SNR; 0 is off. 5 is usual.
         debiased: weight errors by |gain|; not together with min-SNR.
         noise_offset: strength of noise that is one number per channel; 0.03 to 0.1 lets pictures get dark or bright.
+        preservation: keep the base's output for a class of what is learned; None is off.
+        min_timestep, max_timestep: the times that are trained, whatever the distribution, in 0…1 from clean to noise.
+        resolution_shift: more noise for larger pictures, as Flux has it, on top of the distribution.
+        masked_preservation: where a mask says that nothing is learned, the error against the base's own output counts
+            so much, against 1 where it is; 0 is off.
 
     Raises:
         LoHaError: a value out of its range.
@@ -65,6 +73,14 @@ class Objective:
     min_snr_gamma: float = 0.0
     debiased: bool = False
     noise_offset: float = 0.0
+    preservation: Preservation | None = None
+    mode_scale: float = 1.29
+    beta_a: float = 2.0
+    beta_b: float = 2.0
+    min_timestep: float = 0.0
+    max_timestep: float = 1.0
+    resolution_shift: bool = False
+    masked_preservation: float = 0.0
 
     def __post_init__(self) -> None:
         check_choice("timesteps", self.timesteps, get_args(Timesteps))
@@ -73,19 +89,41 @@ class Objective:
             check_number(name, getattr(self, name), above=0)
         for name in ("logit_mean", "noise_offset"):
             check_number(name, getattr(self, name))
-        check_number("min_snr_gamma", self.min_snr_gamma, minimum=0)
+        for name in ("min_snr_gamma", "masked_preservation"):
+            check_number(name, getattr(self, name), minimum=0)
+        check_number("mode_scale", self.mode_scale, minimum=MODE_SCALES[0], maximum=MODE_SCALES[1])
+        for name in ("beta_a", "beta_b"):
+            check_number(name, getattr(self, name), minimum=0.01, maximum=1e6)
+        check_number("min_timestep", self.min_timestep, minimum=0, below=1)
+        check_number("max_timestep", self.max_timestep, above=0, maximum=1)
+        if self.min_timestep >= self.max_timestep:
+            raise LoHaError(
+                f"min_timestep is {self.min_timestep:g} and max_timestep {self.max_timestep:g}; the first must be less"
+            )
         if self.debiased and self.min_snr_gamma:
             raise LoHaError("debiased and min_snr_gamma are two weightings of the same error; choose one")
 
-    def time(self, generator: torch.Generator) -> float:
-        """A random time in (0, 1), from the clean picture to noise."""
-        u = float(torch.rand((), generator=generator, dtype=torch.float64))
-        if self.timesteps == "logit-normal":
-            z = float(torch.randn((), generator=generator, dtype=torch.float64))
-            u = float(torch.sigmoid(torch.tensor(self.logit_mean + self.logit_std * z, dtype=torch.float64)))
-        elif self.timesteps == "shifted":
-            u = self.shift * u / (1 + (self.shift - 1) * u)
-        return min(max(u, 1e-6), 1 - 1e-6)
+    def time(self, generator: torch.Generator, tokens: int = TOKENS[1]) -> float:
+        """A random time in (0, 1), from the clean picture to noise; ``tokens`` as in `quantile`."""
+        return self.quantile(float(torch.rand((), generator=generator, dtype=torch.float64)), tokens)
+
+    def quantile(self, u: float, tokens: int = TOKENS[1]) -> float:
+        """The time in (0, 1) below which the share ``u`` of all times lies.
+
+        Args:
+            tokens: cells of 2×2 latents in the picture, for ``resolution_shift``.
+        """
+        known: dict[str, Quantile] = {
+            "uniform": lambda u: u,
+            "logit-normal": distributions.logit_normal(self.logit_mean, self.logit_std),
+            "shifted": distributions.shifted(self.shift),
+            "heavy-tail": distributions.heavy_tail(self.mode_scale),
+        }
+        of = known[self.timesteps] if self.timesteps in known else distributions.beta(self.beta_a, self.beta_b)
+        if self.resolution_shift:
+            of = distributions.risen(of, tokens)
+        time = distributions.within(of, self.min_timestep, self.max_timestep)(min(max(u, 2.0**-53), 1 - 2.0**-53))
+        return min(max(time, 1e-6), 1 - 1e-6)
 
     def noise(self, shape: torch.Size | tuple[int, ...], generator: torch.Generator) -> Tensor:
         """Noise for one latent (c, *size), float32 on the CPU: the same on every machine."""
@@ -110,6 +148,7 @@ class Objective:
         *,
         mask: Tensor | None = None,
         sample_weight: Tensor | None = None,
+        kept: Tensor | None = None,
     ) -> Tensor:
         """The mean error of a batch, in float32.
 
@@ -118,13 +157,18 @@ class Objective:
             gain, snr: (n,).
             mask: (n, 1, *size) in 0…1, the weight of each place in a sample's mean.
             sample_weight: (n,), factor of each sample's error: prior preservation.
+            kept: (n, c, *size), what the output shall be where the mask is 0, with ``masked_preservation``.
         """
         error = self._error(output.float(), target.float())
         if mask is None:
             errors = error.flatten(1).mean(1)
         else:
             mask = mask.expand_as(error)
-            errors = (error * mask).flatten(1).sum(1) / mask.flatten(1).sum(1).clamp_min(1e-6)
+            total, weight = error * mask, mask
+            if kept is not None:
+                outside = self.masked_preservation * (1 - mask)
+                total, weight = total + self._error(output.float(), kept.float()) * outside, weight + outside
+            errors = total.flatten(1).sum(1) / weight.flatten(1).sum(1).clamp_min(1e-6)
         errors = errors * self.weight(gain, snr)
         return (errors if sample_weight is None else errors * sample_weight).mean()
 

@@ -28,15 +28,17 @@ def save(path: Path, state: dict[str, Any]) -> None:
     write_tensors(path, tensors, {_KEY: skeleton})
 
 
-def save_losses(folder: Path, losses: Sequence[float]) -> None:
-    """Write a table of steps and losses, for people.
+def save_losses(folder: Path, losses: Sequence[float], validation: Sequence[tuple[int, float]] = ()) -> None:
+    """Write a table of steps and losses, for people; where there is validation, with a column for its losses.
 
     Raises:
         LoHaError: it cannot be written.
     """
     with atomic(folder / LOSSES) as temporary:
-        rows = "".join(f"{step},{loss!r}\n" for step, loss in enumerate(losses, 1))
-        temporary.write_text(f"step,loss\n{rows}", "utf-8")
+        held_out = {step: f",{loss!r}" for step, loss in validation}
+        none, column = (",", ",validation") if held_out else ("", "")
+        rows = "".join(f"{step},{loss!r}{held_out.get(step, none)}\n" for step, loss in enumerate(losses, 1))
+        temporary.write_text(f"step,loss{column}\n{rows}", "utf-8")
 
 
 def load(path: Path) -> dict[str, Any]:

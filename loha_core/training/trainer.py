@@ -24,7 +24,7 @@ from ..tuner.layer import LoHaLayer
 from . import state as checkpoint
 from .config import MIXED_PRECISION, TrainingConfig
 from .digest import digest
-from .events import Callback, Event, PreviewDue, Saved, Stepped, Stopped
+from .events import Callback, Event, PreviewDue, Saved, Stepped, Stopped, Validated
 from .optimizers import OptimizerConfig, parameter_groups
 from .randomness import fork_rng, generator
 from .state import STATE
@@ -57,10 +57,12 @@ class Trainer:
         callbacks: get every `Event`. One that raises stops the run, after the state is saved.
         accelerator: of Hugging Face Accelerate, for several processes: each has all of the factors and its part of
             every batch, and gradients are averaged. The frozen model may be sharded.
+        validate: gives the loss on held-out data, the same whenever the factors are; None has none.
 
     Attributes:
         step: optimizer steps done.
         losses: one per step.
+        validation: step and loss of each time that it was taken.
     """
 
     def __init__(
@@ -76,16 +78,16 @@ class Trainer:
         identity: Mapping[str, str] | None = None,
         callbacks: Sequence[Callback] = (),
         accelerator: Any = None,
+        validate: Callable[[], float] | None = None,
     ) -> None:
-        self.networks, self.batches, self._loss = networks, batches, loss
+        self.networks, self.batches, self._loss, self._validate = networks, batches, loss, validate
         self.config, self.optimizer_config = config, optimizer or OptimizerConfig()
         self.folder, self.callbacks, self.accelerator = folder, callbacks, accelerator
-        modules = {label: nn.ModuleList(layers.values()) for label, layers in networks.items()}
-        self.optimizer = self.optimizer_config.build(parameter_groups(modules, self.optimizer_config, init))
+        self.optimizer = self.optimizer_config.build(parameter_groups(networks, self.optimizer_config, init))
         self.parameters: list[nn.Parameter] = [p for group in self.optimizer.param_groups for p in group["params"]]
         self.average = [p.detach().clone() for p in self.parameters] if config.ema_decay else None
         self.identity = self._identity() | dict(identity or {})
-        self.step, self.losses = 0, list[float]()
+        self.step, self.losses, self.validation = 0, list[float](), list[tuple[int, float]]()
         self._loss_scale = MAX_LOSS_SCALE if config.mixed_precision == "fp16" else 1.0
         self._steps_since_overflow = 0
         self._updating = False  # the parameters are between two steps' values
@@ -100,8 +102,10 @@ class Trainer:
         c = self.config
         with fork_rng(), self._train_mode():
             try:
+                self._validate_if_due()
                 while self.step < c.steps:
                     self._emit(self._train_step())
+                    self._validate_if_due()
                     if c.preview_every and self.step % c.preview_every == 0:
                         with self.eval_mode():
                             self._emit(PreviewDue(self.step))
@@ -109,6 +113,28 @@ class Trainer:
                 self._save_after(error)
                 raise
             self.save()
+
+    def _validate_if_due(self) -> None:
+        """Unless it was done at this step: one that a callback's exception ended is done again when the run goes on.
+
+        The state is saved with each best, so that a run that goes on never takes a worse one for it.
+        """
+        last = self.validation[-1][0] if self.validation else 0
+        if self._validate is None or self.step <= last or self.step % self.config.validate_every:
+            return
+        with fork_rng(), self.eval_mode(), torch.no_grad(), self._autocast():
+            loss = self._validate()
+        if not math.isfinite(loss):
+            raise Diverged(f"step {self.step}: the loss on held-out data is {loss:g}. Lower the learning rate.")
+        best = loss < min((loss for _, loss in self.validation), default=math.inf)
+        self.validation.append((self.step, loss))
+        try:
+            self._emit(Validated(self.step, loss, best))
+        except BaseException:
+            self.validation.pop()
+            raise
+        if best:
+            self._write()
 
     # One step
 
@@ -254,7 +280,8 @@ class Trainer:
 
     def metadata(self, batch_size: int) -> dict[str, str]:
         """The run's settings, under kohya's names, for the file of what has been learnt by now."""
-        return {
+        held_out = dict(self.validation).get(self.step)
+        return ({} if held_out is None else {"loha_validation_loss": f"{held_out:.6g}"}) | {
             "ss_learning_rate": f"{self.optimizer_config.lr:g}",
             "ss_optimizer": self.optimizer_config.name,
             "ss_lr_scheduler": self.optimizer_config.schedule,
@@ -268,7 +295,7 @@ class Trainer:
 
     def _identity(self) -> dict[str, str]:
         """Settings that a resumed run must have in common with the run before; how often it saves is not among them."""
-        free = ("steps", "save_every", "preview_every")
+        free = ("steps", "save_every", "preview_every", "validate_every")
         settings = {key: value for key, value in asdict(self.config).items() if key not in free}
         if self.optimizer_config.schedule != "constant":
             settings["steps"] = self.config.steps  # the learning rate looks ahead
@@ -289,6 +316,7 @@ class Trainer:
             "optimizer": self.optimizer.state_dict(),
             "loss_scale": (self._loss_scale, self._steps_since_overflow),
             "losses": torch.tensor(self.losses, dtype=torch.float64),
+            "validation": self.validation,
         }
 
     def save(self) -> None:
@@ -297,11 +325,16 @@ class Trainer:
         Raises:
             LoHaError: it cannot be written; the state before is then still there.
         """
+        if self._write() and self.folder is not None:
+            self._emit(Saved(self.step, self.folder / STATE))
+
+    def _write(self) -> bool:
+        """Whether there is a folder, and this is the process that writes to it."""
         if self.folder is None or self._rank != 0:
-            return
+            return False
         checkpoint.save(self.folder / STATE, self.state())
-        checkpoint.save_losses(self.folder, self.losses)
-        self._emit(Saved(self.step, self.folder / STATE))
+        checkpoint.save_losses(self.folder, self.losses, self.validation)
+        return True
 
     def resume(self) -> bool:
         """Go on from the state in ``folder``; False if there is none.
@@ -323,7 +356,7 @@ class Trainer:
             _copy(self.average, state["average"])
         self.optimizer.load_state_dict(state["optimizer"])
         self._loss_scale, self._steps_since_overflow = state["loss_scale"]
-        self.step, self.losses = state["step"], state["losses"].tolist()
+        self.step, self.losses, self.validation = state["step"], state["losses"].tolist(), state.get("validation", [])
         return True
 
     def _save_after(self, error: BaseException) -> None:

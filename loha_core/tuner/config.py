@@ -20,7 +20,7 @@ from ..factors import LoHaFactors
 from ..formats import peft
 from ..naming.patterns import checked, get_pattern_key, path_end
 
-INITS = ("peft", "lycoris")
+INITS = ("peft", "lycoris", "balanced")
 PEFT_VERSION = "0.21.0"  # the release whose format is written
 T = TypeVar("T")
 
@@ -95,7 +95,9 @@ class LoHaConfig:
             or "all-linear"; None takes the architecture's default.
         exclude_modules: names or a regular expression, as above.
         init_weights: True or "peft": Kaiming uniform and w2_b = 0, so that the update begins at zero; "lycoris":
-            normal, std 0.1 and 1, and w2_a = 0; False: as PEFT but random throughout, for tests.
+            normal, std 0.1 and 1, and w2_a = 0; "balanced": normal, all of one std, and w2_b = 0, so that the first
+            step moves the weight as far as a LoRA's of as many parameters (docs/recipes.md); False: as PEFT but
+            random throughout, for tests.
         layers_to_transform: indices of the layers to adapt; needs ``target_modules`` to be a list.
         layers_pattern: name of the list of layers that those indices count, such as "layers" or "h".
         rank_pattern, alpha_pattern: name or regular expression of a path's end -> its rank or alpha; the first that

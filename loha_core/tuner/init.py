@@ -23,6 +23,8 @@ def create(shape: tuple[int, ...], rank: int, tucker: bool, config: LoHaConfig) 
         new |= {f"hada_t{half}": torch.empty(rank, rank, *kernel) for half in (1, 2)}
     if config.init_weights == "lycoris":
         _lycoris(new, config.use_scalar)
+    elif config.init_weights == "balanced":
+        _balanced(new, rank, inner * math.prod(kernel), config.use_scalar)
     else:
         # A scalar of zero and a factor of zero would both wait for the other to move.
         _peft(new, zero=config.init_weights is not False and not config.use_scalar)
@@ -50,3 +52,20 @@ def _lycoris(new: dict[str, Tensor], scalar: bool) -> None:
         nn.init.normal_(new["hada_w2_a"], std=0.1)
     else:
         nn.init.zeros_(new["hada_w2_a"])
+
+
+def _balanced(new: dict[str, Tensor], rank: int, fan_in: int, scalar: bool) -> None:
+    """All factors but the zero one have one standard deviation σ: none is so large that it hardly learns.
+
+    An optimizer that moves every element by its rate η, as Adam does, first moves ΔW by r·σ³·η (root mean square) and
+    that of a LoRA of rank R = 2r, whose A has the variance 1 / 3i, by √(R / 3i)·η. σ makes them equal. Tucker factors
+    have a core in each half: r²·σ⁵·η.
+    """
+    tucker = "hada_t1" in new
+    move = math.sqrt(2 * rank / (3 * fan_in))
+    std = (move / rank**2) ** (1 / 5) if tucker else (move / rank) ** (1 / 3)
+    for name, tensor in new.items():
+        if name == "hada_w2_b" and not scalar:
+            nn.init.zeros_(tensor)
+        else:
+            nn.init.normal_(tensor, std=std)

@@ -96,6 +96,9 @@ class LoHaLayer(nn.Module):
         """The base's weight as (o, i, *k): a view."""
         return self.weight
 
+    def _weight_for_norms(self) -> Tensor | Callable[[], Tensor]:  # where it is made for them, what makes it
+        return self._base_weight()
+
     def _geometry(self) -> Geometry | None:
         return None
 
@@ -303,15 +306,13 @@ class LoHaLayer(nn.Module):
 
     def _adapted(self, x: Tensor, adapter: str, *, apply_base: bool) -> Tensor:
         factors = self._tensors(adapter)
-        if self.training and self.rank_dropout[adapter]:
-            factors = drop_rows(
-                factors, self.weight_shape[0], self.rank_dropout[adapter], self.rank_dropout_scale[adapter]
-            )
+        if self.training and (p := self.rank_dropout[adapter]):
+            factors = drop_rows(factors, self.weight_shape[0], p, self.rank_dropout_scale[adapter])
         magnitude = self.dora_scale[adapter] if adapter in self.dora_scale else None
         x, spec = self._prepare(x), LayerSpec(self.weight_shape, self._geometry(), self.scaling[adapter])
         if apply_base:
             return adapted_forward(x, factors, spec, self._base_weight(), self.bias, magnitude)
-        return update_forward(x, factors, spec, magnitude, None if magnitude is None else self._base_weight())
+        return update_forward(x, factors, spec, magnitude, None if magnitude is None else self._weight_for_norms())
 
     def _drops_module(self, adapter: str) -> bool:
         p = self.module_dropout[adapter]

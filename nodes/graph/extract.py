@@ -11,10 +11,11 @@ from torch import Tensor
 
 from loha_core.models.checkpoint import Checkpoint
 from loha_core.models.extract import extract
+from loha_core.naming.patterns import checked
 
 from ..host import live, weights
 from ..host.layers import names_in_files
-from .inputs import choice, number, one_of
+from .inputs import choice, number, one_of, problems
 from .results import KINDS, kind_input, result_schema, shown
 
 
@@ -94,6 +95,10 @@ class LoHaExtract(io.ComfyNode):
             "The difference, for Apply LoHa or Save LoHa.",
             aliases=["extract lora", "lora from checkpoint"],
         )
+
+    @classmethod
+    def validate_inputs(cls, only: str | None = None) -> bool | str:
+        return problems(lambda: checked(only or "", anywhere=True))
 
     @classmethod
     def execute(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import product
 from typing import Any
 
@@ -14,11 +15,12 @@ from loha_core import Adapter, LoHaError
 from loha_core.blocks import BlockStrength
 from loha_core.errors import about
 
+from ..host import files as adapter_files
 from ..host import modes
 from ..host.pictures import Latent, fitting, repeated, shared_noise
 from ..page.grid import GridPlan, Label, draw
 from . import axes
-from .inputs import number, schema
+from .inputs import number, problems, schema
 from .loader import MAX_REPORTED
 from .types import LOHA, LOHA_BLOCKS, LOHA_GRID
 
@@ -114,6 +116,16 @@ class LoHaGrid(io.ComfyNode):
                 LOHA_GRID.Output(display_name="plan", tooltip="What each picture is, for LoHa Grid Image."),
                 io.String.Output(display_name="report", tooltip="The pictures, and what each adapter matched."),
             ],
+        )
+
+    @classmethod
+    def validate_inputs(
+        cls, strengths: str | None = None, files: str | None = None, run: str | None = None
+    ) -> bool | str:
+        return problems(
+            lambda: strengths is None or axes.strengths(strengths),
+            *(partial(adapter_files.resolve, name) for name in axes.lines(files or "")),
+            lambda: axes.saved_steps(run or ""),
         )
 
     @classmethod

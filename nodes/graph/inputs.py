@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import fields
 from typing import Any
 
@@ -16,9 +16,49 @@ from loha_core.errors import check_choice
 NEWER = {"search_aliases"} - {field.name for field in fields(io.Schema)}
 
 
+# What the page calls an input where that is more than its id with spaces; ids never change.
+SHOWN = {
+    "at_once": "Pictures at once",
+    "bound": "Limited by",
+    "dtype": "Data type",
+    "effective_conv": "Tucker convolutions",
+    "init": "Initialisation",
+    "lora_name": "LoHa file",
+    "lora_plus": "LoRA+ ratio",
+    "min_snr_gamma": "Min-SNR gamma",
+    "names": "Names of layers",
+    "rank_stabilized": "Rank-stabilised (rsLoRA)",
+    "strength_clip": "Strength (CLIP)",
+    "strength_model": "Strength (model)",
+    "text_learning_rate": "Learning rate (text encoders)",
+}
+WORDS = {
+    "cfg": "CFG",
+    "clip": "CLIP",
+    "conv": "convolution",
+    "dora": "DoRA",
+    "ema": "EMA",
+    "grad": "gradient",
+    "loha": "LoHa",
+    "lora": "LoRA",
+    "prev": "previous",
+    "reg": "regularisation",
+    "tucker": "Tucker",
+    "vae": "VAE",
+}
+
+
 def schema(**parts: Any) -> io.Schema:
-    """A node's schema, as far as this ComfyUI knows its parts."""
+    """A node's schema, as far as this ComfyUI knows its parts, each input under a name for people."""
+    for input_ in parts.get("inputs", ()):
+        input_.display_name = input_.display_name or shown_name(input_.id)
     return io.Schema(**{name: part for name, part in parts.items() if name not in NEWER})
+
+
+def shown_name(name: str) -> str:
+    """What the page calls the input of this id."""
+    text = SHOWN.get(name) or " ".join(WORDS.get(word, word) for word in name.split("_"))
+    return text[0].upper() + text[1:]
 
 
 def number(
@@ -43,6 +83,17 @@ def choice(name: str, value: str, choices: Mapping[str, Any]) -> Any:
     """What ``value`` stands for."""
     check_choice(name, value, choices)
     return choices[value]
+
+
+def problems(*checks: Callable[[], object]) -> bool | str:
+    """What `validate_inputs` answers: why a run would fail, as far as it is known before, or True."""
+    found = []
+    for check in checks:
+        try:
+            check()
+        except LoHaError as error:
+            found.append(str(error))
+    return "\n".join(found) or True
 
 
 def json_object(name: str, text: str, example: str) -> dict[str, Any]:

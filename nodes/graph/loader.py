@@ -6,11 +6,11 @@ from typing import Any
 
 from comfy_api.latest import io
 
-from loha_core import Adapter, LoHaError
+from loha_core import Adapter
 
 from ..host import files, modes
 from . import words
-from .inputs import schema
+from .inputs import problems, schema
 from .region import region_input
 from .types import LOHA, LOHA_BLOCKS, LOHA_SCHEDULE
 
@@ -30,12 +30,7 @@ def file_input() -> Any:
 
 def problem_of(lora_name: str | None) -> bool | str:
     """What keeps a file's name from being loaded; True is nothing, or that it is connected and not known yet."""
-    try:
-        if lora_name is not None:
-            files.resolve(lora_name)
-    except LoHaError as error:
-        return str(error)
-    return True
+    return True if lora_name is None else problems(lambda: files.resolve(lora_name))
 
 
 def strength_inputs() -> list[Any]:

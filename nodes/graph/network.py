@@ -9,9 +9,10 @@ from comfy_api.latest import io, ui
 from loha_core import LoHaConfig, LoHaError
 from loha_core.errors import about
 from loha_core.naming.patterns import checked
+from loha_core.training.optimizers import OptimizerConfig
 
 from ..host.layers import NetworkConfig, count
-from .inputs import choice, number, one_of, schema, switch
+from .inputs import choice, number, one_of, problems, schema, switch
 from .types import LOHA_CONFIG
 
 # Preset -> what a layer's path must contain. Timestep, size and modulation embeddings are nobody's style.
@@ -44,6 +45,12 @@ class LoHaNetwork(io.ComfyNode):
         )
 
     @classmethod
+    def validate_inputs(
+        cls, layers: str | None = None, exclude: str | None = None, patterns: str | None = None
+    ) -> bool | str:
+        return problems(lambda: network_config(layers=layers or "", exclude=exclude or "", patterns=patterns or ""))
+
+    @classmethod
     def execute(cls, model: Any = None, clip: Any = None, **values: Any) -> io.NodeOutput:
         config = network_config(**values)
         text = count(config, model, clip)
@@ -67,15 +74,17 @@ def _inputs() -> list[Any]:
             "exclude", default="", optional=True, tooltip="A regular expression that a layer's path must not contain."
         ),
         io.String.Input(
-            "patterns", default="", multiline=True, optional=True, placeholder="attn2: 16, 8",
-            tooltip="Lines of 'pattern: rank' or 'pattern: rank, alpha', for layers whose path ends with it.",
+            "patterns", default="", multiline=True, optional=True, placeholder="attn2.to_k: rank 16, alpha 8, lr 0.5",
+            tooltip="Lines of 'pattern: rank 16, alpha 8, lr 0.5', or some of these, for layers whose path ends with "
+            "the pattern, a regular expression. lr is a factor of the learning rate.",
         ),
         switch("effective_conv", f"Tucker factors for {large}: smaller files (FedPara, prop. 3).", optional=True),
         one_of("dora", ["off", "output", "input"],
                "Learn the weights' magnitude apart from their direction (DoRA), along the output or the input axis.",
                optional=True),
         switch("rank_stabilized", "Scale by alpha / √rank (rsLoRA), for high ranks.", optional=True),
-        one_of("init", ["lycoris", "peft"], "How the factors begin. Either way the update begins at zero.",
+        one_of("init", ["lycoris", "balanced", "peft"],
+               "How the factors begin; the update is zero then. balanced: all alike, at three times the learning rate.",
                optional=True),
         switch("scalar", "A learned factor per layer that begins at zero (LyCORIS).", optional=True),
         number("rank_dropout", 0.0, "Probability to drop an output row of the update in a step.", 0, 0.99,
@@ -113,26 +122,42 @@ def network_config(
     for name, expression in (("layers", layers), ("exclude", exclude)):
         with about(name):
             checked(expression, anywhere=True)
-    ranks, alphas = _patterns(patterns)
+    ranks, alphas, rates = _patterns(patterns)
     loha = LoHaConfig(
         r=rank, alpha=alpha, rank_pattern=ranks, alpha_pattern=alphas, use_effective_conv2d=effective_conv,
         use_dora=False if dora == "off" else dora, use_rslora=rank_stabilized, init_weights=init, use_scalar=scalar,
         rank_dropout=rank_dropout, module_dropout=module_dropout,
     )  # fmt: skip
-    return NetworkConfig(loha, conv_rank, conv_alpha, layers, exclude)
+    with about("patterns"):
+        OptimizerConfig(lr_pattern=rates)  # checks them
+    return NetworkConfig(loha, conv_rank, conv_alpha, layers, exclude, rates)
 
 
-def _patterns(text: str) -> tuple[dict[str, int], dict[str, float]]:
-    """'pattern: rank[, alpha]' lines."""
+def _patterns(text: str) -> tuple[dict[str, int], dict[str, float], dict[str, float]]:
+    """Ranks, alphas and factors of learning rates from lines of 'pattern: rank 16, alpha 8, lr 0.5'.
+
+    Two numbers without names are the rank and the alpha.
+    """
     ranks: dict[str, int] = {}
     alphas: dict[str, float] = {}
+    rates: dict[str, float] = {}
+    kinds: dict[str, tuple[dict[str, Any], type]] = {
+        "rank": (ranks, int), "alpha": (alphas, float), "lr": (rates, float)
+    }  # fmt: skip
     for line in filter(None, map(str.strip, text.splitlines())):
-        pattern, _, numbers = line.rpartition(":")
-        try:
-            rank, *alpha = (part.strip() for part in numbers.split(","))
-            ranks[pattern.strip()] = int(rank)
-            if alpha:
-                [alphas[pattern.strip()]] = map(float, alpha)
-        except ValueError as error:
-            raise LoHaError(f"patterns: {line!r}; expected 'pattern: rank' or 'pattern: rank, alpha'") from error
-    return ranks, alphas
+        pattern, colon, values = line.rpartition(":")
+        given: set[str] = set()
+        for place, value in enumerate(values.split(",")):
+            name, _, number = value.strip().rpartition(" ")
+            name = name.strip() or ("rank", "alpha", "")[min(place, 2)]
+            try:
+                if not colon or name in given:
+                    raise ValueError
+                found, kind = kinds[name]
+                found[pattern.strip()] = kind(number)
+            except (KeyError, ValueError) as error:
+                raise LoHaError(
+                    f"patterns: {line!r}; expected 'pattern: rank 16, alpha 8, lr 0.5', or some of these"
+                ) from error
+            given.add(name)
+    return ranks, alphas, rates

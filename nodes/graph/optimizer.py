@@ -9,10 +9,11 @@ from typing import Any, get_args
 
 from comfy_api.latest import io
 
-from loha_core.training.objectives import LossType, Objective, Timesteps
+from loha_core.training.losses.timesteps import Timesteps
+from loha_core.training.objectives import LossType, Objective
 from loha_core.training.optimizers import SOURCES, Curve, OptimizerConfig
 
-from .inputs import json_object, number, one_of, schema, switch
+from .inputs import json_object, number, one_of, problems, schema, switch
 from .types import LOHA_OBJECTIVE, LOHA_OPTIMIZER
 
 
@@ -68,6 +69,10 @@ class LoHaOptimizer(io.ComfyNode):
         )  # fmt: skip
 
     @classmethod
+    def validate_inputs(cls, options: str | None = None) -> bool | str:
+        return problems(lambda: optimizer_settings(options=options or ""))
+
+    @classmethod
     def execute(cls, **values: Any) -> io.NodeOutput:
         return io.NodeOutput(optimizer_settings(**values))
 
@@ -109,7 +114,8 @@ class LoHaObjective(io.ComfyNode):
             description="Which noise levels are trained, and how an error counts. What the model predicts is its own.",
             inputs=[
                 one_of("timesteps", get_args(Timesteps),
-                       "uniform: all alike. logit-normal: mostly the middle, as for SD3. shifted: more noise."),
+                       "uniform: all alike. logit-normal: mostly the middle, as for SD3. shifted: more noise. "
+                       "heavy-tail: SD3's mode sampling. beta: as its two numbers say."),
                 number("logit_mean", 0.0, "Of logit-normal.", -10, 10, step=0.01),
                 _number("logit_std", 1.0, "Of logit-normal.", 0, 10),
                 _number("shift", 3.0, "Of shifted: above 1 moves towards noise.", 0, 100),
@@ -122,9 +128,32 @@ class LoHaObjective(io.ComfyNode):
                 _number("noise_offset", 0.0,
                         "Noise that is one number per channel: lets pictures get darker or brighter. 0.03 to 0.1.",
                         0, 1),
+                _optional("mode_scale", 1.29, "Of heavy-tail: above 0 more of the middle, below 0 more of both ends.",
+                          -1, 1.75),
+                _optional("beta_a", 2.0, "Of beta: the density rises as t^(a - 1) from the clean picture on.",
+                          0.01, 1000),
+                _optional("beta_b", 2.0, "Of beta: the density falls as (1 - t)^(b - 1) towards noise.", 0.01, 1000),
+                _optional("min_timestep", 0.0, "No cleaner pictures than this are trained: 0 is clean.", 0, 0.999),
+                _optional("max_timestep", 1.0, "No noisier pictures than this are trained: 1 is noise.", 0.001, 1),
+                switch("resolution_shift", "More noise for larger pictures, as Flux has it: on top of the "
+                       "distribution and of the model's own shift.", optional=True),
+                _optional("masked_preservation", 0.0, "What masks leave out is kept as the model makes it now: its "
+                          "error counts so much, against 1 within. Needs masks; 0: it may change.", 0, 1000),
             ],
             outputs=[LOHA_OBJECTIVE.Output(display_name="objective", tooltip="For Train LoHa.")],
         )  # fmt: skip
+
+    @classmethod
+    def validate_inputs(
+        cls, debiased: bool | None = None, min_snr_gamma: float | None = None,
+        min_timestep: float | None = None, max_timestep: float | None = None,
+    ) -> bool | str:  # fmt: skip
+        return problems(
+            lambda: Objective(debiased=bool(debiased), min_snr_gamma=min_snr_gamma or 0.0),
+            lambda: Objective(
+                min_timestep=min_timestep or 0.0, max_timestep=1.0 if max_timestep is None else max_timestep
+            ),
+        )
 
     @classmethod
     def execute(cls, **values: Any) -> io.NodeOutput:

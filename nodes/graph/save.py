@@ -21,7 +21,7 @@ from loha_core.formats.lycoris import as_one_file
 from loha_core.naming.readers import unread
 
 from ..host.files import FOLDER
-from .inputs import choice, json_object, one_of, schema, switch
+from .inputs import choice, json_object, one_of, problems, schema, switch
 from .types import LOHA
 
 DTYPES = {"as it is": None, "fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
@@ -82,6 +82,12 @@ class LoHaSave(io.ComfyNode):
             ],
             outputs=[io.String.Output(display_name="path", tooltip="The name to load it by.")],
             is_output_node=True,
+        )
+
+    @classmethod
+    def validate_inputs(cls, filename: str | None = None, metadata: str | None = None) -> bool | str:
+        return problems(
+            lambda: filename is None or free_path(filename, "", True), lambda: described("", NONE, metadata or "")
         )
 
     @classmethod

@@ -11,7 +11,7 @@ from loha_core.schedule import INTERPOLATIONS, Schedule
 
 from ..page import charts
 from ..page.blocks import AUTO, spell
-from .inputs import schema
+from .inputs import problems, schema
 from .types import LOHA_BLOCKS, LOHA_SCHEDULE
 
 # How many rules the picture lists; the others are counted.
@@ -78,6 +78,18 @@ class LoHaBlockStrength(io.ComfyNode):
         )
 
     @classmethod
+    def validate_inputs(
+        cls,
+        vector: str | None = None,
+        rules: str | None = None,
+        family: str | None = None,
+        preset: str | None = None,
+    ) -> bool | str:
+        if family in (None, AUTO):  # a connected model's blocks are not known yet
+            return problems(lambda: BlockStrength.parse(None, "", rules or ""))
+        return problems(lambda: BlockStrength.parse(family, vector or "", rules or "", preset=preset or "ALL"))
+
+    @classmethod
     def execute(cls, preset: str, vector: str, rules: str, family: str, model: Any = None) -> io.NodeOutput:
         known = family if family != AUTO else None if model is None else list(model.model.state_dict())
         blocks = BlockStrength.parse(known, vector, rules, preset=preset)
@@ -137,6 +149,13 @@ class LoHaSchedule(io.ComfyNode):
             ],
             is_output_node=True,
         )
+
+    @classmethod
+    def validate_inputs(
+        cls, keyframes: str | None = None, start_percent: float | None = None, end_percent: float | None = None
+    ) -> bool | str:
+        start, end = (0.0 if start_percent is None else start_percent), (1.0 if end_percent is None else end_percent)
+        return problems(lambda: Schedule.parse(keyframes or "", start=start, end=end))
 
     @classmethod
     def execute(cls, keyframes: str, interpolation: str, start_percent: float, end_percent: float) -> io.NodeOutput:

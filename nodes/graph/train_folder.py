@@ -20,12 +20,12 @@ from loha_core.training.data.pictures import Sizes
 
 from . import sources
 from .dataset import ClipDataset, encode_captions
-from .inputs import number, schema
+from .inputs import number, problems, schema
 from .network import network_config
 from .optimizer import optimizer_settings
-from .save import LoHaSave
+from .save import LoHaSave, free_path
 from .sources import Source
-from .trainer import train
+from .trainer import run_folder, train
 from .types import LOHA
 
 # Sides of the square that models were trained at, and the multiples that sides have.
@@ -87,6 +87,13 @@ class LoHaTrainFolder(io.ComfyNode):
         )  # fmt: skip
 
     @classmethod
+    def validate_inputs(cls, folder: str | None = None, name: str | None = None) -> bool | str:
+        return problems(
+            lambda: folder is None or read_folder(input_folder(folder)),
+            lambda: name is None or (run_folder(name, True), free_path(name, "", True)),
+        )
+
+    @classmethod
     def fingerprint_inputs(cls, folder: str, **_: Any) -> str:
         stats = [(path, path.stat()) for path in sorted(input_folder(folder).rglob("*"))]
         return ";".join(f"{path.name}:{stat.st_mtime_ns}:{stat.st_size}" for path, stat in stats)
@@ -131,7 +138,7 @@ class LoHaTrainFolder(io.ComfyNode):
             gradient_checkpointing=True,
             save_every=every,
             preview_every=every,
-            preview_prompt=trigger_word or pictures[0].caption,
+            preview_prompt=trigger_word or " ".join(pictures[0].caption.splitlines()),
             preview_cfg=1.0 if _is_distilled(model) else 5.0,
         )
         saved = LoHaSave.execute(adapter, name, "LyCORIS (one file)", "fp16", trigger_words=trigger_word)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from functools import partial
 from pathlib import Path
@@ -9,13 +10,14 @@ from typing import Any
 
 import folder_paths
 import torch
-from comfy_api.latest import io
+from comfy_api.latest import io, ui
 
 from loha_core import Adapter, LoHaError
 from loha_core.training.config import TrainingConfig
 from loha_core.training.data.batches import BatchSampler
 from loha_core.training.data.dataset import Dataset
-from loha_core.training.events import Event, PreviewDue, Stepped, Stopped
+from loha_core.training.data.validation import Validation, held_out
+from loha_core.training.events import Event, PreviewDue, Stepped, Stopped, Validated
 from loha_core.training.objectives import Objective
 from loha_core.training.state import STATE
 from loha_core.training.trainer import Trainer
@@ -24,9 +26,9 @@ from ..host import modes
 from ..host.layers import NetworkConfig
 from ..host.preview import Preview
 from ..host.progress import ProgressBar
-from ..host.training import TrainingRun
+from ..host.training import BEST, TrainingRun
 from ..page import charts, monitor
-from .inputs import choice, number, one_of, schema, switch
+from .inputs import choice, number, one_of, problems, schema, switch
 from .optimizer import OptimizerSettings, optimizer_settings
 from .types import LOHA, LOHA_CONFIG, LOHA_DATASET, LOHA_OBJECTIVE, LOHA_OPTIMIZER
 
@@ -48,11 +50,15 @@ class Watcher:
             case Stepped():
                 self.record.stepped(event)
                 self.bar.update_absolute(event.step)
+            case Validated():
+                self.record.validated(event)
+                self.bar.update_absolute(event.step)
             case PreviewDue():
-                picture = self.preview.picture(self.run, self.patcher)
+                pictures = self.preview.pictures(self.run, self.patcher)
                 self.run.folder.mkdir(parents=True, exist_ok=True)
-                picture.save(self.run.folder / f"preview_{event.step:06d}.png")
-                self.record.previewed(event.step)
+                for number, picture in enumerate(pictures, 1):
+                    picture.save(self.run.folder / monitor.preview_name(event.step, number))
+                self.record.previewed(event.step, len(pictures))
                 self.bar.update_absolute(event.step)  # the node shows the picture already
             case Stopped():
                 self.record.ended(type(event.reason).__name__)
@@ -66,6 +72,8 @@ def run_folder(name: str, resume: bool) -> Path:
     """
     if not re.fullmatch(r"[\w][\w .()+-]{0,99}", name) or name.endswith((".", " ")):
         raise LoHaError(f"name is {name!r}; expected letters, digits, spaces and any of _ - + . ( ), and no folder")
+    if name in (Path(STATE).stem, Path(BEST).stem):
+        raise LoHaError(f"name is {name!r}, as a run calls a file of its own; choose another name")
     root = Path(folder_paths.get_output_directory()) / FOLDER
     number, latest = 1, root / name
     while (latest / STATE).exists() and (root / f"{name}-{number + 1}" / STATE).exists():
@@ -100,15 +108,20 @@ class LoHaTrainer(io.ComfyNode):
         )
 
     @classmethod
+    def validate_inputs(cls, name: str | None = None) -> bool | str:
+        return True if name is None else problems(lambda: run_folder(name, True))
+
+    @classmethod
     def execute(
         cls, model: Any, clip: Any = None, name: str = "my_loha", resume: bool = True, **values: Any
     ) -> io.NodeOutput:
-        return io.NodeOutput(*train(cls.hidden, model, clip, name, resume, **values))
+        *outputs, memory = train(cls.hidden, model, clip, name, resume, **values)
+        return io.NodeOutput(*outputs, ui=ui.PreviewText(memory))
 
 
 def train(
     hidden: Any, model: Any, clip: Any, name: str, resume: bool, **values: Any
-) -> tuple[Adapter, Any, Any, dict[str, list[float]], torch.Tensor]:
+) -> tuple[Adapter, Any, Any, dict[str, list[float]], torch.Tensor, str]:
     """A run of the node that is executed now, as the page is told of it.
 
     Args:
@@ -116,15 +129,17 @@ def train(
         values: the inputs of `training_run`.
 
     Returns:
-        The adapter; the model and the text encoders with it; the losses as ComfyUI's LOSS_MAP, and their picture.
+        The adapter; the model and the text encoders with it; the losses as ComfyUI's LOSS_MAP, and their picture;
+        what memory it took.
     """
     with torch.inference_mode(False):
         run, preview = training_run(model, clip, run_folder(name, resume), **values)
         workflow = monitor.workflow_id(getattr(hidden, "extra_pnginfo", None))
         adapter, losses = run.run(partial(Watcher, run, preview, workflow), resume=resume)
         model, clip, _ = modes.apply(model, clip, adapter, 1.0, 1.0)
-    curve = charts.losses(f"Loss of {run.folder.name}", f"{len(losses)} steps", losses)
-    return adapter, model, clip, {"loss": losses}, curve
+    curve = charts.losses(f"Loss of {run.folder.name}", f"{len(losses)} steps", losses, run.validation_losses)
+    logging.info("LoHa: %s\n%s", run.folder.name, run.memory_report)
+    return adapter, model, clip, {"loss": losses}, curve, run.memory_report
 
 
 def training_run(
@@ -149,6 +164,9 @@ def training_run(
     preview_prompt: str = "",
     preview_steps: int = 20,
     preview_cfg: float = 5.0,
+    blocks_to_swap: int = 0,
+    validation_share: float = 0.0,
+    validate_every: int = 50,
 ) -> tuple[TrainingRun, Preview]:
     """A run, and how to show it, from the node's inputs.
 
@@ -157,7 +175,11 @@ def training_run(
     """
     if preview_every and vae is None:
         raise LoHaError("preview_every needs the vae input, to decode what is shown; connect it or set it to 0")
-    sampler = BatchSampler(dataset, objective or Objective(), batch_size, training_seed)
+    objective, validation = objective or Objective(), None
+    if validation_share:
+        dataset, held = held_out(dataset, validation_share, training_seed)
+        validation = Validation(held, objective, batch_size, training_seed)
+    sampler = BatchSampler(dataset, objective, batch_size, training_seed)
     settings = optimizer or optimizer_settings()
     config = TrainingConfig(
         steps=sampler.steps(epochs, gradient_accumulation_steps) if epochs else steps,
@@ -166,10 +188,15 @@ def training_run(
         mixed_precision=choice("mixed_precision", mixed_precision, MIXED_PRECISION),
         save_every=save_every,
         preview_every=preview_every,
+        validate_every=validate_every,
         **settings.training,
     )
-    run = TrainingRun(model, clip, sampler, network, settings.optimizer, config, folder, loha, gradient_checkpointing)
-    return run, Preview(preview_prompt, preview_steps, preview_cfg, vae)
+    run = TrainingRun(
+        model, clip, sampler, network, settings.optimizer, config, folder, loha, gradient_checkpointing, blocks_to_swap,
+        validation,
+    )  # fmt: skip
+    prompts = [line.strip() for line in preview_prompt.splitlines() if line.strip()] or [""]
+    return run, Preview(prompts, preview_steps, preview_cfg, vae)
 
 
 def _inputs() -> list[Any]:
@@ -194,7 +221,14 @@ def _inputs() -> list[Any]:
         number("save_every", 100, "Steps between saved states and files; 0: at the end and at Cancel only."),
         switch("resume", "Go on from the state that the run of this name left, if there is one.", default=True),
         number("preview_every", 0, "Steps between preview pictures; 0: none. Needs vae."),
-        io.String.Input("preview_prompt", default="", multiline=True, optional=True, tooltip="What previews show."),
+        io.String.Input("preview_prompt", default="", multiline=True, optional=True,
+                        tooltip="What previews show: a picture for each line."),
         number("preview_steps", 20, "Sampling steps of a preview.", 1, 1000, optional=True),
         number("preview_cfg", 5.0, "Guidance of a preview.", 0, 100, step=0.1, optional=True),
+        number("blocks_to_swap", 0, "So many of the model's blocks fewer on the GPU: they wait in main memory "
+               "and come one ahead. For models that do not fit. Needs gradient_checkpointing.", 0, 1000, optional=True),
+        number("validation_share", 0.0, "Holds back this share of the pictures from training: the loss on them says "
+               "when learning turns into memorising. The LoHa with the lowest is kept as best.safetensors. 0 is off.",
+               0, 0.9, step=0.01, optional=True),
+        number("validate_every", 50, "Steps between validations.", 1, optional=True),
     ]  # fmt: skip

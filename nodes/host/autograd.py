@@ -97,8 +97,7 @@ def trainable_weights(*modules: nn.Module | None) -> Iterator[None]:
         if tensor.is_inference():
             copy = tensor.detach().clone()
             copy = nn.Parameter(copy, requires_grad=False) if isinstance(tensor, nn.Parameter) else copy
-            for part, name in places:
-                setattr(part, name, copy)
+            _put(copy, places)
         elif isinstance(tensor, nn.Parameter) and tensor.requires_grad:
             tensor.requires_grad_(False)
             required.append(tensor)
@@ -107,6 +106,25 @@ def trainable_weights(*modules: nn.Module | None) -> Iterator[None]:
     finally:
         for parameter in required:
             parameter.requires_grad_(True)
+
+
+@contextmanager
+def quantised_weights_movable(*modules: nn.Module) -> Iterator[None]:
+    """Quantised weights that were made in inference mode are so again afterwards: there ComfyUI can move no others."""
+    quantised = [places for places in _places(modules) if hasattr(getattr(*places[0]), "_qdata")]
+    found = [places for places in quantised if getattr(*places[0]).is_inference()]
+    try:
+        yield
+    finally:
+        with torch.inference_mode():
+            for places in found:
+                if not (tensor := getattr(*places[0])).is_inference():
+                    _put(nn.Parameter(tensor.clone(), requires_grad=False), places)
+
+
+def _put(tensor: Tensor, places: Iterable[tuple[nn.Module, str]]) -> None:
+    for part, name in places:
+        setattr(part, name, tensor)
 
 
 def _places(modules: Iterable[nn.Module | None]) -> list[list[tuple[nn.Module, str]]]:

@@ -7,6 +7,7 @@ the output is an error of x₀ divided by the gain, whether the model predicts �
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,8 +19,10 @@ import torch
 from torch import Tensor
 
 from loha_core import LoHaError
-from loha_core.training.data.batches import BatchSampler
+from loha_core.training.data.batches import BatchSampler, TrainingBatch
 from loha_core.training.data.dataset import Sample
+from loha_core.training.losses.loss import loss, noised_batch
+from loha_core.training.losses.strength import Strength
 
 # Options of a conditioning that give it a place in a picture or in time; they concern sampling alone.
 _FOR_SAMPLING = {
@@ -38,6 +41,8 @@ class Batch:
     samples: list[Sample]
     mask: Tensor | None  # (n, 1, *size)
     sample_weight: Tensor  # (n,)
+    class_prompts: list[str] | None = None
+    low: Batch | None = None  # of strength −1, in a slider
 
 
 class Diffusion:
@@ -47,13 +52,15 @@ class Diffusion:
         patcher: the loaded model.
         sampler: batches of latents as a VAE gives them, with captions or conditionings.
         clip: text encoders, if they are trained too; else the dataset's encodings are used.
+        strength: of the layers that are trained.
 
     Raises:
         LoHaError: the latents are another model's.
     """
 
-    def __init__(self, patcher: Any, sampler: BatchSampler, clip: Any = None) -> None:
+    def __init__(self, patcher: Any, sampler: BatchSampler, clip: Any = None, strength: Strength | None = None) -> None:
         self.patcher, self.model, self.sampler, self.clip = patcher, patcher.model, sampler, clip
+        self.strength = strength or Strength()
         self.device = patcher.load_device
         expected = self.model.latent_format.latent_channels
         if (channels := len(sampler.dataset.items[0].latent)) != expected:
@@ -66,7 +73,10 @@ class Diffusion:
 
     def batch(self, number: int) -> Batch:
         """Batch ``number`` since training began: its samples and all its noise follow from the number."""
-        drawn = self.sampler.batch(number)
+        return noised_batch(self, self.sampler.batch(number), self.sampler.dataset)
+
+    def noised(self, drawn: TrainingBatch) -> Batch:
+        """x = noise_scaling(σ, ε, x₀), on the model's device."""
         sigma = torch.tensor([self._sigma(time) for time in drawn.times])
         clean = self.model.process_latent_in(drawn.latents)
         noisy = self.model.model_sampling.noise_scaling(sigma.to(clean), drawn.noise, clean, False)
@@ -74,7 +84,14 @@ class Diffusion:
             tensor.to(self.device, torch.float32) for tensor in (clean, noisy, sigma, drawn.sample_weight)
         )
         mask = None if drawn.mask is None else drawn.mask.to(self.device)
-        return Batch(clean, noisy, sigma, drawn.samples, mask, weight)
+        low = None if drawn.low is None else self.noised(drawn.low)
+        return Batch(clean, noisy, sigma, drawn.samples, mask, weight, drawn.class_prompts, low)
+
+    def parts(self, batch: Batch, output: Tensor) -> tuple[Tensor, Tensor]:
+        """The latents, as a VAE gives them, and the noise that an output stands for, on the CPU."""
+        gain, signal, noise = (self._per_sample(values, batch) for values in self._levels(batch))
+        clean = output * gain
+        return self.model.process_latent_out(clean).cpu(), ((batch.noisy - signal * clean) / noise).cpu()
 
     def _sigma(self, time: float) -> float:
         """The noise level at a time from clean (0) to noise (1); a discrete model's nearest step below."""
@@ -83,28 +100,66 @@ class Diffusion:
             return float(sampling.sigmas[int(time * len(sampling.sigmas))])
         return float(sampling.percent_to_sigma(1 - time))
 
-    # Loss
+    # Predictions and the loss
+
+    def prediction(self, batch: Batch, prompts: Sequence[str] | None = None) -> Tensor:
+        """The model's output for each sample (n, c, *size), up to a term in x that its target has too.
+
+        Args:
+            prompts: one for each sample, in place of the samples' own captions or conditionings.
+        """
+        return self._denoised(batch, prompts) / self._per_sample(self._levels(batch)[0], batch)
+
+    def base_prediction(self, batch: Batch, prompts: Sequence[str] | None = None) -> Tensor:
+        """What the frozen model says, without anything that is trained, and without gradients; as `prediction`."""
+        with torch.no_grad(), self.strength.at(0):
+            return self.prediction(batch, prompts)
+
+    def target(self, batch: Batch) -> Tensor:
+        """What `prediction` should be, of the noise that was added."""
+        return batch.clean / self._per_sample(self._levels(batch)[0], batch)
+
+    def error(
+        self,
+        batch: Batch,
+        target: Tensor,
+        prompts: Sequence[str] | None = None,
+        strength: float = 1.0,
+        kept: Tensor | None = None,
+    ) -> Tensor:
+        """The objective's error of `prediction`, with the layers at ``strength``; differentiable."""
+        gain, signal, noise = self._levels(batch)
+        with self.strength.at(strength):
+            output = self.prediction(batch, prompts)
+        return self.sampler.objective.loss(
+            output, target, gain, (signal / noise).square(), mask=batch.mask, sample_weight=batch.sample_weight,
+            kept=kept,
+        )  # fmt: skip
 
     def loss(self, batch: Batch) -> Tensor:
         """The batch's loss, differentiable with respect to the layers that act in the model."""
-        denoised = self._denoised(batch)
-        gain, snr = self._gain_and_snr(batch)
-        rows = gain.view(-1, *[1] * (batch.clean.dim() - 1))
-        return self.sampler.objective.loss(
-            denoised / rows, batch.clean / rows, gain, snr, mask=batch.mask, sample_weight=batch.sample_weight
-        )
+        return loss(self, batch, self.sampler.objective)
 
-    def _gain_and_snr(self, batch: Batch) -> tuple[Tensor, Tensor]:
+    @staticmethod
+    def _per_sample(values: Tensor, batch: Batch) -> Tensor:
+        return values.view(-1, *[1] * (batch.clean.dim() - 1))
+
+    def _levels(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+        """Of each sample: the gain, and how much of the picture and of the noise there is in x."""
         sampling, sigma = self.model.model_sampling, batch.sigma
         zero, one = torch.zeros_like(sigma), torch.ones_like(sigma)
         gain = sampling.calculate_denoised(sigma, one, zero) - sampling.calculate_denoised(sigma, zero, zero)
         signal = sampling.noise_scaling(sigma, zero, one, False)
         noise = sampling.noise_scaling(sigma, one, zero, False)
-        return gain, (signal / noise).square()
+        return gain, signal, noise
 
-    def _denoised(self, batch: Batch) -> Tensor:
+    def _denoised(self, batch: Batch, prompts: Sequence[str] | None) -> Tensor:
         """The model's x₀ for each sample; together if their conditionings can be, else one by one."""
-        conds = [self._cond(s, batch.noisy[i : i + 1], batch.sigma[i : i + 1]) for i, s in enumerate(batch.samples)]
+        if prompts is None:
+            asked = [self._encoded(s.caption) if s.conditioning is None else s.conditioning for s in batch.samples]
+        else:
+            asked = [self._encoded(prompt) for prompt in prompts]
+        conds = [self._cond(a, batch.noisy[i : i + 1], batch.sigma[i : i + 1]) for i, a in enumerate(asked)]
         joinable = all(_can_join(conds[0], other) for other in conds[1:])
         groups = [range(len(conds))] if joinable else [range(i, i + 1) for i in range(len(conds))]
         return torch.cat([self._apply([conds[i] for i in g], batch, slice(g.start, g.stop)) for g in groups])
@@ -119,14 +174,13 @@ class Diffusion:
         )
         return output
 
-    def _cond(self, sample: Sample, noisy: Tensor, sigma: Tensor) -> dict[str, Any]:
-        """ComfyUI's conditioning for this model, by name, of objects that know how to be joined."""
-        if sample.conditioning is not None:
-            conditioning = sample.conditioning
-        elif self.clip is not None:
-            conditioning = self.clip.encode_from_tokens_scheduled(self.clip.tokenize(sample.caption))
-        else:
-            conditioning = self.sampler.dataset.encode(sample.caption)
+    def _encoded(self, prompt: str) -> Any:
+        if self.clip is None:
+            return self.sampler.dataset.encode(prompt)
+        return self.clip.encode_from_tokens_scheduled(self.clip.tokenize(prompt))
+
+    def _cond(self, conditioning: Any, noisy: Tensor, sigma: Tensor) -> dict[str, Any]:
+        """A conditioning as this model takes it, by name, of objects that know how to be joined."""
         tensor, options = conditioning[0]
         if "control" in options:
             raise LoHaError("a conditioning carries a ControlNet, which has no part in training; leave it out")

@@ -94,6 +94,11 @@ def resolve(name: str) -> Path:
     Raises:
         LoHaError: no such file, a link that leads nowhere, or to a place outside.
     """
+    if not name:
+        raise LoHaError(
+            f"no adapter is chosen; put a LoHa file or PEFT folder into ComfyUI's folder models/{FOLDER}, press R in "
+            "the page, and choose it"
+        )
     parts = Path(name).parts
     leads_out = not parts or ".." in parts or "\0" in name or Path(name).is_absolute()
     path = None if leads_out else _locate(Path(name))

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
 from math import prod
 from typing import Any
@@ -33,6 +34,7 @@ class NetworkConfig:
         loha: rank, alpha, dropouts, … of linear layers and of convolutions with a kernel of 1.
         conv_rank, conv_alpha: of the others; 0 leaves them out.
         layers, exclude: regular expressions that a layer's path must, and must not, contain.
+        lr_pattern: as `OptimizerConfig.lr_pattern`, of paths in the model.
     """
 
     loha: LoHaConfig
@@ -40,6 +42,7 @@ class NetworkConfig:
     conv_alpha: float
     layers: str
     exclude: str
+    lr_pattern: Mapping[str, float] = field(default_factory=dict)
 
     def includes(self, path: str, kernel: int) -> bool:
         if kernel > 1 and not self.conv_rank:
@@ -74,6 +77,9 @@ class _ComfyUILayer:
             return self.base_layer.weight  # type: ignore[no-any-return]
         device = self.hada_w1_a[ADAPTER].device if ADAPTER in self.hada_w1_a else None  # type: ignore[attr-defined]
         return weights.dense(self.base_layer, device=device)
+
+    def _weight_for_norms(self) -> Callable[[], Tensor]:
+        return self._base_weight
 
 
 class _Linear(_ComfyUILayer, LoHaLinear):
@@ -139,9 +145,8 @@ def build(patcher: Any, label: str, config: NetworkConfig, start: Adapter | None
     """
     module, is_text = patcher.model, label == CLIP
     prefix = "" if is_text else "diffusion_model."
-    names = names_in_files(module, is_text)
     started = _factors_by_weight(start, module, label) if start else {}
-    chosen = targets(module if is_text else module.diffusion_model, config, text=is_text)
+    chosen, names = _chosen(patcher, label, config), names_of(patcher, label, config)
     if lost := started.keys() - {f"{prefix}{path}.weight" for path in chosen}:
         raise LoHaError(
             f"the loha input has {len(started)} layers for the {label}, and the network leaves out {len(lost)} of "
@@ -161,8 +166,23 @@ def build(patcher: Any, label: str, config: NetworkConfig, start: Adapter | None
             layer.update_layer(ADAPTER, rank, alpha, config.loha)
         for parameter in layer.parameters_of(ADAPTER):
             parameter.data = parameter.data.to(patcher.load_device)
-        layers[names.get(key, f"text_encoders.{path}" if is_text else f"lora_unet_{flat(path)}")] = layer
+        layers[names[path]] = layer
     return layers
+
+
+def _chosen(patcher: Any, label: str, config: NetworkConfig) -> dict[str, nn.Module]:
+    is_text = label == CLIP
+    return targets(patcher.model if is_text else patcher.model.diffusion_model, config, text=is_text)
+
+
+def names_of(patcher: Any, label: str, config: NetworkConfig) -> dict[str, str]:
+    """Path of each layer to train -> the name that a file calls it."""
+    is_text, names = label == CLIP, names_in_files(patcher.model, label == CLIP)
+    prefix, other = ("", "text_encoders.{}") if is_text else ("diffusion_model.", "lora_unet_{}")
+    return {
+        path: names.get(f"{prefix}{path}.weight", other.format(path if is_text else flat(path)))
+        for path in _chosen(patcher, label, config)
+    }
 
 
 def _factors_by_weight(start: Adapter, module: nn.Module, label: str) -> dict[str, LoHaFactors]:

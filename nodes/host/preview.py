@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,15 +19,21 @@ from .training import TrainingRun
 class Preview:
     """How previews are sampled and decoded."""
 
-    prompt: str
+    prompts: Sequence[str]
     steps: int
     cfg: float
     vae: Any
 
-    def picture(self, run: TrainingRun, patcher: Any) -> Image.Image:
-        """A picture of the size of the dataset's first item; the model is then loaded for training again."""
+    def pictures(self, run: TrainingRun, patcher: Any) -> list[Image.Image]:
+        """A picture for each prompt, from one noise; the model is then loaded for training again."""
+        pictures = [self._picture(run, patcher, prompt) for prompt in self.prompts]
+        comfy.model_management.load_models_gpu([patcher], memory_required=run.memory())
+        return pictures
+
+    def _picture(self, run: TrainingRun, patcher: Any, prompt: str) -> Image.Image:
+        """Of the size of the dataset's first item."""
         latent, seed = run.sampler.dataset.items[0].latent[None], run.config.seed
-        positive, negative = _conditioning(run, self.prompt), _conditioning(run, "")
+        positive, negative = _conditioning(run, prompt), _conditioning(run, "")
         with torch.no_grad():
             noise = torch.randn(latent.shape, generator=torch.Generator().manual_seed(seed))
             sampled = comfy.sample.sample(
@@ -34,7 +41,6 @@ class Preview:
                 seed=seed, disable_pbar=True,
             )  # fmt: skip
             pictures = self.vae.decode(sampled)
-        comfy.model_management.load_models_gpu([patcher], memory_required=run.memory())
         picture = pictures.reshape(-1, *pictures.shape[-3:])[0].clamp(0, 1)
         return Image.fromarray((picture.float().cpu().numpy() * 255).round().astype(np.uint8))
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,21 +18,28 @@ from torch import nn
 
 from loha_core import Adapter, LoHaError, save_adapter
 from loha_core.formats import metadata
+from loha_core.naming.patterns import get_pattern_key
 from loha_core.training.attach import attached, blocks_of, fingerprint, recomputing
 from loha_core.training.config import TrainingConfig
 from loha_core.training.data.batches import BatchSampler
 from loha_core.training.data.dataset import Dataset
+from loha_core.training.data.validation import Validation
 from loha_core.training.digest import digest
-from loha_core.training.events import Callback, Event, Saved
-from loha_core.training.optimizers import OptimizerConfig
+from loha_core.training.events import Callback, Event, Saved, Validated
+from loha_core.training.losses.strength import Strength
+from loha_core.training.optimizers import OptimizerConfig, refuse_unmatched
 from loha_core.training.randomness import fork_rng
 from loha_core.training.trainer import Trainer
 
-from .autograd import in_place_allowed, trainable_weights
+from .autograd import in_place_allowed, quantised_weights_movable, trainable_weights
 from .diffusion import Diffusion
+from .frozen import weights_made_twice
 from .injection import live_of
-from .layers import NetworkConfig, build, check_start
+from .layers import NetworkConfig, build, check_start, names_of
 from .patches import CLIP, MODEL
+from .placement import Placement, check_swap
+
+BEST = "best.safetensors"
 
 
 @dataclass
@@ -46,6 +55,10 @@ class TrainingRun:
         folder: for the state and the adapters; its name is the run's.
         start: an adapter to go on from, instead of beginning at zero.
         gradient_checkpointing: run the model's blocks again in the backward instead of keeping their activations.
+        blocks_to_swap: so many of the diffusion model's blocks fewer on the device; see `Placement`.
+        validation: held-out pictures, if there are any.
+        memory_report: after the run, what it took.
+        validation_losses: after the run, as the trainer has them.
     """
 
     model: Any
@@ -57,6 +70,10 @@ class TrainingRun:
     folder: Path
     start: Adapter | None = None
     gradient_checkpointing: bool = False
+    blocks_to_swap: int = 0
+    validation: Validation | None = None
+    memory_report: str = field(init=False, default="")
+    validation_losses: list[tuple[int, float]] = field(init=False, default_factory=list)
 
     def run(self, watch: Callable[[Trainer, Any], Callback], *, resume: bool) -> tuple[Adapter, list[float]]:
         """Train; the adapter, and the loss of each step.
@@ -71,32 +88,45 @@ class TrainingRun:
         self._check()
         patchers, clip = self._resident()
         if clip is None:  # encode before the model needs the memory
-            for caption in self.sampler.dataset.all_captions():
+            for caption in [*self.sampler.prompts(), *(self.validation.prompts() if self.validation else ())]:
                 self.sampler.dataset.encode(caption)
-        comfy.model_management.load_models_gpu(patchers, memory_required=self.memory())
+        with quantised_weights_movable(*(patcher.model for patcher in patchers)):
+            return self._trained(patchers, clip, watch, resume)
+
+    def _trained(
+        self, patchers: list[Any], clip: Any, watch: Callable[[Trainer, Any], Callback], resume: bool
+    ) -> tuple[Adapter, list[float]]:
+        with torch.no_grad():  # merging what is on the model already
+            comfy.model_management.load_models_gpu(patchers, memory_required=self.memory())
         modules = [patcher.model for patcher in patchers]
-        base = fingerprint(modules[0].diffusion_model)
-        diffusion = Diffusion(patchers[0], self.sampler, clip)
+        base, inner = fingerprint(modules[0].diffusion_model), inner_blocks(modules[0].diffusion_model)
         with _seeded(self.config.seed), trainable_weights(*modules):
+            placement = Placement(patchers[0], inner, self.blocks_to_swap)
             networks = {
                 name: build(patcher, label, self.network, self.start)
                 for name, label, patcher in zip(("model", "text"), (MODEL, CLIP), patchers, strict=False)
             }
+            strength = Strength(layer for layers in networks.values() for layer in layers.values())
+            diffusion = Diffusion(patchers[0], self.sampler, clip, strength)
             trainer = Trainer(
-                networks, diffusion.batch, diffusion.loss, self.config, self.optimizer,
+                networks, diffusion.batch, diffusion.loss, self.config, self._optimizer(patchers),
                 init=self.network.loha.init_weights, folder=self.folder, identity=self._identity(networks, base),
+                validate=partial(self.validation.loss, diffusion) if self.validation else None,
             )  # fmt: skip
             if resume:
                 trainer.resume()
-            trainer.callbacks = [watch(trainer, patchers[0]), self._saver(trainer)]
-            recomputed = self.gradient_checkpointing
-            blocks = inner_blocks(modules[0].diffusion_model) + _text_blocks(*modules[1:])
+            trainer.callbacks = [placement.around_previews(watch(trainer, patchers[0])), self._saver(trainer)]
+            recomputed, blocks = self.gradient_checkpointing, inner + _text_blocks(*modules[1:])
             with (
-                attached(layer for layers in networks.values() for layer in layers.values()),
+                attached(strength.layers),
+                weights_made_twice(modules, strength.layers),
                 in_place_allowed(blocks, recomputed=recomputed),
-                recomputing(blocks if recomputed else ()),
+                placement.swapping(),
+                recomputing(blocks if recomputed else (), strength),
             ):
                 trainer.run()
+            self.validation_losses = trainer.validation
+            self.memory_report = placement.memory_report(modules, trainer)
             return self._adapter(trainer), trainer.losses
 
     def memory(self) -> float:
@@ -108,6 +138,8 @@ class TrainingRun:
     def _check(self) -> None:
         if self.start is not None:
             check_start(self.start, self.model.model, None if self.clip is None else self.clip.cond_stage_model)
+        blocks = inner_blocks(self.model.model.diffusion_model)
+        check_swap(self.blocks_to_swap, blocks, recomputed=self.gradient_checkpointing)
         updates = live.updates if (live := live_of(self.model)) else ()
         if any(update.schedule or update.varies for update in updates):
             raise LoHaError(
@@ -124,6 +156,24 @@ class TrainingRun:
         clip.cond_stage_model = clip.patcher.model
         return [resident(self.model), clip.patcher], clip
 
+    def _optimizer(self, patchers: list[Any]) -> OptimizerConfig:
+        """With the learning rates of the network's patterns, by the layers' names in files.
+
+        Raises:
+            LoHaError: a pattern that has no effect on any layer.
+        """
+        named = {
+            path: name
+            for label, patcher in zip((MODEL, CLIP), patchers, strict=False)
+            for path, name in names_of(patcher, label, self.network).items()
+        }
+        rates, loha = self.network.lr_pattern, self.network.loha
+        for patterns in (loha.rank_pattern, loha.alpha_pattern, rates):
+            refuse_unmatched("the network's patterns", patterns, list(named))
+        keys = {name: get_pattern_key(rates, path) for path, name in named.items()} if rates else {}
+        by_name = {re.escape(name): rates[key] for name, key in keys.items() if key in rates}
+        return replace(self.optimizer, lr_pattern=by_name)
+
     def _identity(self, networks: dict[str, dict[str, Any]], base: str) -> dict[str, str]:
         """Settings that a resumed run must have in common with the run before, beside the trainer's."""
         layers = [f"{name} {layer.weight_shape}" for network in networks.values() for name, layer in network.items()]
@@ -134,16 +184,19 @@ class TrainingRun:
             "objective": repr(self.sampler.objective),
             "batch size": repr(self.sampler.order.batch_size),
             "base model": base,
-        }
+        } | ({"validation": self.validation.fingerprint()} if self.validation else {})
 
     def _saver(self, trainer: Trainer) -> Callback:
-        """Writes an adapter beside each state."""
+        """Writes an adapter beside each state, and the one that did best on held-out pictures."""
 
         def save(event: Event) -> None:
             if isinstance(event, Saved):
                 done = event.step == self.config.steps
                 name = self.folder.name if done else f"step_{event.step:06d}"
                 save_adapter(self._adapter(trainer), self.folder / f"{name}.safetensors")
+            elif isinstance(event, Validated) and event.best:
+                self.folder.mkdir(parents=True, exist_ok=True)
+                save_adapter(self._adapter(trainer), self.folder / BEST)
 
         return save
 

@@ -183,6 +183,12 @@ def _reader(module: nn.Module, tensor: Tensor | None) -> Reader | None:
     return None
 
 
+def is_packed(module: nn.Module) -> bool:
+    """Whether the weight is ComfyUI's quantised tensor or GGUF's: not values as torch keeps them."""
+    tensor: Any = module.weight
+    return _is_quantised(tensor) or _is_gguf(module, tensor)
+
+
 def _is_gguf(module: nn.Module, tensor: Tensor | None) -> bool:
     """city96's: packed bytes, and a layer that unpacks them."""
     return hasattr(tensor, "tensor_type") and hasattr(module, "get_weight")

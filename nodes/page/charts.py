@@ -16,6 +16,7 @@ INK, FAINT = (225, 228, 232), (128, 134, 143)
 # A perceptual ramp from little to much, and a colour for what pushes the other way.
 RAMP = np.array([(38, 42, 54), (40, 92, 130), (38, 152, 140), (140, 196, 90), (248, 226, 72)], dtype=np.float64)
 NEGATIVE = (214, 96, 88)
+HELD_OUT = (240, 166, 74)
 EDGE = 16
 
 Color = tuple[int, int, int]
@@ -179,8 +180,14 @@ def curve(
     return canvas.image()
 
 
-def losses(title: str, subtitle: str, values: Sequence[float]) -> torch.Tensor:
-    """A run's losses, faint, and their moving average; the axis leaves out the worst hundredth."""
+def losses(
+    title: str, subtitle: str, values: Sequence[float], validation: Sequence[tuple[int, float]] = ()
+) -> torch.Tensor:
+    """A run's losses, faint, and their moving average; the axis leaves out the worst hundredth.
+
+    Args:
+        validation: step and loss on held-out data; drawn as a second curve, whose lowest point is marked.
+    """
     canvas = Canvas(PLOT_WIDTH, PLOT_HEIGHT, title, subtitle)
     left, right, bottom = 64, PLOT_WIDTH - 24, PLOT_HEIGHT - 36
     canvas.draw.rectangle((left, TOP, right, bottom), PANEL)
@@ -189,8 +196,16 @@ def losses(title: str, subtitle: str, values: Sequence[float]) -> torch.Tensor:
     raw = np.asarray(values, dtype=np.float64)
     smooth = _moving_average(raw, max(1, len(raw) // 20))
     low, high = float(np.quantile(raw, 0.0)), float(np.quantile(raw, 0.99))
+    held_out = [loss for _, loss in validation]
+    low, high = min([low, *held_out]), max([high, *held_out])
     span = (high - low) or max(abs(high), 1e-9)
     low, high = max(0.0, low - 0.05 * span), high + 0.05 * span
+
+    def across(step: float) -> float:
+        return left + (step - 1) / max(1, len(raw) - 1) * (right - left)
+
+    def height(loss: float) -> float:
+        return bottom - (loss - low) / (high - low) * (bottom - TOP)
 
     def points(series: np.ndarray) -> list[tuple[float, float]]:
         # No more than one point for each pixel.
@@ -208,6 +223,13 @@ def losses(title: str, subtitle: str, values: Sequence[float]) -> torch.Tensor:
     if len(raw) > 1:
         canvas.draw.line(points(raw), GRID, width=1)
         canvas.draw.line(points(smooth), ramp(0.75), width=3, joint="curve")
+    if validation:
+        canvas.draw.line([(across(s), height(loss)) for s, loss in validation], HELD_OUT, width=2, joint="curve")
+        step, least = min(validation, key=lambda each: each[1])
+        x, y = across(step), height(least)
+        canvas.draw.ellipse((x - 4, y - 4, x + 4, y + 4), HELD_OUT)
+        best = f"validation {validation[-1][1]:.4g}, lowest {least:.4g} at step {step}"
+        canvas.text((right - 8, TOP + 28), best, HELD_OUT, size=11, anchor="rm")
     latest = f"last {raw[-1]:.4g}, mean of the last {min(len(raw), 20)}: {raw[-20:].mean():.4g}"
     canvas.text((right - 8, TOP + 12), latest, FAINT, size=11, anchor="rm")
     return canvas.image()

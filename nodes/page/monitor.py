@@ -10,7 +10,7 @@ from typing import Any
 
 from comfy_execution.utils import get_executing_context
 
-from loha_core.training.events import Stepped
+from loha_core.training.events import Stepped, Validated
 from loha_core.training.trainer import Trainer
 
 EVENT = "loha.training"
@@ -44,6 +44,8 @@ class Run:
     first: int = 0  # steps done when it began
     previous: list[float] = field(default_factory=list)  # losses of the node's run before
     sent: float = 0.0
+    validation: list[tuple[int, float]] = field(default_factory=list)  # step, loss on held-out data
+    pictures: int = 1  # of each preview
 
     def stepped(self, event: Stepped) -> None:
         self.losses.append(event.loss)
@@ -53,8 +55,13 @@ class Run:
         if time.time() - self.sent >= MIN_EVENT_INTERVAL or self.state == "done":
             self._send()
 
-    def previewed(self, step: int) -> None:
+    def validated(self, event: Validated) -> None:
+        self.validation.append((event.step, event.loss))
+        self._send()
+
+    def previewed(self, step: int, pictures: int = 1) -> None:
         self.previews.append(step)
+        self.pictures = pictures
         self._send()
 
     def ended(self, reason: str) -> None:
@@ -69,6 +76,7 @@ class Run:
         """The data of an event; `full` has the losses, too."""
         return {
             "id": self.id,
+            "prompt": self.prompt,
             "name": self.name,
             "workflow": self.workflow,
             "node": self.node,
@@ -78,6 +86,8 @@ class Run:
             "lr": self.rates[-1] if self.rates else None,
             "seconds_left": self.seconds_left(),
             "previews": self.previews,
+            "pictures": self.pictures,
+            "validation": self.validation,
             "state": self.state,
             "began": self.began,
         }
@@ -100,6 +110,7 @@ def begin(name: str, workflow: str, trainer: Trainer) -> Run:
     node = "" if context is None else str(context.node_id)
     prompt = "" if context is None else context.prompt_id
     run = Run(name, workflow, node, trainer.config.steps, list(trainer.losses), prompt, first=trainer.step)
+    run.validation = list(trainer.validation)
     if before := runs.pop((workflow, node), None):
         # A resumed run has the losses of the run that it goes on from.
         run.previous = before.previous if run.first and before.name == name else before.losses
@@ -107,6 +118,11 @@ def begin(name: str, workflow: str, trainer: Trainer) -> Run:
     while len(runs) > MAX_RUNS:
         runs.pop(next(iter(runs)))
     return run
+
+
+def preview_name(step: int, number: int = 1) -> str:
+    """The file of a preview's picture in the run's folder; the page knows it, too."""
+    return f"preview_{step:06d}{'' if number == 1 else f'_{number}'}.png"
 
 
 def runs_of(workflow: str, node: str) -> list[Run]:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import inspect
+import json
 from collections import Counter
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterable
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
@@ -26,14 +28,23 @@ MAX_LETTERS, MAX_WORDS = 200, 50
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 
-def register() -> None:
-    """Add the routes to ComfyUI's server; aiohttp answers 405 to everything but GET and HEAD."""
+# What knows before a run why it would fail: a node's class by its id.
+checked: dict[str, Any] = {}
+
+
+def register(nodes: Iterable[Any]) -> None:
+    """Add the routes to ComfyUI's server; aiohttp answers 405 to everything but GET and HEAD.
+
+    Args:
+        nodes: our classes.
+    """
     from server import PromptServer  # a module of ComfyUI's that only a running server has
 
     monitor.tell = PromptServer.instance.send_sync
     monitor.executing = lambda: PromptServer.instance.prompt_queue.get_current_queue_volatile()[0]
 
-    for handler in (_adapters, _info, _preview, _blocks, _layout, _training):
+    checked.update({node.__name__: node for node in nodes if "validate_inputs" in vars(node)})
+    for handler in (_adapters, _info, _preview, _blocks, _layout, _problem, _training):
         PromptServer.instance.routes.get(f"/loha/{handler.__name__[1:]}")(_answering(handler))
 
 
@@ -90,6 +101,38 @@ async def _blocks(request: web.Request) -> web.StreamResponse:
 async def _layout(request: web.Request) -> web.StreamResponse:
     asked = (request.query.get(key, "") for key in ("folder", "name"))
     return web.json_response({"layout": await asyncio.to_thread(layout_of, *asked)})
+
+
+async def _problem(request: web.Request) -> web.StreamResponse:
+    asked = (request.query.get(key, "") for key in ("node", "inputs"))
+    return web.json_response({"problem": await asyncio.to_thread(problem, *asked)})
+
+
+def problem(node: str, inputs: str) -> str:
+    """Why a run of a node with these inputs would fail, as far as `validate_inputs` knows; "" if nothing is known.
+
+    Args:
+        inputs: an object as JSON; connected inputs are left out.
+
+    Raises:
+        LoHaError: no node that can tell, or no object.
+    """
+    if node not in checked:
+        raise LoHaError(f"{node[:MAX_LETTERS]!r}: not one of {', '.join(sorted(checked))}")
+    try:
+        values = json.loads(inputs)
+    except (ValueError, RecursionError):
+        values = None
+    if not isinstance(values, dict):
+        raise LoHaError(f"inputs is {inputs[:MAX_LETTERS]!r}; expected an object as JSON")
+    validate = checked[node].validate_inputs
+    wanted = inspect.signature(validate).parameters.items()
+    # Texts become such as in ComfyUI itself.
+    given = {
+        name: str(values[name]) if "str" in part.annotation else values[name] for name, part in wanted if name in values
+    }
+    answer = validate(**given)
+    return "" if answer is True else str(answer)
 
 
 _ASKED = {"family": "auto", "preset": "ALL", "vector": ""}

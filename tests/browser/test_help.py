@@ -16,7 +16,7 @@ PICTURE = re.compile(r"!\[(.+?)\]\((.+?)\)")
 SELECT = """kind => {
   app.graph.clear();
   const node = LiteGraph.createNode(kind);
-  node.pos = [300, 300];
+  node.pos = [600, 300]; // a narrow node has its buttons beside the side bar, too
   app.graph.add(node);
   app.canvas.selectNode(node);
 }"""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 
 import numpy as np
@@ -10,9 +9,9 @@ import pytest
 from PIL import Image
 from playwright.sync_api import Page, expect
 
-from demo.comfyui import REPOSITORY
+from demo import workflows
 
-WORKFLOW = json.loads((REPOSITORY / "example_workflows" / "loha_merge.json").read_text())
+WORKFLOW = workflows.filled(workflows.MERGE)
 # Where a LiteGraph slider lies on the page; in Nodes 2.0 it is an element.
 SLIDER = """() => {
   const node = app.graph._nodes.find(n => n.comfyClass === "LoHaMerge");

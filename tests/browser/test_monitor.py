@@ -12,7 +12,7 @@ from collections.abc import Iterator
 
 from playwright.sync_api import Page, Route, expect
 
-from demo import comfyui, train_loha
+from demo import comfyui, workflows
 
 from .conftest import HEAR, STEP
 from .test_widgets import add
@@ -57,7 +57,7 @@ def run_of(server: comfyui.Server, name: str) -> dict:
 
 def test_curve_reload_and_cancel(page: Page, ready, nodes_2: bool, shoot):
     name = f"monitored{nodes_2:d}"
-    workflow = json.loads(train_loha.WORKFLOW.read_text())
+    workflow = workflows.filled(workflows.TRAIN)
     values = values_of(workflow, "LoHaTrainer")
     values[0], values[1], values[3] = name, 400, 8
     page.evaluate("workflow => app.loadGraphData(workflow)", workflow)
@@ -107,7 +107,7 @@ def test_curve_reload_and_cancel(page: Page, ready, nodes_2: bool, shoot):
 
 def test_previews_the_run_before_a_fixed_axis_and_another_tab(page: Page, ready, nodes_2: bool, shoot):
     name = f"before{nodes_2:d}"
-    workflow = json.loads(train_loha.WORKFLOW.read_text()) | {"id": str(uuid.uuid4())}
+    workflow = workflows.filled(workflows.TRAIN) | {"id": str(uuid.uuid4())}
     trainer = values_of(workflow, "LoHaTrainer")
     trainer[:2], trainer[3], trainer[9:14] = [name, 12], 8, [False, 6, "a handwritten seven", 2, 2.0]
     page.evaluate("workflow => app.loadGraphData(workflow)", workflow)
@@ -149,6 +149,33 @@ def test_previews_the_run_before_a_fixed_axis_and_another_tab(page: Page, ready,
     other.evaluate(LOOK)  # a page may show another workflow from where it likes
     expect(other.locator(".loha-monitor")).to_contain_text("Run the workflow")
     other.close()
+
+
+def test_the_loss_on_held_out_pictures_and_a_preview_for_each_line(page: Page, ready, nodes_2: bool, shoot):
+    name = f"validated{nodes_2:d}"
+    workflow = workflows.filled(workflows.TRAIN) | {"id": str(uuid.uuid4())}
+    trainer = values_of(workflow, "LoHaTrainer")
+    trainer[:2], trainer[3] = [name, 24], 8
+    trainer[9:14] = [False, 24, "a handwritten seven\n\na handwritten one", 2, 2]
+    page.evaluate("workflow => app.loadGraphData(workflow)", workflow)
+    page.evaluate(SET, ["LoHaTrainer", "validation_share", 0.05])
+    page.evaluate(SET, ["LoHaTrainer", "validate_every", 4])
+    page.evaluate(SET, ["LoHaOptimizer", "learning_rate", 0.02])
+    page.evaluate(LOOK)
+    view = page.locator(".loha-monitor")
+    page.evaluate("app.queuePrompt(0)")
+    expect(view).to_contain_text("24 of 24", timeout=120_000)
+    curve = view.get_by_role("img", name="Loss of 24 steps, validated 6 times; axis from 0 to")
+    expect(curve).to_have_count(1)
+    expect(view.locator(".loha-previews img")).to_have_count(2)
+    page.wait_for_function("[...document.querySelectorAll('.loha-previews img')].every(i => i.naturalWidth > 0)")
+    held_out = run_of(ready, name)["validation"]
+    best, _ = min(held_out, key=lambda pair: pair[1])
+    assert [step for step, _ in held_out] == [4, 8, 12, 16, 20, 24]
+    expect(view).to_contain_text(f"at step {best}")
+    shoot("monitor-validation")
+    files = {path.name for path in ready.path("output", "loha", name, "").iterdir()}
+    assert files >= {"best.safetensors", "preview_000024.png", "preview_000024_2.png"}
 
 
 RATE = """async events => {

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import re
+
 from playwright.sync_api import Page, expect
 
 from .conftest import expect_error
+from .test_widgets import add
 
 BUILD = """name => {
   const load = LiteGraph.createNode("LoHaLoadAdapter");
@@ -22,6 +25,8 @@ def test_info_on_the_node(page: Page, adapter: str, shoot):
     page.evaluate(BUILD, adapter)
     text = page.locator("pre.loha-info")
     expect(text).to_contain_text("Run the workflow")
+    expect(text).to_contain_text("file: shown.safetensors")  # before a run, what the file says of itself
+    expect(text).to_contain_text("layers: 9")
     page.evaluate("app.queuePrompt(0)")
     expect(text).to_contain_text("LoHa layers   9", timeout=120_000)
     # Metadata is text, never markup.
@@ -52,3 +57,28 @@ def test_what_is_shown_is_not_saved(page: Page, adapter: str):
       return [node.serialize().widgets_values.length, node.inputs.filter(input => input.widget).length];
     })""")
     assert all(saved == inputs for saved, inputs in counts), counts
+
+
+def test_the_right_button_opens_the_nodes_menu_over_our_widgets(page: Page):
+    node = add(page, "LoHaLoader", lora_name="seven.safetensors")
+    page.locator(".loha-strength .loha-track").first.click(button="right")
+    expect(page.get_by_text(re.compile("^(Clone|Duplicate|Bypass)")).first).to_be_visible()
+    assert page.evaluate("Object.keys(app.canvas.selected_nodes).map(Number)") == [node]
+    page.keyboard.press("Escape")
+    page.mouse.click(1200, 800)
+
+
+def test_strengths_keep_their_height_and_call_themselves_beside_the_fill(page: Page, shoot):
+    node = add(page, "LoHaLoader", lora_name="seven.safetensors")
+    page.evaluate("id => app.graph.getNodeById(id).setSize([270, 700])", node)
+    page.wait_for_timeout(500)
+    heights = page.evaluate("[...document.querySelectorAll('.loha-track')].map(e => e.offsetHeight)")
+    assert heights == [24, 24]
+    gaps = page.evaluate("""[...document.querySelectorAll(".loha-track")].map(e => {
+      const words = document.createRange();
+      words.selectNodeContents(e.querySelector(".loha-label"));
+      const fill = e.querySelector(".loha-fill").getBoundingClientRect();
+      return fill.left - words.getBoundingClientRect().right;
+    })""")
+    shoot("strength-tall")
+    assert min(gaps) > 2, gaps

@@ -90,7 +90,15 @@ class Told:
         self.preparing = ""
 
     def run(self, name: str, state: str, losses: list[float]) -> None:
-        about = {"id": name, "name": name, "began": 1.7e9, "step": len(losses), "steps": 9, "loss": losses[-1]}
+        about = {
+            "id": name,
+            "name": name,
+            "prompt": f"{name}-prompt",
+            "began": 1.7e9,
+            "step": len(losses),
+            "steps": 9,
+            "loss": losses[-1],
+        }
         self.runs = [about | {"lr": 1e-3, "seconds_left": None, "previews": [], "state": state, "losses": losses}]
 
     def answer(self, route: Route) -> None:
@@ -114,10 +122,11 @@ def tell(page: Page, event: str, **detail: Any) -> None:
     page.evaluate("([event, detail]) => app.api.dispatchCustomEvent(event, detail)", [event, detail])
 
 
-@pytest.mark.parametrize("kind", ["LoHaTrainer", "LoHaTrainFolder"])
-def test_the_run_before_says_so_and_a_new_one_is_prepared(page: Page, told: Told, shoot, kind: str):
+# The monitor lies below a trainer's many inputs.
+@pytest.mark.parametrize(("kind", "top"), [("LoHaTrainer", -300), ("LoHaTrainFolder", 160)])
+def test_the_run_before_says_so_and_a_new_one_is_prepared(page: Page, told: Told, shoot, kind: str, top: int):
     told.run("first", "done", [0.3, 0.2, 0.1])
-    node = add(page, kind)
+    node = add(page, kind, y=top)
     view = page.locator(".loha-monitor")
     curve, cancel = view.get_by_role("img", name="Loss of"), view.get_by_role("button", name="Cancel")
     expect(view).to_contain_text("last run (first, ")
@@ -139,6 +148,21 @@ def test_the_run_before_says_so_and_a_new_one_is_prepared(page: Page, told: Told
     tell(page, "loha.training")
     expect(view).to_contain_text("1 of 9")
     expect(view).not_to_contain_text("last run")
+
+    # Cancel means this job and no other, in the way that ComfyUI can.
+    named: list[tuple[str, Any]] = []
+    page.route("**/cancel", lambda route: (named.append((route.request.url, None)), route.fulfill(json={})))
+    cancel.click()
+    page.wait_for_timeout(500)
+    assert [url.partition("/jobs/")[2] for url, _ in named] == ["second-prompt/cancel"]
+    page.unroute("**/cancel")
+    page.route("**/jobs/*/cancel", lambda route: route.fulfill(status=404))
+    page.route("**/interrupt", lambda route: (named.append(("", route.request.post_data_json)), route.fulfill()))
+    cancel.click()
+    page.wait_for_timeout(500)
+    assert named[1:] == [("", {"prompt_id": "second-prompt"})]
+    page.unroute("**/jobs/*/cancel")
+    page.unroute("**/interrupt")
 
     # A prompt that takes what this node gave before prepares nothing.
     told.run("second", "done", [0.25])

@@ -10,6 +10,7 @@ import re
 import urllib.parse
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -63,6 +64,15 @@ def choose(page: Page) -> None:
     page.keyboard.press("Enter")
 
 
+def swap(typed: str) -> Callable[[Page], None]:
+    def by_chooser(page: Page) -> None:
+        page.get_by_role("button", name="adapter: ").click()
+        page.get_by_role("dialog", name="Choose an adapter").get_by_role("combobox", name="filter").fill(typed)
+        page.keyboard.press("Enter")
+
+    return by_chooser
+
+
 def raise_strength(page: Page) -> None:
     drag(page, page.get_by_role("spinbutton", name="strength of seven"), (0.5, 0.5), (40, 0))
 
@@ -87,21 +97,28 @@ def stack(inputs: dict[str, Any], _: Server) -> Any:
     return [[row["name"], str(row["on"]).lower(), f"{row['strength_model']:g}"] for row in json.loads(inputs["rows"])]
 
 
+def file(inputs: dict[str, Any], _: Server) -> Any:
+    return [inputs["lora_name"], Path(inputs["lora_name"]).stem]
+
+
+FILE = """[document.querySelector(".loha-file .loha-button").title,
+  document.querySelector(".loha-file span").textContent]"""
 SLIDERS = """[...document.querySelectorAll(".loha-strength")].map(e => [
   e.querySelector(".loha-track").ariaValueNow, e.querySelector("input").value,
   e.querySelector(".loha-thumb").style.left])"""
 ROWS = """[...document.querySelectorAll(".loha-stack-row")].map(e => [
   e.querySelector("[data-part=name]").title, e.querySelector("[role=switch]").ariaChecked,
   e.querySelector("input").value])"""
-BARS = """[document.querySelector(".loha-equaliser textarea").value,
+BARS = """[document.querySelector(".loha-equaliser textarea")?.value,
   Object.fromEntries([...document.querySelectorAll(".loha-bar")].map(e => [e.ariaLabel, e.ariaValueNow]))]"""
-FRAMES = """[document.querySelector(".loha-schedule textarea").value,
+FRAMES = """[document.querySelector(".loha-schedule textarea")?.value,
   [...document.querySelectorAll(".loha-keyframe")].map(e => e.title).sort()]"""
 
 VISIBLE_SLIDERS = """[...document.querySelectorAll(".loha-track")].filter(e => e.checkVisibility())
   .map(e => Number(e.ariaValueNow))"""
 
 KINDS = {
+    "file": Kind("LoHaLoadAdapter", {"lora_name": "seven.safetensors"}, (swap("anv2"), swap("look_03")), FILE, file),
     "model strength": Kind(
         "LoHaLoader",
         {},

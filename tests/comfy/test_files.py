@@ -75,7 +75,7 @@ def test_nor_links_inside_a_peft_folder(files, tmp_path):
 @pytest.mark.parametrize("name", ["../x.safetensors", "a/../../x.safetensors", "/etc/hosts", "a\0b", "", "."])
 def test_names_that_climb_out_are_refused(files, tmp_path, name):
     (tmp_path / "models" / "x.safetensors").write_bytes(b"x")
-    with pytest.raises(LoHaError, match="no such adapter"):
+    with pytest.raises(LoHaError, match="no such adapter|no adapter is chosen"):
         files.load(name)
 
 

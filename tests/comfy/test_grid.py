@@ -16,7 +16,7 @@ import pytest
 import torch
 from PIL import Image
 
-from demo import comfyui
+from demo import comfyui, workflows
 from loha_core import LoHaError, load_adapter, save_adapter
 
 from . import reduced
@@ -243,7 +243,7 @@ def test_the_picture_has_every_picture_in_its_place(grid):
 
 def test_the_picture_carries_the_workflow_with_its_seed_and_prompt(ready: comfyui.Server):
     """In a real server, by any sampler node, in chunks."""
-    workflow = json.loads((comfyui.REPOSITORY / "example_workflows" / "loha_grid.json").read_text())
+    workflow = workflows.filled(workflows.GRID)
     prompt = comfyui.to_api(workflow, ready.object_info())
     by_class = {node["class_type"]: key for key, node in prompt.items()}
     prompt[by_class["KSampler"]]["inputs"] |= {"steps": 2, "seed": 41}

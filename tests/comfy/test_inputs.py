@@ -167,3 +167,82 @@ def test_saving_names_the_base_model(folders, monkeypatch):
     assert len(saved.metadata["ss_new_sd_model_hash"]) == 64
     with pytest.raises(LoHaError, match="not among the checkpoints"):
         run("save", "LoHaSave", **inputs, base_model="other.safetensors")
+
+
+# --- what is known before a run -------------------------------------------------------------------
+
+WRONG: list[tuple[str, str, dict[str, Any], dict[str, Any]]] = [
+    ("strength", "LoHaBlockStrength", {"vector": "", "rules": "attn(: 1", "family": "auto", "preset": "ALL"}, {}),
+    ("strength", "LoHaBlockStrength", {"vector": "D20=0", "rules": "", "family": "Flux", "preset": "ALL"}, {}),
+    ("strength", "LoHaBlockStrength", {"vector": "1,2", "rules": "", "family": "Flux", "preset": "ALL"}, {}),
+    (
+        "strength",
+        "LoHaSchedule",
+        {"keyframes": "half: 1", "start_percent": 0.0, "end_percent": 1.0},
+        {"interpolation": "linear"},
+    ),
+    (
+        "strength",
+        "LoHaSchedule",
+        {"keyframes": "0: 1", "start_percent": 0.8, "end_percent": 0.2},
+        {"interpolation": "linear"},
+    ),
+    ("grid", "LoHaGrid", {"strengths": "much"}, {"model": None, "latent": {"samples": torch.zeros(1, 4, 8, 8)}}),
+    (
+        "grid",
+        "LoHaGrid",
+        {"strengths": "1", "files": "gone.safetensors"},
+        {"model": None, "latent": {"samples": torch.zeros(1, 4, 8, 8)}},
+    ),
+    (
+        "grid",
+        "LoHaGrid",
+        {"strengths": "1", "run": "no_such_run"},
+        {"model": None, "latent": {"samples": torch.zeros(1, 4, 8, 8)}},
+    ),
+    ("network", "LoHaNetwork", {"patterns": "attn2: many"}, {}),
+    ("network", "LoHaNetwork", {"layers": "(a+)+b"}, {}),
+    ("network", "LoHaNetwork", {"exclude": "("}, {}),
+    ("optimizer", "LoHaOptimizer", {"options": "{"}, {}),
+    ("save", "LoHaSave", {"filename": "../a"}, {"loha": Adapter({}), "format": "lycoris", "dtype": "fp16"}),
+    (
+        "save",
+        "LoHaSave",
+        {"filename": "a", "metadata": "["},
+        {"loha": Adapter({}), "format": "lycoris", "dtype": "fp16"},
+    ),
+    ("stack", "LoHaStack", {"rows": "[{"}, {}),
+    ("loader", "LoHaLoader", {"lora_name": "gone.safetensors"}, {"model": None}),
+    ("loader", "LoHaLoader", {"lora_name": ""}, {"model": None}),
+    ("trainer", "LoHaTrainer", {"name": "a/b"}, {"model": None}),
+    (
+        "train_folder",
+        "LoHaTrainFolder",
+        {"folder": "no_such_folder"},
+        dict.fromkeys(
+            ("model", "clip", "vae", "trigger_word", "name", "steps", "rank", "learning_rate", "training_seed")
+        ),
+    ),
+]
+
+
+@pytest.mark.parametrize(("family", "name", "known", "others"), WRONG)
+def test_what_a_run_would_fail_of_is_said_before_it(family: str, name: str, known: dict[str, Any], others: dict):
+    kind = getattr(node(f"graph.{family}"), name)
+    said = kind.validate_inputs(**known)
+    with pytest.raises(LoHaError) as failed, torch.inference_mode():
+        kind.execute(**known, **others)
+    assert said == str(failed.value)
+
+
+def test_connected_inputs_are_not_known_before_a_run():
+    for family, name, _, _ in WRONG:
+        assert getattr(node(f"graph.{family}"), name).validate_inputs() is True
+
+
+def test_an_empty_folder_is_said_before_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(folder_paths, "input_directory", str(tmp_path))
+    (tmp_path / "mine").mkdir()
+    validate = node("graph.train_folder").LoHaTrainFolder.validate_inputs
+    assert "there is no picture in it" in validate("mine", "my_loha")
+    assert "no folder" in validate("mine", "a/b")  # both are said

@@ -33,7 +33,7 @@ def english(info: dict[str, Any]) -> dict[str, str]:
         path = f"nodeDefs.{node}"
         texts |= {f"{path}.{key}": about[key] for key in ("display_name", "description")}
         for name, (_, options) in (about["input"].get("required", {}) | about["input"].get("optional", {})).items():
-            texts[f"{path}.inputs.{name}.name"] = name
+            texts[f"{path}.inputs.{name}.name"] = options["display_name"]
             texts[f"{path}.inputs.{name}.tooltip"] = options["tooltip"]
         for index, name in enumerate(about["output_name"]):
             if name != about["output"][index]:  # else the page has a name of its own for the type

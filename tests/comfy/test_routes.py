@@ -21,7 +21,7 @@ from loha_core.blocks import LAYOUTS, BlockStrength, Layout
 
 from . import reduced
 
-ROUTES = ("adapters", "info", "preview", "blocks", "layout", "training")
+ROUTES = ("adapters", "info", "preview", "blocks", "layout", "problem", "training")
 MARKUP = "<script>window.hacked = 1</script>"
 
 
@@ -256,7 +256,7 @@ def test_nothing_but_reading(server, loras, route, prefix):
     assert call(server, path, "POST", b"{}", Origin="http://evil.example")[0] == 403
     assert call(server, path, Origin="http://evil.example")[0] == 403
     status = call(server, path)[0]
-    assert status == (400 if route == "layout" else 200)  # no model of that name
+    assert status == (400 if route in ("layout", "problem") else 200)  # no model, no node of that name
     assert call(server, path, "GET", b"{" * 100_000, **{"Content-Type": "application/json"})[0] == status  # not read
     assert state(server) == before
     assert call(server, "/system_stats")[0] == 200
@@ -309,3 +309,19 @@ def test_whatever_is_asked_changes_nothing_and_leads_nowhere(server, loras):
 
     ask_anything()
     assert state(server) == before
+
+
+def test_why_a_run_would_fail(server: Server):
+    def said(**inputs: object) -> str:
+        status, answer = ask(server, "problem", node="LoHaSchedule", inputs=json.dumps(inputs))
+        assert status == 200
+        return answer["problem"]
+
+    assert said() == said(keyframes="0: 1", interpolation="linear") == ""
+    assert "keyframe 'half: 1'" in said(keyframes="half: 1")
+    assert "keyframe '5'" in said(keyframes=5)  # ComfyUI makes a text of it, too
+    for inputs in ("", "[]", "{", "[" * 100_000):
+        status, body = ask(server, "problem", node="LoHaSchedule", inputs=inputs[:1000])
+        assert status == 400 and "expected an object" in body["error"]
+    status, body = ask(server, "problem", node="KSampler", inputs="{}")
+    assert status == 400 and "LoHaSchedule" in body["error"]

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from demo import comfyui
+from demo import comfyui, workflows
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 WORKFLOWS = sorted((REPOSITORY / "example_workflows").glob("*.json"))
@@ -18,7 +18,7 @@ WORKFLOWS = sorted((REPOSITORY / "example_workflows").glob("*.json"))
 @pytest.fixture
 def draw(ready):
     """Pictures of the loader's example workflow with other values of its nodes' inputs, as (n, h, w, 3) integers."""
-    workflow = json.loads((REPOSITORY / "example_workflows" / "loha_loader.json").read_text())
+    workflow = workflows.filled(workflows.LOADER)
     prompt = comfyui.to_api(workflow, ready.object_info())
     [loader] = [key for key, node in prompt.items() if node["class_type"] == "LoHaLoader"]
     [sampler] = [key for key, node in prompt.items() if node["class_type"] == "KSampler"]
@@ -80,7 +80,7 @@ def test_every_sampler(draw, sampler):
 
 @pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.stem)
 def test_example_workflows_run(ready, path):
-    prompt = comfyui.to_api(json.loads(path.read_text()), ready.object_info())
+    prompt = comfyui.to_api(workflows.filled(path), ready.object_info())
     quick = {
         "KSampler": {"steps": 2},
         "LoHaTrainer": {"steps": 2, "batch_size": 2, "name": "example", "resume": False},

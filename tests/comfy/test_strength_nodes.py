@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from demo import comfyui
+from demo import comfyui, workflows
 from demo.comfyui import ComfyUIError, Server
 from loha_core import LoHaError
 from loha_core.blocks import BlockStrength, Layout, block_of_key
@@ -226,7 +226,7 @@ def sample(ready: Server) -> Any:
     """Pictures of an example workflow in 4 steps, with other values of its nodes' inputs, by class of node."""
 
     def run(name: str, **changes: dict[str, Any]) -> np.ndarray:
-        workflow = json.loads((REPOSITORY / "example_workflows" / f"{name}.json").read_text())
+        workflow = workflows.filled(workflows.EXAMPLES / f"{name}.json")
         prompt = comfyui.to_api(workflow, ready.object_info())
         for node in prompt.values():
             node["inputs"] |= changes.get(node["class_type"], {})
@@ -241,7 +241,7 @@ def sample(ready: Server) -> Any:
 def sample_stack(sample: Any) -> Any:
     """Pictures of the stack's example with the prompt of the others alone."""
     asked, joined = {"text": "a handwritten seven"}, {"delimiter": ""}
-    return lambda **inputs: sample("loha_stack", LoHaStack=asked | inputs, StringConcatenate=joined)
+    return lambda **inputs: sample("03 Stack several LoHas", LoHaStack=asked | inputs, StringConcatenate=joined)
 
 
 def pictures(server: Server, prompt: dict, saved: list[str]) -> np.ndarray:
@@ -255,9 +255,9 @@ def test_a_schedule_is_what_two_samplings_after_each_other_are(ready, sample):
     nothing = {"preset": "ALL", "vector": "", "rules": ""}
     # In the "normal" scheduler 4 steps begin at 0, a quarter, half and three quarters of the timesteps.
     step = {"keyframes": "0: 0.3, 0.4: 1", "interpolation": "step"}
-    found = sample("loha_blocks_and_schedule", LoHaSchedule=step, LoHaBlockStrength=nothing, KSampler=settings)
+    found = sample("04 Blocks and schedule", LoHaSchedule=step, LoHaBlockStrength=nothing, KSampler=settings)
 
-    workflow = json.loads((REPOSITORY / "example_workflows" / "loha_loader.json").read_text())
+    workflow = workflows.filled(workflows.LOADER)
     prompt = comfyui.to_api(workflow, ready.object_info())
     by_class = {node["class_type"]: key for key, node in prompt.items()}
     loader, sampling = prompt[by_class["LoHaLoader"]], prompt.pop(by_class["KSampler"])["inputs"] | settings
@@ -285,14 +285,14 @@ def test_blocks_and_schedules_that_are_zero_draw_what_no_adapter_draws(sample, s
     # A schedule is about sampling; text encoders are done by then.
     never = {"LoHaSchedule": {"keyframes": "0: 0"}, "LoHaLoader": {"strength_clip": 0.0}}
     for changes in (no_blocks, never):
-        assert np.abs(sample("loha_blocks_and_schedule", **changes) - plain).max() == 0
+        assert np.abs(sample("04 Blocks and schedule", **changes) - plain).max() == 0
 
 
 @pytest.mark.parametrize("sampler", ["heun", "dpmpp_2m_sde"])
 def test_schedules_act_under_other_samplers(sample, sampler):
     settings = {"KSampler": {"sampler_name": sampler}, "LoHaBlockStrength": {"vector": "", "rules": ""}}
     run = lambda keyframes, strength: sample(  # noqa: E731
-        "loha_blocks_and_schedule",
+        "04 Blocks and schedule",
         LoHaSchedule={"keyframes": keyframes},
         LoHaLoader={"strength_model": strength},
         **settings,

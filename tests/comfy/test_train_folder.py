@@ -13,7 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
-from demo import comfyui, digits, prepare, train_loha
+from demo import comfyui, digits, prepare, train_loha, workflows
 from demo.comfyui import ComfyUIError
 from loha_core import LoHaError, load_adapter
 
@@ -21,7 +21,6 @@ from . import training as t
 from .test_training_nodes import watched
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-WORKFLOW = REPOSITORY / "example_workflows" / "loha_train_on_a_folder.json"
 
 
 @pytest.fixture(scope="module")
@@ -92,7 +91,7 @@ def workflow(server):
     folder = server.path("input", train_loha.folder(digits.TARGET), "")
     for path in sorted(folder.iterdir())[8:]:
         path.unlink()
-    prompt = comfyui.to_api(json.loads(WORKFLOW.read_text()), server.object_info())
+    prompt = comfyui.to_api(workflows.filled(workflows.TRAIN_FOLDER), server.object_info())
 
     def make(**inputs):
         job = json.loads(json.dumps(prompt))
@@ -136,7 +135,7 @@ def test_the_full_set_makes_the_same_of_the_same(server, workflow):
         shutil.copy(path, server.path("input", "one_picture", path.name))
     server.object_info("LoadImageTextDataSetFromFolder")
     server.queue(workflow(steps=3, name="by_one_node", rank=2, folder="one_picture"))
-    full = comfyui.to_api(json.loads(train_loha.WORKFLOW.read_text()), server.object_info())
+    full = comfyui.to_api(workflows.filled(workflows.TRAIN), server.object_info())
     run = {"name": "by_parts", "steps": 3, "batch_size": 1, "gradient_checkpointing": True}
     changes = {
         "LoadImageTextDataSetFromFolder": {"folder": "one_picture"},

@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from demo import comfyui, digits, prepare, train_loha
+from demo import comfyui, digits, prepare, train_loha, workflows
 from demo.comfyui import ComfyUIError
 from loha_core import LoHaError, load_adapter
 from loha_core.training.data.dataset import Item
@@ -88,6 +88,38 @@ def test_patterns(sd15):
             assert (rank, alpha) == (4, 1.0)
         else:
             assert (rank, alpha) == ((2, 8.0) if is_large(layer) else (4, 8.0))
+
+
+@pytest.mark.parametrize(
+    ("line", "rank", "alpha", "factor"),
+    [
+        ("img_attn.qkv: 6", 6, 8.0, 1.0),
+        ("img_attn.qkv: 6, 3", 6, 3.0, 1.0),
+        ("img_attn.qkv: rank 6, alpha 3, lr 0.5", 6, 3.0, 0.5),
+        ("img_attn.qkv: lr 0.5", 4, 8.0, 0.5),
+        (r"img_\w+\.qkv: alpha 2.5,lr 0", 4, 2.5, 0.0),
+        ("img_attn.qkv: 6, lr 2", 6, 8.0, 2.0),
+    ],
+)
+def test_a_pattern_s_rank_alpha_and_learning_rate(page, flux, monkeypatch, line, rank, alpha, factor):  # noqa: F811
+    built_layers, groups = {}, []
+    trainer = t.node("host.training").Trainer
+    init = trainer.__init__
+
+    def kept(self, networks, *args, **rest):
+        init(self, networks, *args, **rest)
+        built_layers.update(networks["model"])
+        groups.extend(self.optimizer.param_groups)
+
+    monkeypatch.setattr(trainer, "__init__", kept)
+    t.train(flux, steps=1, network={"patterns": line}, optimizer={"learning_rate": 0.01}, name="pattern")
+    rates = {id(p): group["base_lr"] for group in groups for p in group["params"]}
+    matching = {name: layer for name, layer in built_layers.items() if name.endswith("img_attn_qkv")}
+    assert 0 < len(matching) < len(built_layers)
+    usual = next(rates[id(one.hada_w2_a["default"])] for name, one in built_layers.items() if name not in matching)
+    for name, layer in built_layers.items():
+        found = layer.r["default"], layer.alpha["default"], rates[id(layer.hada_w2_a["default"])] / usual
+        assert found == ((rank, alpha, factor) if name in matching else (4, 8.0, 1.0))
 
 
 def test_kinds_of_factors(sd15):
@@ -197,6 +229,14 @@ def test_text_encoders_have_a_learning_rate_of_their_own(page, sd15):  # noqa: F
         ({}, {"min_snr_gamma": 5.0}),
         ({}, {"debiased": True}),
         ({}, {"noise_offset": 0.3}),
+        ({}, {"timesteps": "heavy-tail"}),
+        ({"timesteps": "heavy-tail"}, {"mode_scale": -0.5}),
+        ({}, {"timesteps": "beta"}),
+        ({"timesteps": "beta"}, {"beta_a": 0.5}),
+        ({"timesteps": "beta"}, {"beta_b": 0.5}),
+        ({}, {"min_timestep": 0.5}),
+        ({}, {"max_timestep": 0.5}),
+        ({}, {"resolution_shift": True}),
     ],
 )
 def test_each_objective_setting_acts(page, flux, plain, setting):  # noqa: F811
@@ -351,7 +391,18 @@ WRONG = {
     "latents of another model": (lambda m: t.train(m, other_channels(m)), "have 4 channels; this model's have 16"),
     "no such layer": (lambda m: t.train(m, network={"layers": "img_atn"}), "img_attn"),
     "an expression that is none": (lambda m: t.train(m, network={"layers": "(attn"}), "is not a regular expression"),
-    "a pattern that is none": (lambda m: t.train(m, network={"patterns": "attn"}), "expected 'pattern: rank'"),
+    "a pattern that is none": (
+        lambda m: t.train(m, network={"patterns": "attn"}),
+        "expected 'pattern: rank 16, alpha 8, lr 0.5'",
+    ),
+    "a pattern of no number": (lambda m: t.train(m, network={"patterns": "qkv: rank many"}), "'qkv: rank many'"),
+    "a pattern of an unknown value": (lambda m: t.train(m, network={"patterns": "qkv: width 3"}), "'qkv: width 3'"),
+    "a pattern that matches nothing": (lambda m: t.train(m, network={"patterns": "attn9: lr 2"}), "'attn9' matches no"),
+    "a rank's that matches nothing": (lambda m: t.train(m, network={"patterns": "attn9: 4"}), "'attn9' matches no"),
+    "preservation without masks": (
+        lambda m: t.train(m, objective={"masked_preservation": 1.0}),
+        "no picture has a mask",
+    ),
     "an explosion": (lambda m: t.train(m, steps=9, optimizer={"learning_rate": 1e30}), "Lower the learning rate"),
     "a preview without a VAE": (lambda m: t.train(m, preview_every=1), "needs the vae input"),
     "options that are no JSON": (lambda m: t.train(m, optimizer={"options": "betas"}), "expected JSON"),
@@ -456,7 +507,7 @@ def workflow(server):
     for name in (train_loha.folder(digits.TARGET), train_loha.KNOWN_FOLDER):
         for path in sorted(server.path("input", name, "").iterdir())[8:]:
             path.unlink()
-    prompt = comfyui.to_api(json.loads(train_loha.WORKFLOW.read_text()), server.object_info())
+    prompt = comfyui.to_api(workflows.filled(workflows.TRAIN), server.object_info())
 
     def make(**changes):
         job = json.loads(json.dumps(prompt))

@@ -227,10 +227,38 @@ def test_inits():
     assert not lycoris["hada_w2_a"].any() and not layer.get_delta_weight("default").any()
     for name, std in {"hada_w1_a": 0.1, "hada_w1_b": 1, "hada_w2_b": 1, "hada_t1": 0.1, "hada_t2": 0.1}.items():
         assert abs(float(lycoris[name].std()) / std - 1) < 0.1 and abs(float(lycoris[name].mean())) < 0.1 * std
-    for init in (True, "lycoris"):
+    for init in (True, "lycoris", "balanced"):
         scalar, layer = parameters(init_weights=init, use_scalar=True)
         assert float(scalar["scalar"]) == 0 and scalar["hada_w2_a"].any() and scalar["hada_w2_b"].any()
         assert not layer.get_delta_weight("default").any()
+
+
+@pytest.mark.parametrize("tucker", [False, True])
+@pytest.mark.parametrize(("out", "inner", "kernel"), [(320, 768, 1), (64, 64, 3)])
+def test_the_first_step_of_a_balanced_loha_is_as_long_as_a_loras(out, inner, kernel, tucker):
+    """The oracle is PEFT's own LoRA of as many parameters, and Adam's first step: every element by its rate."""
+    peft, rank, rate = pytest.importorskip("peft"), 8, 1e-3
+    base = nn.Conv2d(inner, out, kernel) if kernel > 1 else nn.Linear(inner, out)
+    torch.manual_seed(0)
+    config = LoHaConfig(r=rank, alpha=rank, init_weights="balanced", use_effective_conv2d=tucker)
+    layer = (LoHaConv2d if kernel > 1 else LoHaLinear)(base)
+    layer.update_layer("default", rank, rank, config)
+    assert not layer.get_delta_weight("default").any()
+    factors = layer.factors("default")
+    stds = {name: float(t.std()) for name, t in factors.tensors().items() if name != "w2_b"}
+    assert max(stds.values()) / min(stds.values()) < 1.1
+
+    options = {"r": 2 * rank, "lora_alpha": 2 * rank, "target_modules": ["0"]}
+    lora = peft.get_peft_model(nn.Sequential(copy.deepcopy(base)), peft.LoraConfig(**options)).base_model.model[0]
+    steps = {}
+    for name, parameter, delta in (
+        ("ours", layer.hada_w2_b["default"], lambda: layer.get_delta_weight("default")),
+        ("theirs", lora.lora_B["default"].weight, lambda: lora.get_delta_weight("default")),
+    ):
+        with torch.no_grad():
+            parameter.add_(rate * torch.randn_like(parameter).sign())
+            steps[name] = float(delta().square().mean().sqrt())
+    assert steps["ours"] == pytest.approx(steps["theirs"], rel=0.1)
 
 
 def test_hooks_and_subclasses_of_the_base_layer_are_respected():

@@ -10,6 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from loha_core import LoHaError
+from loha_core.training.data.batches import BatchSampler
+from loha_core.training.data.dataset import Dataset, Item
 from loha_core.training.objectives import PREDICTIONS, Objective
 from loha_core.training.randomness import generator
 
@@ -191,7 +193,7 @@ def test_shifted_times(shift):
 
 
 @given(
-    st.sampled_from(["uniform", "logit-normal", "shifted"]),
+    st.sampled_from(["uniform", "logit-normal", "shifted", "heavy-tail", "beta"]),
     st.floats(-1e4, 1e4),
     st.floats(1e-3, 1e4),
     st.floats(1e-6, 1e6),
@@ -201,6 +203,145 @@ def test_a_time_is_never_at_an_end(timesteps, mean, std, shift, seed):
     objective = Objective(timesteps=timesteps, logit_mean=mean, logit_std=std, shift=shift)
     time = objective.time(generator(seed))
     assert 0 < time < 1 and time == objective.time(generator(seed))
+
+
+U = torch.linspace(0.002, 0.998, 499, dtype=torch.float64)
+
+
+def density(grid: torch.Tensor, **settings) -> torch.Tensor:
+    """By differences of the quantile function, in float64."""
+    objective, h = Objective(**settings), 1e-4
+    slopes = [(objective.quantile(float(u) + h) - objective.quantile(float(u) - h)) / (2 * h) for u in grid]
+    return 1 / torch.tensor(slopes, dtype=torch.float64)
+
+
+def at(grid: torch.Tensor, tokens: int = 4096, **settings) -> torch.Tensor:
+    objective = Objective(**settings)
+    return torch.tensor([objective.quantile(float(u), tokens) for u in grid], dtype=torch.float64)
+
+
+@pytest.mark.parametrize(("a", "b"), [(2.0, 2.0), (0.5, 0.5), (1.5, 1.0), (0.2, 3.0), (40.0, 7.0), (1.0, 1.0)])
+def test_beta_has_its_density(a, b):
+    settings = {"timesteps": "beta", "beta_a": a, "beta_b": b}
+    t = at(U, **settings)
+    inside = (t > 1e-4) & (t < 1 - 1e-4)
+    log = torch.distributions.Beta(torch.tensor(a).double(), torch.tensor(b).double()).log_prob(t[inside])
+    torch.testing.assert_close(density(U, **settings)[inside], log.exp(), rtol=0.03, atol=0)
+    # Its moments, over the middles of a thousand shares.
+    middles = (torch.arange(1000, dtype=torch.float64) + 0.5) / 1000
+    assert float(at(middles, **settings).mean()) == pytest.approx(a / (a + b), abs=2e-4)
+
+
+@pytest.mark.parametrize(
+    ("a", "b", "cumulative"),
+    [
+        (2.0, 2.0, lambda t: 3 * t**2 - 2 * t**3),
+        (1.5, 1.0, lambda t: t**1.5),
+        (0.5, 0.5, lambda t: 2 / math.pi * t.sqrt().asin()),
+        (0.2, 3.0, lambda t: (t**0.2 / 0.2 - 2 * t**1.2 / 1.2 + t**2.2 / 2.2) * 0.2 * 1.2 * 2.2 / 2),
+    ],
+)
+def test_beta_where_its_integral_has_a_closed_form(a, b, cumulative):
+    t = at(U, timesteps="beta", beta_a=a, beta_b=b)
+    torch.testing.assert_close(cumulative(t)[t > 1.1e-6], U[t > 1.1e-6], atol=2e-5, rtol=0)
+
+
+@pytest.mark.parametrize("scale", [-1.0, -0.5, 0.0, 0.81, 1.29, 1.75])
+def test_heavy_tails_are_the_papers(scale):
+    """arXiv 2403.03206, eq. 20: f_mode(u; s) of a uniform u, which is as often 1 − u; there t = 1 is noise, too."""
+    mode = 1 - U - scale * (torch.cos(math.pi / 2 * U) ** 2 - 1 + U)
+    torch.testing.assert_close(at(U, timesteps="heavy-tail", mode_scale=scale), mode.flip(0))
+    found = times(timesteps="heavy-tail", mode_scale=scale)
+    assert kolmogorov_smirnov(found, mode.sort().values) < 0.035
+    ends = float(((found < 0.1) | (found > 0.9)).double().mean())
+    assert ends > 0.22 if scale < 0 else ends < 0.18 if scale > 0 else ends == pytest.approx(0.2, abs=0.02)
+
+
+def kolmogorov_smirnov(samples: torch.Tensor, quantiles: torch.Tensor) -> float:
+    """The largest distance of the samples' share below a quantile from its own."""
+    below = torch.searchsorted(samples.sort().values, quantiles).double() / len(samples)
+    return float((below - torch.linspace(0, 1, len(quantiles), dtype=torch.float64)).abs().max())
+
+
+DISTRIBUTIONS = [
+    {},
+    {"timesteps": "logit-normal", "logit_mean": 0.5},
+    {"timesteps": "shifted"},
+    {"timesteps": "heavy-tail"},
+    {"timesteps": "beta", "beta_a": 0.7},
+]
+
+
+@pytest.mark.parametrize("settings", DISTRIBUTIONS, ids=str)
+def test_draws_follow_the_quantiles(settings):
+    assert kolmogorov_smirnov(times(**settings), at(torch.linspace(1e-6, 1 - 1e-6, 2001), **settings)) < 0.03
+
+
+@pytest.mark.parametrize("settings", DISTRIBUTIONS, ids=str)
+def test_a_range_is_the_distribution_on_the_condition_of_being_in_it(settings):
+    low, high = 0.3, 0.8
+    plain, found = times(20_000, **settings), times(4000, **settings, min_timestep=low, max_timestep=high)
+    assert low <= found.min() and found.max() <= high
+    inside = plain[(plain >= low) & (plain <= high)].sort().values
+    assert kolmogorov_smirnov(found, inside) < 0.04
+
+
+@pytest.mark.parametrize("low", [0.0, 0.999])
+def test_a_range_in_which_next_to_nothing_lies(low):
+    settings = {"timesteps": "logit-normal", "logit_mean": -9.0 if low else 9.0, "logit_std": 0.1}
+    found = times(50, **settings, min_timestep=low, max_timestep=low + 0.001)
+    assert found.min() >= low and found.max() <= low + 0.001
+
+
+@pytest.mark.parametrize("settings", DISTRIBUTIONS, ids=str)
+@pytest.mark.parametrize("tokens", [256, 1024, 4096, 9216])
+def test_the_shift_by_resolution_is_fluxs(settings, tokens):
+    """As diffusers has it for sampling: µ from 0.5 at 256 tokens to 1.15 at 4096, and t → e^µ / (e^µ + 1/t − 1)."""
+    slope = (1.15 - 0.5) / (4096 - 256)
+    mu = tokens * slope + 0.5 - slope * 256
+    t = at(U, **settings)
+    expected = math.exp(mu) / (math.exp(mu) + 1 / t - 1)
+    torch.testing.assert_close(at(U, tokens, **settings, resolution_shift=True), expected)
+
+
+def test_the_shift_by_resolution_is_diffusers_own():
+    pytest.importorskip("diffusers")
+    from diffusers.pipelines.flux.pipeline_flux import calculate_shift
+    from diffusers.schedulers import FlowMatchEulerDiscreteScheduler
+
+    scheduler = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)
+    for tokens in (300, 4096):
+        expected = scheduler.time_shift(calculate_shift(tokens), 1.0, U)
+        torch.testing.assert_close(at(U, tokens, resolution_shift=True), expected)
+
+
+def test_a_larger_picture_of_a_batch_sampler_gets_more_noise():
+    def time(side: int, channels: int = 16) -> float:
+        objective = Objective(resolution_shift=True)
+        return BatchSampler(Dataset([Item(torch.zeros(channels, side, side))]), objective, 1, 0).batch(0).times[0]
+
+    assert time(8) < time(64) < time(128)
+    assert time(64, channels=128) == time(128)  # Flux.2's latents are packed: a token each
+
+
+def test_what_a_mask_leaves_out_is_kept():
+    """m·(o − t)² + w·(1 − m)·(o − b)², over the sum of m + w·(1 − m)."""
+    g = torch.Generator().manual_seed(0)
+    output, target, base = (torch.randn(2, 3, 4, 4, generator=g).requires_grad_() for _ in range(3))
+    mask, one = torch.rand(2, 1, 4, 4, generator=g), torch.ones(2)
+    for weight in (0.0, 0.5, 2.0):
+        m = mask.expand_as(output)
+        errors = m * (output - target) ** 2 + weight * (1 - m) * (output - base) ** 2
+        expected = (errors.flatten(1).sum(1) / (m + weight * (1 - m)).flatten(1).sum(1)).mean()
+        found = Objective(masked_preservation=weight).loss(output, target, one, one, mask=mask, kept=base)
+        torch.testing.assert_close(found, expected)
+    plain = Objective().loss(output, target, one, one, mask=mask)
+    torch.testing.assert_close(Objective().loss(output, target, one, one, mask=mask, kept=base), plain)
+
+
+def test_preservation_without_masks_is_refused():
+    with pytest.raises(LoHaError, match="no picture has a mask"):
+        BatchSampler(Dataset([Item(torch.zeros(4, 8, 8))]), Objective(masked_preservation=1.0), 1, 0)
 
 
 def test_noise_is_the_generators_and_its_offset_is_one_number_per_channel():
@@ -228,6 +369,13 @@ def test_noise_is_the_generators_and_its_offset_is_one_number_per_channel():
         ({"noise_offset": math.nan}, "noise_offset"),
         ({"min_snr_gamma": -5}, "min_snr_gamma is -5"),
         ({"debiased": True, "min_snr_gamma": 5}, "choose one"),
+        ({"mode_scale": 2.0}, "mode_scale is 2.0; expected a finite number from -1 up to 1.75"),
+        ({"beta_a": 0}, "beta_a is 0"),
+        ({"beta_b": math.inf}, "beta_b is inf"),
+        ({"min_timestep": 1.0}, "min_timestep is 1"),
+        ({"max_timestep": 500}, "max_timestep is 500"),
+        ({"min_timestep": 0.5, "max_timestep": 0.5}, "the first must be less"),
+        ({"masked_preservation": -1}, "masked_preservation is -1"),
     ],
 )
 def test_values_out_of_range(settings, says):

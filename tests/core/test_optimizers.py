@@ -113,7 +113,7 @@ def test_a_missing_extra_is_named(name, monkeypatch):
 
 def rates(networks: dict[str, nn.Module], config: OptimizerConfig, init: bool | str = True) -> dict[str, float]:
     """Learning rate by parameter's name, "model.hada_w1_a.default" and so on."""
-    groups = parameter_groups(networks, config, init)
+    groups = parameter_groups({label: {"layer": m} for label, m in networks.items()}, config, init)
     by_id = {id(p): group["lr"] for group in groups for p in group["params"]}
     assert sum(len(group["params"]) for group in groups) == len(by_id)
     named = {f"{label}.{n}": p for label, m in networks.items() for n, p in m.named_parameters()}
@@ -150,6 +150,41 @@ def test_lora_plus_is_for_what_begins_at_zero(config, zero):
     assert {rate for n, rate in by_name.items() if zero not in n} == {0.5}
 
 
+def test_balanced_factors_learn_at_a_loras_rate():
+    found = rates({"model": layer(use_dora=True)}, OptimizerConfig(lr=0.5), "balanced")
+    assert {n.split(".")[1]: rate for n, rate in found.items()} == {
+        "hada_w1_a": 1.5, "hada_w1_b": 1.5, "hada_w2_a": 1.5, "hada_w2_b": 1.5, "dora_scale": 0.5
+    }  # fmt: skip
+    assert set(rates({"model": layer(use_dora=True)}, OptimizerConfig("prodigy", lr=1.0), "balanced").values()) == {1.0}
+
+
+def test_learning_rates_by_pattern():
+    networks = {"model": {"blocks.0.attn2.to_k": layer(), "blocks.0.ff": layer(), "blocks.1.ff": layer()},
+                "text": {"text.ff": layer()}}  # fmt: skip
+    config = OptimizerConfig(
+        lr=0.5, lr_text=0.25, lora_plus=2.0, lr_pattern={r"attn\d\.to_k": 0.5, "0.ff": 0.0, "ff": 4.0}
+    )
+    groups = parameter_groups(networks, config)
+    rate = {id(p): group["lr"] for group in groups for p in group["params"]}
+    assert all(group["lr"] == group["base_lr"] for group in groups) and len(rate) == 16
+    for path, expected in {"blocks.0.attn2.to_k": 0.25, "blocks.0.ff": 0.0, "blocks.1.ff": 2.0, "text.ff": 1.0}.items():
+        found = (networks["model"] | networks["text"])[path]
+        rates = {name: rate[id(p)] for name, p in found.named_parameters() if id(p) in rate}
+        assert rates.pop("hada_w2_b.default") == 2 * expected and set(rates.values()) == {expected}
+
+
+@pytest.mark.parametrize(
+    ("patterns", "says"),
+    [
+        ({"attn1": 2.0}, "lr_pattern: 'attn1' matches no layer; expected the end of a path, such as a.ff"),
+        ({"ff": 2.0, "a.ff": 3.0}, "'a.ff' matches only layers that a pattern before it matches"),
+    ],
+)
+def test_a_pattern_that_has_no_effect_is_refused(patterns, says):
+    with pytest.raises(LoHaError, match=says):
+        parameter_groups({"model": {"a.ff": layer()}}, OptimizerConfig(lr_pattern=patterns))
+
+
 def test_the_base_is_never_trained():
     found = layer()
     found.base_layer.requires_grad_(True)
@@ -158,14 +193,14 @@ def test_the_base_is_never_trained():
 
 def test_nothing_to_train():
     with pytest.raises(LoHaError, match="nothing to train"):
-        parameter_groups({"model": layer(inference_mode=True).requires_grad_(False)}, OptimizerConfig())
+        parameter_groups({"model": {"": layer(inference_mode=True).requires_grad_(False)}}, OptimizerConfig())
 
 
 @pytest.mark.skipif(not installed("prodigy"), reason="needs the extra prodigy")
 def test_prodigy_has_one_rate():
     config = OptimizerConfig("prodigy", lr=1.0, lora_plus=4.0)
     with pytest.raises(LoHaError, match="prodigy has one learning rate.*lora_plus"):
-        config.build(parameter_groups({"model": layer()}, config))
+        config.build(parameter_groups({"model": {"": layer()}}, config))
 
 
 # --- learning rates over the run ------------------------------------------------------------------

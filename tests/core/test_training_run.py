@@ -31,10 +31,12 @@ from loha_core.training.data.pictures import Sizes
 from loha_core.training.diffusers import run
 from loha_core.training.diffusers import settings as settings_module
 from loha_core.training.diffusers.pipeline import Diffusion, Feed, noising
+from loha_core.training.diffusers.preview import Previews
 from loha_core.training.diffusers.settings import (
     DataSettings,
     ModelSettings,
     OutputSettings,
+    PreviewSettings,
     RunSettings,
     read_settings,
 )
@@ -42,6 +44,7 @@ from loha_core.training.objectives import Objective
 from loha_core.training.optimizers import OptimizerConfig
 from loha_core.training.randomness import generator
 
+from ..reduced_families import PIPELINES
 from . import pipelines
 from .processes import PATIENCE, ended_well
 
@@ -79,15 +82,21 @@ def project(root: Path, models: Path) -> Any:
         if not (root / "model").exists():
             (root / "model").symlink_to(models / family)
         lines = []
-        for name, table in TABLES.items():
+        for name in TABLES | changes:
             lines.append(f"[{name}]")
-            values = {key: v for key, v in (table | changes.get(name, {})).items() if v is not None}
-            lines += [f"{key} = {json.dumps(value)}" for key, value in values.items()]
+            values = {key: v for key, v in (TABLES.get(name, {}) | changes.get(name, {})).items() if v is not None}
+            lines += [f"{key} = {_toml(value)}" for key, value in values.items()]
         path = root / "config.toml"
         path.write_text("\n".join(lines), "utf-8")
         return path
 
     return write
+
+
+def _toml(value: Any) -> str:
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{json.dumps(key)} = {json.dumps(each)}" for key, each in value.items()) + "}"
+    return json.dumps(value)
 
 
 @pytest.fixture
@@ -148,8 +157,7 @@ def test_the_loss_is_the_error_of_what_the_pipeline_would_sample_with(family):
     rng = generator(7, "draw", 3, 0)
     time = Objective().time(rng)
     noise = torch.randn(latent.shape, generator=rng)[None]
-    config = pipe.vae.config
-    clean = (latent[None] - (config.shift_factor or 0)) * config.scaling_factor
+    clean = latent[None]
     if family in ("sd15", "sdxl"):
         step = torch.tensor([int(time * 1000)])
         noisy = pipe.scheduler.add_noise(clean, noise, step) if family == "sd15" else None
@@ -261,6 +269,15 @@ def test_a_run_goes_on_only_with_the_model_it_began_with(write, tmp_path):
         {"training": {"noise_offset": 0.5}},
         {"training": {"mixed_precision": "bf16"}},
         {"training": {"ema_decay": 0.9}},
+        {"training": {"timesteps": "heavy-tail"}},
+        {"training": {"timesteps": "beta"}},
+        {"training": {"min_timestep": 0.4}},
+        {"training": {"max_timestep": 0.6}},
+        {"training": {"resolution_shift": True}},
+        {"data": {"masks": "masks"}, "training": {"masked_preservation": 1.0}},
+        {"network": {"rank_pattern": {"to_q": 4}}},
+        {"network": {"alpha_pattern": {"to_q": 4}}},
+        {"optimizer": {"lr_pattern": {"to_q": 0.5}}},
         {"model": {"dtype": "bf16"}},
         {"model": {"component": "other"}},
         {"output": {"dtype": "bf16"}},
@@ -282,6 +299,77 @@ def test_each_key_does_something(write, plain, changes, tmp_path):
             parameter.data += 0.01 * torch.randn_like(parameter)
         unet.save_pretrained(tmp_path / "other")
     assert not same(plain, run.train(write(**changes)))
+
+
+@pytest.mark.parametrize("family", pipelines.FAMILIES)
+def test_previews_show_what_would_be_saved_and_leave_no_trace(write, family, tmp_path):
+    """The pictures are the pipeline's own with the saved adapter, from one noise, and the run is the one without."""
+    preview = {"prompts": ["a cat", "a dog"], "every": 1, "steps": 2, "cfg": 2.0, "seed": 3}
+    training = {"ema_decay": 0.5, "save_every": 1}
+    plain = run.train(write(family, training=training))
+    shown = run.train(write(family, training=training, preview=preview, output={"folder": "shown"}))
+    assert same(plain, shown)
+    for file in ("state.safetensors", "loss.csv"):
+        assert (plain.parent / file).read_bytes() == (shown.parent / file).read_bytes()
+    pictures = {path.name: Image.open(path) for path in shown.parent.glob("*.png")}
+    assert sorted(pictures) == [f"mine-00000{step}-{number}.png" for step in (1, 2) for number in (1, 2)]
+    assert len({picture.tobytes() for picture in pictures.values()}) == 4
+
+
+@pytest.mark.parametrize("family", [*pipelines.FAMILIES, *PIPELINES])
+def test_every_family_shows_previews(family, tmp_path):
+    diffusion = Diffusion(pipelines.build(family), torch.device("cpu"))
+    layers = diffusion.networks(LoHaConfig(2, 2.0, init_weights=False), False)["model"].values()
+    size = diffusion.latent(torch.rand(32, 32, 3)).shape[-2:]
+    settings = PreviewSettings(["a cat", "a dog"], steps=2, cfg=3.0, seed=1)
+    previews, before = Previews(diffusion, settings, size, tmp_path, "name"), torch.get_rng_state()
+    scheduler = diffusion.pipe.scheduler
+    with torch.no_grad():
+        one, again = list(previews.pictures()), list(previews.pictures())
+        for layer in layers:
+            layer._disabled = True
+        base = list(previews.pictures())
+    assert [each.size for each in one] == [(32, 32)] * 2 and one[0].tobytes() != one[1].tobytes()
+    assert [each.tobytes() for each in one] == [each.tobytes() for each in again]
+    assert one[0].tobytes() != base[0].tobytes()
+    assert torch.equal(torch.get_rng_state(), before) and diffusion.pipe.scheduler is scheduler
+
+
+def test_a_preview_is_the_pipeline_s_picture_with_what_was_saved(write, tmp_path):
+    from peft import PeftModel
+
+    preview = {"prompts": "a dog", "every": 2, "steps": 2, "cfg": 2.0, "seed": 3}
+    path = run.train(write(preview=preview, output={"format": "peft"}, training={"ema_decay": 0.5}))
+    shown = Image.open(tmp_path / "out" / "mine-000002-1.png")
+    pipe = pipelines.build("sd15")
+    options = {"height": shown.height, "width": shown.width, "num_inference_steps": 2, "guidance_scale": 2.0}
+    plain = pipe("a dog", **options, generator=torch.Generator().manual_seed(3)).images[0]
+    pipe.unet = PeftModel.from_pretrained(pipe.unet, path / "unet").eval()
+    tuned = pipe("a dog", **options, generator=torch.Generator().manual_seed(3)).images[0]
+    assert plain.tobytes() != shown.tobytes()
+    difference = [abs(a - b) for a, b in zip(tuned.tobytes(), shown.tobytes(), strict=True)]
+    assert max(difference) <= 1
+
+
+def test_tensorboard_has_the_curves(write, tmp_path):
+    board = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    split = {"data": {"validation_share": 0.5}, "output": {"tensorboard": True}}
+    run.train(write(**split, training={"steps": 3, "validate_every": 2}))
+    run.train(write(**split, training={"steps": 5, "validate_every": 2}))
+    found = board.EventAccumulator(str(tmp_path / "out" / "tensorboard"))
+    found.Reload()
+    rows = [line.split(",") for line in (tmp_path / "out" / "loss.csv").read_text().splitlines()[1:]]
+    curves = {name: [(e.step, e.value) for e in found.Scalars(name)] for name in found.Tags()["scalars"]}
+    assert curves.keys() == {"loss", "lr", "gradient norm", "validation loss"}
+    assert curves["loss"] == [(int(step), pytest.approx(float(loss), rel=1e-6)) for step, loss, _ in rows]
+    held_out = [(int(step), pytest.approx(float(loss), rel=1e-6)) for step, _, loss in rows if loss]
+    assert curves["validation loss"] == held_out and len(held_out) == 2
+
+
+def test_without_tensorboard_the_extra_is_named(write, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    with pytest.raises(LoHaError, match=r"pip install 'comfyui-loha\[tensorboard\]'"):
+        run.train(write(output={"tensorboard": True}))
 
 
 def test_gradient_checkpointing_changes_nothing_but_memory(write, plain):
@@ -384,6 +472,12 @@ def test_a_batch_that_cannot_be_split(write, monkeypatch, capsys):
         ({"data": {"resolutoin": 3}}, r"\[data\]: unknown key 'resolutoin'; did you mean resolution\?"),
         ({"training": {"step": 3}}, r"\[training\]: unknown key 'step'; did you mean steps"),
         ({"training": {"preview_every": 3}}, "unknown key 'preview_every'"),
+        ({"preview": {"prompts": []}}, r"\[preview\]: prompts is empty"),
+        ({"preview": {"prompts": "a cat", "every": 0}}, r"\[preview\]: every is 0"),
+        ({"network": {"rank_pattern": {"attn9.to_q": 4}}}, r"\[network\]: rank_pattern: 'attn9.to_q' matches no layer"),
+        ({"network": {"alpha_pattern": {"to_w": 4}}}, r"\[network\]: alpha_pattern: 'to_w' matches no layer"),
+        ({"optimizer": {"lr_pattern": {"to_w": 4}}}, "lr_pattern: 'to_w' matches no layer"),
+        ({"training": {"masked_preservation": 1.0}}, "no picture has a mask"),
         ({"network": {"rnak": 3}}, r"\[network\]: unknown key 'rnak'"),
         ({"network": {"r": 0}}, r"\[network\]: r is 0; expected a whole number from 1"),
         ({"training": {"steps": "many"}}, r"\[training\]: steps is 'many'; expected a whole number"),
@@ -444,8 +538,13 @@ def test_what_cannot_be_trained_says_so(models):
         noising(diffusers.KarrasVeScheduler())
     pipe = pipelines.build("sd15")
     pipe.unet = pipe.vae
-    with pytest.raises(LoHaError, match="has a AutoencoderKL; these can be trained: UNet2DConditionModel"):
+    with pytest.raises(LoHaError, match="has a AutoencoderKL; expected a UNet2DConditionModel"):
         Diffusion(pipe, torch.device("cpu"))
+    other = diffusers.StableDiffusionImg2ImgPipeline(
+        **pipelines.build("sd15").components, requires_safety_checker=False
+    )
+    with pytest.raises(LoHaError, match="Img2ImgPipeline cannot be trained; these can: StableDiffusionPipeline, "):
+        Diffusion(other, torch.device("cpu"))
 
 
 @pytest.mark.parametrize("missing", ["diffusers", "accelerate"])
@@ -480,9 +579,15 @@ def test_the_example_has_every_key_with_its_default():
         "training": [TrainingConfig, Objective, RunSettings],
         "output": [OutputSettings],
     }
-    chosen = {"path", "folder", "resolution", "schedule", "preview_every", "lr_text", "options"}
+    chosen = {"path", "folder", "resolution", "schedule", "preview_every", "lr_text", "options", "lr_pattern"}
     for table, classes in kinds.items():
         known = {each.name: each.default for kind in classes for each in fields(kind)}
-        assert tables[table].keys() == known.keys() - {"preview_every", "lr_text", "options"}
+        assert tables[table].keys() == known.keys() - {
+            "preview_every",
+            "lr_text",
+            "options",
+            "lr_pattern",
+            "preservation",
+        }
         assert all(tables[table][name] == known[name] for name in tables[table].keys() - chosen)
     assert settings.network == LoHaConfig(8, 8.0, init_weights="lycoris") and settings.root == path.parent

@@ -58,10 +58,10 @@ def test_first_use(page: Page, ready: Server, renderer: str, shoot):
     # The template browser opens by itself. Our pack is among the extensions; its workflows have names.
     templates = page.get_by_role("dialog")
     templates.get_by_text(FOLDER, exact=True).click(timeout=300_000)
-    expect(templates.get_by_text("loha_loader", exact=True)).to_be_visible()
+    expect(templates.get_by_text("01 Load a LoHa", exact=True)).to_be_visible()
     shoot("first-use-1-templates")
 
-    templates.get_by_text("loha_loader", exact=True).click()
+    templates.get_by_text("01 Load a LoHa", exact=True).click()
     page.wait_for_function("app.graph._nodes.some(n => n.type === 'LoHaLoader')", timeout=300_000)
     expect(templates).to_have_count(0)
     if page.evaluate("__COMFYUI_FRONTEND_VERSION__ !== '1.32.9'"):  # later ones offer it in the settings only

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from ...errors import LoHaError, check_number
+from ..losses.slider import SLIDERS, PictureSample
 from ..objectives import Objective
 from ..randomness import generator
 from .dataset import Dataset, Sample
@@ -78,6 +79,8 @@ class TrainingBatch:
         times: for each sample its place between clean (0) and noise (1).
         mask: (n, 1, *size) in 0…1, or None where no sample has one.
         sample_weight: (n,), factor of each sample's loss.
+        class_prompts: what is asked for output preservation, or None without it.
+        low: a picture slider's samples of strength −1, with the same noise and times.
     """
 
     samples: list[Sample]
@@ -86,6 +89,8 @@ class TrainingBatch:
     times: list[float]
     mask: Tensor | None
     sample_weight: Tensor
+    class_prompts: list[str] | None = None
+    low: TrainingBatch | None = None
 
 
 class BatchSampler:
@@ -96,13 +101,18 @@ class BatchSampler:
         places: which of a batch's places are this process's; all of them by default.
 
     Raises:
-        LoHaError: nothing to train on, or a batch size below 1.
+        LoHaError: nothing to train on, a batch size below 1, or preservation of what the data set does not have:
+            captions with the trigger word, or masks.
     """
 
     def __init__(
         self, dataset: Dataset, objective: Objective, batch_size: int, seed: int, places: range | None = None
     ) -> None:
         self.dataset, self.objective, self.seed = dataset, objective, seed
+        if objective.preservation:
+            objective.preservation.check(dataset)
+        if objective.masked_preservation:
+            _check_masks(dataset)
         self.order = BatchOrder(dataset.buckets(), batch_size, seed)
         self.places = range(batch_size) if places is None else places
 
@@ -111,15 +121,46 @@ class BatchSampler:
         indices = self.order.indices(number)
         rngs = [generator(self.seed, "draw", number, place) for place in self.places]
         samples = [self.dataset.draw(indices[place], rng) for place, rng in zip(self.places, rngs, strict=True)]
-        latents = torch.stack([sample.latent for sample in samples])
-        times = [self.objective.time(rng) for rng in rngs]
+        times = [self.objective.time(rng, tokens(s.latent)) for s, rng in zip(samples, rngs, strict=True)]
         noise = torch.stack([self.objective.noise(s.latent.shape, rng) for s, rng in zip(samples, rngs, strict=True)])
-        weight = torch.tensor([sample.weight for sample in samples])
-        return TrainingBatch(samples, latents, noise, times, _mask(samples, latents), weight)
+        classes = self._class_prompts(samples, rngs)
+        lows = [sample.low for sample in samples if isinstance(sample, PictureSample)]
+        low = together(lows, noise, times) if lows else None
+        return replace(together(samples, noise, times), class_prompts=classes, low=low)
+
+    def _class_prompts(self, samples: Sequence[Sample], rngs: Sequence[torch.Generator]) -> list[str] | None:
+        if (preservation := self.objective.preservation) is None:
+            return None
+        return [preservation.class_prompt(s.caption, rng) for s, rng in zip(samples, rngs, strict=True)]
+
+    def prompts(self) -> list[str]:
+        """Every prompt that will be encoded, to do so beforehand; but for captions of which there are too many."""
+        captions, preservation = self.dataset.all_captions(), self.objective.preservation
+        return captions if preservation is None else [*captions, *preservation.class_prompts(captions)]
 
     def steps(self, epochs: int, gradient_accumulation_steps: int) -> int:
         """Optimizer steps in so many epochs."""
         return math.ceil(epochs * self.order.batches_per_epoch / gradient_accumulation_steps)
+
+
+def tokens(latent: Tensor) -> int:
+    """Cells of 2×2 in a latent (c, h, w) or (c, t, h, w); places, where cells are channels already (Flux.2's 128)."""
+    return latent[0].numel() // (4 if len(latent) <= 64 else 1)
+
+
+def together(samples: list[Sample], noise: Tensor, times: list[float]) -> TrainingBatch:
+    """A batch of samples of one size, with their noise (n, c, *size)."""
+    latents = torch.stack([sample.latent for sample in samples])
+    weight = torch.tensor([sample.weight for sample in samples])
+    return TrainingBatch(samples, latents, noise, times, _mask(samples, latents), weight)
+
+
+def _check_masks(dataset: Dataset) -> None:
+    if isinstance(dataset, SLIDERS):
+        raise LoHaError("masked_preservation has no part in a slider, which learns no pictures; set it to 0")
+    if all(item.mask is None for item in dataset.items):
+        raise LoHaError("masked_preservation keeps what masks leave out, and no picture has a mask; give masks, or set "
+                        "it to 0")  # fmt: skip
 
 
 def _mask(samples: list[Sample], latents: Tensor) -> Tensor | None:

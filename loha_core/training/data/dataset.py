@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
+from copy import copy
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
@@ -93,6 +94,18 @@ class Dataset:
 
     def __len__(self) -> int:
         return len(self.items)
+
+    def subset(self, indices: Sequence[int]) -> Dataset:
+        """The same with some of the items; what was encoded is shared.
+
+        Raises:
+            LoHaError: no indices.
+        """
+        if not indices:
+            raise LoHaError("there is nothing to train on: give at least one picture")
+        other = copy(self)
+        other.items, other._fingerprint = tuple(self.items[index] for index in indices), ""
+        return other
 
     def buckets(self) -> list[list[int]]:
         """Indices of items by shape of latent, each as often as it repeats; only these can share a batch."""

@@ -1,116 +1,38 @@
 """A diffusers pipeline's model, its latents and encoded captions, and its loss.
 
-SD1.5, SD2 and SDXL (UNets), SD3 and Flux (transformers). The pipeline itself encodes captions, and its scheduler's
-configuration says how noise is added and what the output means. Needs diffusers and transformers.
+The pipeline itself encodes captions, and its scheduler's configuration says how noise is added and what the output
+means; what else differs between architectures is in `families`. Needs diffusers and transformers.
 """
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from ...errors import LoHaError
+from ...errors import LoHaError, about
 from ...tuner.config import LoHaConfig
 from ...tuner.layer import LoHaLayer
 from ...tuner.model import LoHaModel
-from ..data.batches import BatchSampler
+from ..attach import recomputing
+from ..data.batches import BatchSampler, TrainingBatch
 from ..data.dataset import Dataset, Sample
+from ..losses.loss import loss, noised_batch
+from ..losses.strength import Strength
 from ..objectives import PREDICTIONS, Objective
+from .families import FAMILIES, Conditioning, Stage, collated, stages
 from .settings import ModelSettings
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 EXTRA = "pip install 'comfyui-loha[train]'"
 TEXT_ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")
-
-Conditioning = dict[str, Tensor]
-
-
-# --- families -----------------------------------------------------------------------------------
-
-
-class Family(NamedTuple):
-    """The differences between architectures.
-
-    Attributes:
-        component: the pipeline's attribute that is trained.
-        encode: (pipeline, caption, device) -> tensors with a leading 1, by name.
-        forward: (model, noisy latents (n, c, h, w), timesteps (n,) in 0…1000, conditioning) -> output of their shape.
-        multiple: sides of latents must be multiples of this.
-    """
-
-    component: str
-    encode: Callable[[Any, str, torch.device], Conditioning]
-    forward: Callable[[Any, Tensor, Tensor, Conditioning], Tensor]
-    multiple: int
-
-
-def _encode_sd(pipe: Any, caption: str, device: torch.device) -> Conditioning:
-    text, _ = pipe.encode_prompt(caption, device, 1, False)
-    return {"text": text}
-
-
-def _encode_sdxl(pipe: Any, caption: str, device: torch.device) -> Conditioning:
-    text, _, pooled, _ = pipe.encode_prompt(caption, device=device, do_classifier_free_guidance=False)
-    return {"text": text, "pooled": pooled}
-
-
-def _encode_sd3(pipe: Any, caption: str, device: torch.device) -> Conditioning:
-    text, _, pooled, _ = pipe.encode_prompt(caption, None, None, device=device, do_classifier_free_guidance=False)
-    return {"text": text, "pooled": pooled}
-
-
-def _encode_flux(pipe: Any, caption: str, device: torch.device) -> Conditioning:
-    text, pooled, _ = pipe.encode_prompt(caption, None, device=device)
-    return {"text": text, "pooled": pooled}
-
-
-def _unet(model: Any, noisy: Tensor, timesteps: Tensor, cond: Conditioning) -> Tensor:
-    added = {"text_embeds": cond["pooled"], "time_ids": cond["size"]} if "pooled" in cond else None
-    output: Tensor = model(noisy, timesteps, encoder_hidden_states=cond["text"], added_cond_kwargs=added).sample
-    return output
-
-
-def _sd3(model: Any, noisy: Tensor, timesteps: Tensor, cond: Conditioning) -> Tensor:
-    output: Tensor = model(
-        noisy, encoder_hidden_states=cond["text"], pooled_projections=cond["pooled"], timestep=timesteps
-    ).sample
-    return output
-
-
-def _flux(model: Any, noisy: Tensor, timesteps: Tensor, cond: Conditioning) -> Tensor:
-    """Tokens are cells of 2×2 latents; their rows and columns are passed beside them."""
-    n, c, height, width = noisy.shape
-    tokens = noisy.reshape(n, c, height // 2, 2, width // 2, 2).permute(0, 2, 4, 1, 3, 5).reshape(n, -1, c * 4)
-    places = torch.zeros(height // 2, width // 2, 3, device=noisy.device)
-    places[..., 1] += torch.arange(height // 2, device=noisy.device)[:, None]
-    places[..., 2] += torch.arange(width // 2, device=noisy.device)
-    output = model(
-        tokens,
-        encoder_hidden_states=cond["text"],
-        pooled_projections=cond["pooled"],
-        timestep=timesteps / 1000,
-        img_ids=places.reshape(-1, 3),
-        txt_ids=torch.zeros(cond["text"].shape[1], 3, device=noisy.device),
-        # A distilled model is trained as if guidance were off.
-        guidance=torch.ones(n, device=noisy.device) if model.config.guidance_embeds else None,
-    ).sample
-    output = output.reshape(n, height // 2, width // 2, c, 2, 2).permute(0, 3, 1, 4, 2, 5)
-    return output.reshape(n, c, height, width)
-
-
-# Class of the trained component -> family; a UNet with pooled text is SDXL's.
-FAMILIES: dict[str, Family] = {
-    "UNet2DConditionModel": Family("unet", _encode_sd, _unet, 1),
-    "UNet2DConditionModel text_time": Family("unet", _encode_sdxl, _unet, 1),
-    "SD3Transformer2DModel": Family("transformer", _encode_sd3, _sd3, 2),
-    "FluxTransformer2DModel": Family("transformer", _encode_flux, _flux, 2),
-}
 
 
 # --- noise --------------------------------------------------------------------------------------
@@ -129,12 +51,12 @@ def noising(scheduler: Any) -> Noising:
     Raises:
         LoHaError: a kind that is not known.
     """
-    kind = type(scheduler).__name__
-    if "FlowMatch" in kind:
+    kind, said = type(scheduler).__name__, scheduler.config.get("prediction_type", "epsilon")
+    if "FlowMatch" in kind or said == "flow_prediction":
         count = scheduler.config.num_train_timesteps
         return Noising("flow", lambda time: (1 - time, time, time * count))
     predictions = {"epsilon": "epsilon", "v_prediction": "v", "sample": "x0"}
-    prediction = predictions.get(scheduler.config.get("prediction_type", "epsilon"))
+    prediction = predictions.get(said)
     products = getattr(scheduler, "alphas_cumprod", None)
     if prediction is None or products is None:
         raise LoHaError(f"the pipeline's scheduler {kind} cannot be trained with; DDIMScheduler can")
@@ -176,7 +98,9 @@ def load_pipeline(settings: ModelSettings, root: Path) -> Any:
             **options,
         )
         if settings.component:
-            name = next(each for each in ("unet", "transformer") if getattr(pipe, each, None) is not None)
+            stage = stages(pipe).get(settings.stage)
+            own = (stage.component,) if stage else ("unet", "transformer")
+            name = next(each for each in own if getattr(pipe, each, None) is not None)
             model_class = type(getattr(pipe, name))
             setattr(pipe, name, model_class.from_pretrained(str(root / settings.component), dtype=dtype, **options))
     except (OSError, ValueError, ImportError, StopIteration) as error:
@@ -196,6 +120,10 @@ class Batch:
     samples: list[Sample]
     mask: Tensor | None  # (n, 1, h, w)
     sample_weight: Tensor  # (n,)
+    signal: Tensor  # (n,), of the picture in noisy
+    sigma: Tensor  # (n,), of the noise
+    class_prompts: list[str] | None = None
+    low: Batch | None = None  # of strength −1, in a slider
 
 
 class Diffusion:
@@ -204,28 +132,43 @@ class Diffusion:
     Args:
         pipe: a diffusers pipeline; what is trained of it is changed in place.
         device: where the model runs.
+        stage: which of its models is trained, where it has several.
 
     Raises:
-        LoHaError: an architecture that is not known.
+        LoHaError: a pipeline that is not known, the message lists those that are; or a stage that it does not have.
     """
 
-    def __init__(self, pipe: Any, device: torch.device) -> None:
+    def __init__(self, pipe: Any, device: torch.device, stage: str = "") -> None:
         self.pipe, self.device = pipe, device
-        model = getattr(pipe, "unet", None)
-        self.model: Any = model if model is not None else getattr(pipe, "transformer", None)
-        kind = type(self.model).__name__
-        if getattr(self.model, "config", {}).get("addition_embed_type") == "text_time":
-            kind += " text_time"
-        if kind not in FAMILIES:
-            known = ", ".join(name for name in FAMILIES if " " not in name)
-            raise LoHaError(f"{type(pipe).__name__} has a {kind}; these can be trained: {known}")
-        self.family, self.noising = FAMILIES[kind], noising(pipe.scheduler)
+        name = type(pipe).__name__
+        if name not in FAMILIES:
+            raise LoHaError(f"{name} cannot be trained; these can: {', '.join(FAMILIES)}")
+        self.family = FAMILIES[name]
+        self.noising = noising(pipe.scheduler)
+        component, *self.times = (
+            _stage(pipe, stage) if stage or stages(pipe) else Stage(self.family.component, 0.0, 1.0)
+        )
+        self.model: Any = getattr(pipe, component)
+        if (found := type(self.model).__name__) != self.family.model:
+            raise LoHaError(f"{name} has a {found}; expected a {self.family.model}")
         self.trains_text = False
+        self.strength = Strength()
 
     # What is trained
 
     def networks(self, config: LoHaConfig, text_encoders: bool) -> dict[str, dict[str, LoHaLayer]]:
-        """LoHa layers in the model and, on request, in its text encoders, by their paths in the pipeline."""
+        """LoHa layers in the model and, on request, in its text encoders, by their paths in the pipeline.
+
+        Raises:
+            LoHaError: the family's text encoders are not trained.
+        """
+        if text_encoders and not self.family.trains_text:
+            kinds = ", ".join(type(encoder).__name__ for encoder in self._text_encoders().values())
+            can = ", ".join(name for name, family in FAMILIES.items() if family.trains_text)
+            raise LoHaError(
+                f"the text encoder of {type(self.pipe).__name__} ({kinds}) cannot be trained; set text_encoders to "
+                f"false. Those of {can} can"
+            )
         for part in (self.model, *self._text_encoders().values()):
             part.requires_grad_(False)
         networks = {"model": _wrapped(self.model, config, self.family.component)}
@@ -235,6 +178,7 @@ class Diffusion:
             for name, encoder in self._text_encoders().items():
                 encoder.to(self.device)
                 networks["text"] |= _wrapped(encoder, _for_text(config), name)
+        self.strength = Strength(layer for layers in networks.values() for layer in layers.values())
         return networks
 
     def _text_encoders(self) -> dict[str, nn.Module]:
@@ -243,23 +187,67 @@ class Diffusion:
 
     # Encoding
 
+    def objective(self, chosen: Objective | None = None) -> Objective:
+        """The objective of a run: what was chosen or the family's usual one, at the times that are the model's.
+
+        For a model of flows the usual one is a logit-normal whose times are shifted.
+
+        Raises:
+            LoHaError: none of the chosen times is.
+        """
+        if chosen is None and self.noising.prediction == "flow":
+            family = self.family
+            # A shift multiplies the odds of a time.
+            chosen = Objective(
+                timesteps="logit-normal", logit_mean=math.log(family.shift), resolution_shift=family.resolution_shift
+            )
+        chosen, (start, stop) = chosen or Objective(), self.times
+        low, high = max(chosen.min_timestep, start), min(chosen.max_timestep, stop)
+        with about(f"this model is for times from {start:g} to {stop:g}"):
+            return replace(chosen, min_timestep=low, max_timestep=high)
+
     @property
     def multiple(self) -> int:
         """Sides of pictures must be multiples of this."""
-        return int(self.pipe.vae_scale_factor) * self.family.multiple
+        return self.scale * self.family.multiple
+
+    @property
+    def scale(self) -> int:
+        """Pixels along a side of a place in a latent."""
+        return self.family.scale(self.pipe)
 
     def latent(self, picture: Tensor) -> Tensor:
-        """(h, w, 3) in 0…1 -> (c, h/f, w/f), as the VAE gives it: the mode of its distribution."""
+        """(h, w, 3) in 0…1 -> (c, h/f, w/f) as the model takes it: normalised, the mode of the VAE's distribution."""
         vae = self.pipe.vae.to(self.device)
         pixels = picture.movedim(-1, 0)[None].to(self.device, vae.dtype) * 2 - 1
         with torch.no_grad():
-            latent: Tensor = vae.encode(pixels).latent_dist.mode()[0]
-        return latent.float().cpu()
+            return self.family.latent(vae, pixels)[0].float().cpu()
 
     def encode(self, caption: str) -> Conditioning:
         for encoder in self._text_encoders().values():
             encoder.to(self.device)
         return self.family.encode(self.pipe, caption, self.device)
+
+    # The model
+
+    def output(self, noisy: Tensor, timesteps: Tensor, encoded: Sequence[Conditioning]) -> Tensor:
+        """What the model makes of noisy latents (n, c, h, w) at timesteps (n,), with what `encode` gave for each."""
+        dtype = self.model.dtype
+        cond = collated(encoded, self.device, dtype)
+        # Some take the size of the picture, and the place and size of its crop: here, all of it.
+        height, width = (side * self.scale for side in noisy.shape[-2:])
+        size = torch.tensor([height, width, 0, 0, height, width], dtype=dtype, device=self.device)
+        cond["size"] = size.expand(len(encoded), -1)
+        return self.family.forward(self.model, noisy.to(dtype), timesteps, cond)
+
+    def enable_gradient_checkpointing(self) -> None:
+        """Less memory for more time: blocks run again in the backward."""
+        if not self.family.checkpointed:
+            self.model.enable_gradient_checkpointing(self.strength.recomputed)
+            return
+        blocks = [block for name in self.family.checkpointed for block in getattr(self.model, name)]
+        self._recomputing = ExitStack()  # held as long as this is
+        self._recomputing.enter_context(recomputing(blocks, self.strength))
 
     def put_away(self, *, text_encoders: bool) -> None:
         """Move the VAE, and the text encoders on request, off the device."""
@@ -269,17 +257,33 @@ class Diffusion:
             torch.cuda.empty_cache()
 
 
+def _stage(pipe: Any, stage: str) -> Stage:
+    """The stage of this name."""
+    found, name = stages(pipe), type(pipe).__name__
+    if not found:
+        raise LoHaError(f"[model] stage is {stage!r}, but this {name} has one model for all noise; leave it out")
+    if stage not in found:
+        which = " or ".join(f'"{each}"' for each in found)
+        raise LoHaError(
+            f"this {name} has a model for each of {len(found)} stages; say by [model] stage which is trained: {which}"
+        )
+    return found[stage]
+
+
 def _wrapped(module: nn.Module, config: LoHaConfig, network: str) -> dict[str, LoHaLayer]:
     if config.target_modules is None:
         config = LoHaConfig(**{**vars(config), "target_modules": _blocks(module)})
     return {f"{network}.{name}": layer for name, layer in LoHaModel(module, config).loha_layers()}
 
 
+_CONDITIONING = re.compile(r"time_emb|norm|embed|modulation|_mod\.|guidance")
+
+
 def _blocks(model: nn.Module) -> list[str]:
     """Linear layers and convolutions in a network's blocks, without those of time and size embeddings."""
     kinds = (nn.Linear, nn.Conv2d)
     named = ((name, module) for name, module in model.named_modules() if isinstance(module, kinds))
-    return [name for name, _ in named if re.search(r"\.\d+\.", name) and not re.search(r"time_emb|norm|embed", name)]
+    return [name for name, _ in named if re.search(r"\.\d+\.", name) and not _CONDITIONING.search(name)]
 
 
 def _for_text(config: LoHaConfig) -> LoHaConfig:
@@ -309,9 +313,11 @@ class Feed:
 
     def batch(self, number: int) -> Batch:
         """This process's part of batch ``number`` since training began; all that is random follows from the number."""
-        d, drawn = self.diffusion, self.sampler.batch(number)
-        config = d.pipe.vae.config
-        clean = (drawn.latents - (config.get("shift_factor") or 0.0)) * config.scaling_factor
+        return noised_batch(self, self.sampler.batch(number), self.dataset)
+
+    def noised(self, drawn: TrainingBatch) -> Batch:
+        """x = signal·x₀ + sigma·ε, on the model's device."""
+        d, clean = self.diffusion, drawn.latents
         prediction = PREDICTIONS[d.noising.prediction]
         signal, sigma, timesteps = d.noising.at(torch.tensor(drawn.times))
         a, s = (t.reshape(-1, 1, 1, 1) for t in (signal, sigma))
@@ -324,20 +330,56 @@ class Feed:
             samples=drawn.samples,
             mask=None if drawn.mask is None else drawn.mask.to(d.device),
             sample_weight=drawn.sample_weight.to(d.device),
+            signal=signal.to(d.device),
+            sigma=sigma.to(d.device),
+            class_prompts=drawn.class_prompts,
+            low=None if drawn.low is None else self.noised(drawn.low),
         )
+
+    def parts(self, batch: Batch, output: Tensor) -> tuple[Tensor, Tensor]:
+        """The clean latents and the noise that an output stands for, on the CPU."""
+        a, s, gain = (t.reshape(-1, 1, 1, 1) for t in (batch.signal, batch.sigma, batch.gain))
+        # x₀ is linear in the output, and the output for x₀ = 0 is that of the noise x/σ alone.
+        nothing = PREDICTIONS[self.diffusion.noising.prediction].target(
+            torch.zeros_like(batch.noisy), batch.noisy / s, a, s
+        )
+        clean = gain * (output.float() - nothing)
+        return clean.cpu(), ((batch.noisy - a * clean) / s).cpu()
+
+    # Predictions and the loss
+
+    def prediction(self, batch: Batch, prompts: Sequence[str] | None = None) -> Tensor:
+        """The model's output for each sample (n, c, h, w); of ``prompts`` in place of the samples' captions."""
+        d = self.diffusion
+        encode = d.encode if d.trains_text else self.dataset.encode
+        asked = [sample.caption for sample in batch.samples] if prompts is None else prompts
+        return d.output(batch.noisy, batch.timesteps, [encode(prompt) for prompt in asked])
+
+    def base_prediction(self, batch: Batch, prompts: Sequence[str] | None = None) -> Tensor:
+        """What the frozen model says, without anything that is trained, and without gradients; as `prediction`."""
+        with torch.no_grad(), self.diffusion.strength.at(0):
+            return self.prediction(batch, prompts)
+
+    def target(self, batch: Batch) -> Tensor:
+        """What `prediction` should be, of the noise that was added."""
+        return batch.target
+
+    def error(
+        self,
+        batch: Batch,
+        target: Tensor,
+        prompts: Sequence[str] | None = None,
+        strength: float = 1.0,
+        kept: Tensor | None = None,
+    ) -> Tensor:
+        """The objective's error of `prediction`, with the layers at ``strength``; differentiable."""
+        with self.diffusion.strength.at(strength):
+            output = self.prediction(batch, prompts)
+        return self.objective.loss(
+            output, target, batch.gain, batch.snr, mask=batch.mask, sample_weight=batch.sample_weight,
+            kept=kept,
+        )  # fmt: skip
 
     def loss(self, batch: Batch) -> Tensor:
         """A scalar, differentiable with respect to the layers."""
-        d = self.diffusion
-        encode = d.encode if d.trains_text else self.dataset.encode
-        encoded = [encode(sample.caption) for sample in batch.samples]
-        dtype = d.model.dtype
-        cond = {name: torch.cat([each[name].to(d.device) for each in encoded]).to(dtype) for name in encoded[0]}
-        # SDXL takes the size of the picture, and the place and size of its crop: here, all of it.
-        height, width = (side * int(d.pipe.vae_scale_factor) for side in batch.noisy.shape[-2:])
-        size = torch.tensor([height, width, 0, 0, height, width], dtype=dtype, device=d.device)
-        cond["size"] = size.expand(len(encoded), -1)
-        output = d.family.forward(d.model, batch.noisy.to(dtype), batch.timesteps, cond)
-        return self.objective.loss(
-            output, batch.target, batch.gain, batch.snr, mask=batch.mask, sample_weight=batch.sample_weight
-        )
+        return loss(self, batch, self.objective)

@@ -8,31 +8,37 @@ from __future__ import annotations
 import re
 import sys
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from ...adapter import Adapter
 from ...errors import LoHaError, about
 from ...formats import metadata, save_adapter
 from ...naming.names import flat
-from ...tuner.layer import LoHaLayer
+from ...naming.respell import respelled
 from ..attach import fingerprint
+from ..callbacks.tensorboard import TensorBoard
 from ..config import TrainingConfig
 from ..data.dataset import Dataset, Item
 from ..data.folder import Entry, read_folder, without_caption
 from ..data.pictures import Sizes, at_latent_size, fit
+from ..data.validation import Validation, held_out
 from ..digest import digest
-from ..events import Event, Saved, Stepped, Stopped
+from ..events import Event, Saved, Stepped, Stopped, Validated
 from ..objectives import Objective
+from ..optimizers import refuse_unmatched
 from ..randomness import fork_rng
 from ..state import STATE
+from ..swap import waiting
 from ..trainer import Trainer
 from .pipeline import DTYPES, EXTRA, Diffusion, Feed, load_pipeline
+from .placement import blocks_in, place, swapped, to_nf4_
+from .preview import Previews
 from .settings import DataSettings, Settings, read_settings
 
 PRINT_INTERVAL = 10.0  # seconds between two lines of progress
@@ -50,23 +56,32 @@ def train(path: Path) -> Path:
     """
     settings = read_settings(path)
     accelerator = _accelerator(settings.run.batch_size)
-    entries = _entries(settings)
-    diffusion = Diffusion(load_pipeline(settings.model, settings.root), accelerator.device)
+    entries, lows = _entries(settings), _lows(settings)
+    held = read_folder(settings.root / settings.data.validation) if settings.data.validation else []
+    board = TensorBoard(settings.root / settings.output.folder / "tensorboard") if settings.output.tensorboard else None
+    diffusion = Diffusion(load_pipeline(settings.model, settings.root), accelerator.device, settings.model.stage)
     base = fingerprint(diffusion.model)
-    objective = settings.objective or Objective(
-        timesteps="logit-normal" if diffusion.noising.prediction == "flow" else "uniform"
-    )
-    dataset = _dataset(settings, entries, diffusion)
+    if settings.model.quantisation:
+        to_nf4_(diffusion.model, accelerator.device, DTYPES[settings.model.dtype])
+    objective = diffusion.objective(settings.objective)
+    objective = replace(objective, preservation=settings.preservation)
+    dataset, validation = _data(settings, entries, lows, held, objective, diffusion)
     with fork_rng():
         torch.manual_seed(settings.training.seed)  # the first values of the factors
         networks = diffusion.networks(settings.network, settings.run.text_encoders)
-    _place(diffusion.model, networks["model"].values(), accelerator)
-    if settings.run.gradient_checkpointing:
-        diffusion.model.enable_gradient_checkpointing()
+    paths = [path for layers in networks.values() for path in layers]
+    for name in ("rank_pattern", "alpha_pattern"):
+        with about("[network]"):
+            refuse_unmatched(name, getattr(settings.network, name), paths)
+    blocks = blocks_in(diffusion.model, diffusion.family.checkpointed)
+    wait = waiting(blocks, settings.run.blocks_to_swap) if settings.run.blocks_to_swap else []
+    place(diffusion.model, networks["model"].values(), accelerator, wait)
+    if settings.run.gradient_checkpointing and not wait:
+        diffusion.enable_gradient_checkpointing()
     size = settings.run.batch_size // accelerator.num_processes
     places = range(accelerator.process_index * size, (accelerator.process_index + 1) * size)
     feed = Feed(diffusion, dataset, objective, settings.run.batch_size, settings.training.seed, places)
-    output = OutputWriter(settings, accelerator.is_main_process)
+    output = OutputWriter(settings, accelerator.is_main_process, diffusion.family.names)
     for pictures in entries.values() if not settings.captions.trigger else ():
         if note := without_caption(pictures):
             output.say(f"note: {note}")
@@ -78,17 +93,33 @@ def train(path: Path) -> Path:
         settings.optimizer,
         init=settings.network.init_weights,
         folder=output.folder,
-        identity=_identity(settings, dataset, objective, base),
+        identity=_identity(settings, dataset, validation, objective, base),
         callbacks=[output],
         accelerator=accelerator,
+        validate=partial(validation.loss, feed) if validation else None,
     )
     output.trainer = trainer
+    output.check_names()
     layers = sum(map(len, networks.values()))
     where = "one process" if accelerator.num_processes == 1 else f"{accelerator.num_processes} processes"
-    output.say(f"{len(dataset)} pictures, {layers} layers, {trainer.config.steps} steps on {where}")
+    if settings.preview:
+        shape = dataset.items[0].latent.shape[-2:]
+        previews = Previews(diffusion, settings.preview, shape, output.folder, settings.output.name,
+                            accelerator.is_main_process)  # fmt: skip
+        # A sharded model runs in all processes or none.
+        if accelerator.is_main_process or accelerator.distributed_type == "FSDP":
+            trainer.callbacks = [*trainer.callbacks, previews]
+    also = f" and {len(validation.dataset)} to validate with" if validation else ""
+    output.say(f"{len(dataset)} pictures{also}, {layers} layers, {trainer.config.steps} steps on {where}")
     if settings.output.resume and trainer.resume():
         output.say(f"going on from step {trainer.step}")
-    trainer.run()
+    if board is not None and accelerator.is_main_process:
+        board.going_on_from(trainer.step)
+        trainer.callbacks = [*trainer.callbacks, board]
+    with swapped(blocks, wait, accelerator.device, diffusion.strength) as swap:
+        trainer.run()
+    if swap is not None:
+        output.say(f"block swap: {swap.counts.summary()}")
     accelerator.wait_for_everyone()
     accelerator.end_training()
     return output.path()
@@ -115,34 +146,25 @@ def _accelerator(batch_size: int) -> Any:
     return accelerator
 
 
-def _place(model: Any, layers: Iterable[LoHaLayer], accelerator: Any) -> None:
-    """Move to this process's device; under FSDP its part of the frozen weights, and all of the factors."""
-    if accelerator.distributed_type != "FSDP":
-        model.to(accelerator.device)
-        return
-    from accelerate.utils import fsdp2_prepare_model
-
-    factors = [part for layer in layers for part in layer.children() if isinstance(part, nn.ParameterDict)]
-    for part in factors:
-        part.to(accelerator.device)
-    accelerator.state.fsdp_plugin.ignored_modules = factors
-    fsdp2_prepare_model(accelerator, model)
-
-
 def _with_epochs(settings: Settings, feed: Feed) -> TrainingConfig:
     config, epochs = settings.training, settings.run.epochs
+    config = replace(config, preview_every=settings.preview.every) if settings.preview else config
     return replace(config, steps=feed.sampler.steps(epochs, config.gradient_accumulation_steps)) if epochs else config
 
 
-def _identity(settings: Settings, dataset: Dataset, objective: Objective, base: str) -> dict[str, str]:
+def _identity(
+    settings: Settings, dataset: Dataset, validation: Validation | None, objective: Objective, base: str
+) -> dict[str, str]:
     """What a resumed run must have in common with the run before."""
     described = {
         "network": settings.network.to_dict(),
         "objective": asdict(objective),
         "model": asdict(settings.model),
-        "run": asdict(replace(settings.run, epochs=0)),
+        # Where blocks wait changes nothing that is learned.
+        "run": {k: v for k, v in asdict(replace(settings.run, epochs=0)).items() if k != "blocks_to_swap"},
     }
     hashes = {"data": dataset.fingerprint(), "base model": base}
+    hashes |= {"validation": validation.fingerprint()} if validation else {}
     return hashes | {name: repr(value) for name, value in described.items()}
 
 
@@ -151,28 +173,60 @@ def _identity(settings: Settings, dataset: Dataset, objective: Objective, base: 
 
 def _entries(settings: Settings) -> dict[bool, list[Entry]]:
     """Pictures to learn (False) and for regularisation (True), looked at before anything large is loaded."""
-    data = settings.data
+    data, entries = settings.data, dict[bool, list[Entry]]()
     masks = settings.root / data.masks if data.masks else None
-    entries = {False: read_folder(settings.root / data.folder, masks)}
+    if data.folder:
+        entries[False] = read_folder(settings.root / data.folder, masks)
     if data.regularisation:
         entries[True] = read_folder(settings.root / data.regularisation)
     return entries
 
 
-def _dataset(settings: Settings, entries: Mapping[bool, list[Entry]], diffusion: Diffusion) -> Dataset:
-    """Pictures as latents, and captions encoded, unless text encoders are trained or there are too many."""
+def _lows(settings: Settings) -> list[Entry]:
+    """A picture slider's other ends."""
+    return read_folder(settings.root / settings.slider.low) if settings.slider and settings.slider.low else []
+
+
+def _data(
+    settings: Settings,
+    entries: Mapping[bool, list[Entry]],
+    lows: list[Entry],
+    held: list[Entry],
+    objective: Objective,
+    diffusion: Diffusion,
+) -> tuple[Dataset, Validation | None]:
+    """Pictures as latents, to train on and to validate with.
+
+    Captions are encoded, unless text encoders are trained or there are too many.
+    """
     sizes = _sizes(settings.sizes, diffusion.multiple)
     items = [
         _item(entry, regularisation, settings.data, sizes, diffusion)
         for regularisation, of_kind in entries.items()
         for entry in of_kind
     ]
-    dataset = Dataset(items, settings.captions, diffusion.encode)
+    if settings.slider is None:
+        dataset = Dataset(items, settings.captions, diffusion.encode)
+    else:
+        opposite = [_item(entry, False, settings.data, sizes, diffusion) for entry in lows]
+        dataset = settings.slider.dataset(items, opposite, settings.captions, diffusion.encode, diffusion.latent)
+    seed, validation, without_flip = settings.training.seed, None, replace(settings.data, flip=False)
+    if held:
+        items = [_item(entry, False, without_flip, sizes, diffusion) for entry in held]
+        with about(f"[data]: validation {settings.data.validation!r}"):
+            validation = Validation(Dataset(items, settings.captions), objective, settings.run.batch_size, seed)
+    elif settings.data.validation_share:
+        with about("[data]"):
+            dataset, others = held_out(dataset, settings.data.validation_share, seed)
+        validation = Validation(others, objective, settings.run.batch_size, seed)
     captions = [] if settings.run.text_encoders else dataset.all_captions()
+    if settings.preservation:
+        captions += settings.preservation.class_prompts(captions)
+    captions += validation.prompts() if validation and not settings.run.text_encoders else []
     for caption in captions:
         dataset.encode(caption)
     diffusion.put_away(text_encoders=bool(captions))
-    return dataset
+    return dataset, validation
 
 
 def _sizes(sizes: Sizes, multiple: int) -> Sizes:
@@ -209,12 +263,17 @@ def _item(entry: Entry, regularisation: bool, data: DataSettings, sizes: Sizes, 
 
 
 class OutputWriter:
-    """Prints progress, and writes the adapter whenever the state is saved."""
+    """Prints progress, and writes the adapter whenever the state is saved.
+
+    Args:
+        names: of the family's modules in a file, see `Family`.
+    """
 
     trainer: Trainer
 
-    def __init__(self, settings: Settings, is_main: bool) -> None:
+    def __init__(self, settings: Settings, is_main: bool, names: str) -> None:
         self.settings, self.is_main = settings, is_main
+        self.names = names if settings.output.format == "lycoris" else "keep"
         self.folder = settings.root / settings.output.folder
         self.printed, self.started, self.first_step = 0.0, time.monotonic(), 0
         if is_main and not settings.output.resume:
@@ -224,23 +283,40 @@ class OutputWriter:
         if self.is_main:
             print(text, file=sys.stderr, flush=True)
 
-    def path(self, step: int | None = None) -> Path:
-        """Where the adapter is written: at the end, or at a step on the way."""
+    def path(self, mark: str = "") -> Path:
+        """Where the adapter is written: at the end, or with a mark on the way."""
         o = self.settings.output
-        name = o.name if step is None else f"{o.name}-{step:06d}"
+        name = o.name + mark
         return self.folder / (f"{name}.safetensors" if o.format == "lycoris" else name)
+
+    def check_names(self) -> None:
+        """Before anything is learned.
+
+        Raises:
+            LoHaError: layers that have no name in a file for this family's readers.
+        """
+        respelled(self._adapter(), self.names)
 
     def __call__(self, event: Event) -> None:
         match event:
             case Stepped():
                 self._print_progress(event)
             case Saved():
-                path = self.path(None if event.step == self.trainer.config.steps else event.step)
-                o = self.settings.output
-                save_adapter(self._adapter(), path, format=o.format, dtype=DTYPES[o.dtype])
-                self.say(f"saved {path}")
+                self._save("" if event.step == self.trainer.config.steps else f"-{event.step:06d}")
+            case Validated():
+                best = ", the lowest so far" if event.best else ""
+                self.say(f"step {event.step}/{self.trainer.config.steps}  validation loss {event.loss:.4f}{best}")
+                if event.best:
+                    self._save("-best")
             case Stopped(reason=KeyboardInterrupt()):
                 self.say(f"stopped at step {event.step}; the same command goes on from the state in {self.folder}")
+
+    def _save(self, mark: str) -> None:
+        if not self.is_main:
+            return
+        path, o = self.path(mark), self.settings.output
+        save_adapter(self._adapter(), path, format=o.format, names=self.names, dtype=DTYPES[o.dtype])
+        self.say(f"saved {path}")
 
     def _print_progress(self, event: Stepped) -> None:
         now = time.monotonic()
@@ -253,7 +329,7 @@ class OutputWriter:
 
     def _adapter(self) -> Adapter:
         layers = {name: f for network in self.trainer.factors().values() for name, f in network.items()}
-        if self.settings.output.format == "lycoris":
+        if self.settings.output.format == "lycoris" and self.names == "keep":
             layers = {_name_in_file(name): f for name, f in layers.items()}
         # Paths of modules, as in PEFT's folders: `save_adapter` turns them into the names of a file.
         entries = metadata.network(layers.values()) | self.trainer.metadata(self.settings.run.batch_size)
@@ -261,7 +337,7 @@ class OutputWriter:
 
 
 def _name_in_file(name: str) -> str:
-    """The name in a single file of the module at a path in a pipeline."""
+    """The name in a single file of the module at a path in a pipeline, for families whose readers know diffusers'."""
     if name.startswith("transformer."):
         # Under lora_unet_ they expect the names of a transformer's original code.
         return "lora_transformer_" + flat(name.removeprefix("transformer."))
