@@ -170,8 +170,9 @@ def test_a_template_is_run(page: Page, hand: Hand, ready: Server, what: str):
         route.fulfill(json={"prompt_id": "x", "number": 1, "node_errors": {}})
 
     page.route("**/prompt", lambda route: queue(route) if route.request.method == "POST" else route.continue_())
-    hand.run()
-    page.wait_for_timeout(1000)
+    with page.expect_request(lambda request: request.method == "POST" and request.url.endswith("/prompt")):
+        hand.run()
+    page.wait_for_timeout(500)
     page.unroute("**/prompt")
     [prompt] = prompts
     assert kind in {node["class_type"] for node in prompt["prompt"].values()}

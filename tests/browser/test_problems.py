@@ -10,7 +10,7 @@ from playwright.sync_api import Page, expect
 
 from demo.comfyui import REPOSITORY, ComfyUIError, Server
 
-from .conftest import STEP
+from .conftest import OWN_WIDGETS_ON_SUBGRAPHS, STEP
 from .test_undo import undo
 from .test_widgets import add, sent
 
@@ -35,10 +35,14 @@ WRONG: dict[str, tuple[str, Any, Any]] = {
     "LoHaSave": ("filename", "../a", "a"),
     "LoHaExtract": ("only", "attn(", "attn"),
 }
+OWN_PLACE = {"LoHaBlockStrength", "LoHaSchedule"}
+"""Nodes with a widget that has a place for it."""
 
 
 @pytest.mark.parametrize("kind", WRONG)
-def test_a_wrong_value_is_said_on_the_node(page: Page, server: Server, kind: str, shoot):
+def test_a_wrong_value_is_said_on_the_node(page: Page, server: Server, nodes_2: bool, kind: str, shoot):
+    if nodes_2 and kind not in OWN_PLACE and page.evaluate(OWN_WIDGETS_ON_SUBGRAPHS):
+        pytest.skip("Nodes 2.0 of the front end 1.32.9 draws no line that comes after a change; the run tells")
     name, wrong, right = WRONG[kind]
     node = add(page, kind)
     said = page.locator(".loha-error:visible")
