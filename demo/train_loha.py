@@ -22,11 +22,19 @@ def folder(target: int) -> str:
     return f"loha_demo_{digits.WORDS[target]}"
 
 
+def pairs_folder(target: int) -> str:
+    """Where as many pictures lie of one held-back digit as of the other."""
+    return f"loha_demo_pairs_{digits.WORDS[target]}"
+
+
 def write_pictures(server: comfyui.Server) -> None:
-    """Real digits as PNG with a caption beside each: one folder for each held-back digit, one for the known ones."""
+    """Real digits as PNG with a caption beside each: two folders for each held-back digit, one for the known ones."""
     data = digits.load()[0]
     for target in digits.HELD_BACK:
-        _write(data.only((target,)), server.path("input", folder(target), ""))
+        shown = data.only((target,))
+        _write(shown, server.path("input", folder(target), ""))
+        pairs = digits.Digits(shown.pictures[:KNOWN_EACH], shown.labels[:KNOWN_EACH])
+        _write(pairs, server.path("input", pairs_folder(target), ""))
     known = [data.only((digit,)) for digit in digits.KNOWN]
     first = [digits.Digits(d.pictures[:KNOWN_EACH], d.labels[:KNOWN_EACH]) for d in known]
     every = digits.Digits(np.concatenate([d.pictures for d in first]), np.concatenate([d.labels for d in first]))

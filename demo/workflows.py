@@ -108,8 +108,8 @@ OWN: dict[str, Values] = {
         "KSampler": {"cfg": 1.0},
     },
     "14 Train a slider from pairs of pictures": {
-        "Strength 1": {"folder": "loha_demo_seven"},
-        "Strength -1": {"folder": "loha_demo_three"},
+        "Strength 1": {"folder": "loha_demo_pairs_seven"},
+        "Strength -1": {"folder": "loha_demo_pairs_three"},
         "LoHaDataset": {"resolution": 0},
     },
     "15 Train and keep the class": {
