@@ -69,6 +69,17 @@ def expect_error(page: Page, text: str) -> None:
     expect(page.get_by_text(text).filter(visible=True).first).to_be_visible()
 
 
+def until(page: Page, act: Callable[[], None], done: Callable[[], Any]) -> None:
+    """Do it, and again where a page that has just begun has not heard the key or the click."""
+    for _ in range(12):
+        act()
+        for _ in range(50):
+            if done():
+                return
+            page.wait_for_timeout(100)
+    raise AssertionError("the page does not answer")
+
+
 def expect_value(page: Page, expression: str, value: Any) -> None:
     """A script's value becomes this one, and stays so."""
     same = 0

@@ -16,6 +16,7 @@ from playwright.sync_api import Locator, Page, Route, expect
 
 from demo.comfyui import REPOSITORY, Server
 
+from .conftest import until
 from .test_chooser import dialog_of, options
 from .test_search import FOCUSED, TITLES
 from .test_widgets import add, drag, rows_of, sent
@@ -43,10 +44,6 @@ class Hand:
         self.page.keyboard.press(key)
         self.actions += 1
 
-    def run(self) -> None:
-        """ComfyUI's key for it."""
-        self.key("Control+Enter")
-
 
 @pytest.fixture
 def hand(page: Page) -> Hand:
@@ -60,9 +57,8 @@ def said(hand: Hand, what: str, most: int) -> None:
 
 
 def test_load_one_and_swap_it(page: Page, hand: Hand):
-    page.mouse.dblclick(700, 400)
+    until(page, lambda: page.mouse.dblclick(700, 400), lambda: page.evaluate(FOCUSED))
     hand.actions += 1
-    page.wait_for_function(FOCUSED)
     hand.type("loha")
     page.wait_for_function(f"({TITLES})[0] === 'Load LoHa'")
     hand.key("Enter")
@@ -170,12 +166,8 @@ def test_a_template_is_run(page: Page, hand: Hand, ready: Server, what: str):
         route.fulfill(json={"prompt_id": "x", "number": 1, "node_errors": {}})
 
     page.route("**/prompt", lambda route: queue(route) if route.request.method == "POST" else route.continue_())
-    hand.run()
-    for _ in range(20):  # a page that has just begun may not hear its keys yet
-        page.wait_for_timeout(1500)
-        if prompts:
-            break
-        page.keyboard.press("Control+Enter")
+    until(page, lambda: page.keyboard.press("Control+Enter"), lambda: prompts)
+    hand.actions += 1
     page.unroute("**/prompt")
     prompt = prompts[0]
     assert kind in {node["class_type"] for node in prompt["prompt"].values()}

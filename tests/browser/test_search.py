@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from playwright.sync_api import Page
 
+from .conftest import until
+
 # From 1.49.6 on the front end looks into aliases, too.
 ALIASES = "window.__COMFYUI_FRONTEND_VERSION__ !== '1.32.9'"
 FOCUSED = "document.activeElement.tagName === 'INPUT'"
@@ -26,8 +28,7 @@ def listed(page: Page, typed: str) -> list[str]:
 
 
 def test_what_people_type(page: Page, shoot):
-    page.mouse.dblclick(700, 700)
-    page.wait_for_function(FOCUSED)
+    until(page, lambda: page.mouse.dblclick(700, 700), lambda: page.evaluate(FOCUSED))
     assert listed(page, "loha")[0] == "Load LoHa"
     shoot("search")
     assert listed(page, "load")[0] == "Load Image"  # more people look for that
