@@ -5,36 +5,34 @@ from typing import Any
 import numpy as np
 
 from . import comfyui, digits
-from .workflows import CHECKPOINT, GRID, filled
+from .workflows import CHECKPOINT, GRID, Values, job
 
 
 def every_picture(server: comfyui.Server, digit: int, batch: int, **grid: Any) -> np.ndarray:
     """With these inputs of LoHa Grid and so many seeds, row by row of the plan: (n, h, w, 3) uint8."""
-    job = _job(server, digit, batch, grid)
-    decoded = next(key for key, node in job.items() if node["class_type"] == "VAEDecode")
-    saved = next(node for node in job.values() if node["class_type"] == "SaveImage")
+    prompt = _drawing(server, digit, batch, grid)
+    decoded = next(key for key, node in prompt.items() if node["class_type"] == "VAEDecode")
+    saved = next(node for node in prompt.values() if node["class_type"] == "SaveImage")
     saved["inputs"]["images"] = [decoded, 0]
-    job = {key: node for key, node in job.items() if node["class_type"] != "LoHaGridImage"}
-    return server.images(server.queue(job, timeout=1800))
+    prompt = {key: node for key, node in prompt.items() if node["class_type"] != "LoHaGridImage"}
+    return server.images(server.queue(prompt, timeout=1800))
 
 
 def labelled(server: comfyui.Server, digit: int, batch: int, **grid: Any) -> np.ndarray:
     """The same as one labelled picture, of LoHa Grid Image: (h, w, 3) uint8."""
-    job = _job(server, digit, batch, grid)
-    outputs = server.queue(job)["outputs"]
-    [picture] = server.images({"outputs": {k: o for k, o in outputs.items() if job[k]["class_type"] == "SaveImage"}})
+    prompt = _drawing(server, digit, batch, grid)
+    outputs = server.queue(prompt)["outputs"]
+    [picture] = server.images({"outputs": {k: o for k, o in outputs.items() if prompt[k]["class_type"] == "SaveImage"}})
     return picture
 
 
-def _job(server: comfyui.Server, digit: int, batch: int, grid: dict[str, Any]) -> comfyui.Json:
-    job = comfyui.to_api(filled(GRID), server.object_info())
-    settings: dict[str, dict[str, Any]] = {
+def _drawing(server: comfyui.Server, digit: int, batch: int, grid: dict[str, Any]) -> comfyui.Json:
+    settings: Values = {
         "CheckpointLoaderSimple": {"ckpt_name": CHECKPOINT},
         "EmptyLatentImage": {"batch_size": batch},
         "LoHaGrid": grid,
     }
-    for node in job.values():
-        node["inputs"] |= settings.get(node["class_type"], {})
-    positive = next(node["inputs"]["positive"][0] for node in job.values() if node["class_type"] == "KSampler")
-    job[positive]["inputs"]["text"] = digits.prompt(digit)
-    return job
+    prompt = job(server, GRID, settings)
+    positive = next(node["inputs"]["positive"][0] for node in prompt.values() if node["class_type"] == "KSampler")
+    prompt[positive]["inputs"]["text"] = digits.prompt(digit)
+    return prompt

@@ -12,8 +12,8 @@ import numpy as np
 from . import comfyui, digits
 from .__main__ import CONTROL, SAMPLES, drawn
 from .grid import every_picture
-from .prepare import train_lohas, write_files
-from .workflows import IMPACT, LOADER, filled
+from .prepare import served, train_lohas
+from .workflows import IMPACT, LOADER, job
 
 PRUNED = "loha_demo_seven_pruned"
 AT_LEAST = 0.90
@@ -25,15 +25,12 @@ Part = tuple[str, float, float, bool]  # name, impact, norm, whether it is kept
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m demo.impact", description=(__doc__ or "").splitlines()[0])
     parser.parse_args()
-    try:
-        server = comfyui.Server(comfyui.find())
-        write_files(server)
-        with server:
-            train_lohas(server, digits.TARGET)
-            return compare(server)
-    except comfyui.ComfyUIError as error:
-        print(f"\nThe demo cannot go on: {error}", file=sys.stderr)
-        return 2
+
+    def run(server: comfyui.Server) -> int:
+        train_lohas(server, digits.TARGET)
+        return compare(server)
+
+    return served(run)
 
 
 def compare(server: comfyui.Server) -> int:
@@ -50,7 +47,7 @@ def compare(server: comfyui.Server) -> int:
     }
     judge, asked = digits.Judge(), (digits.TARGET, CONTROL)
     tables = {digit: by_setting(server, settings, digit) for digit in asked}
-    loader = comfyui.to_api(filled(LOADER), server.object_info())
+    loader = job(server, LOADER)
     for digit in asked:
         saved = {"lora_name": f"{PRUNED}.safetensors", "strength_model": 1.0}
         tables[digit]["half, its file"] = drawn(server, loader, digit, "pruned", **saved)
@@ -72,10 +69,7 @@ def without(names: set[str]) -> str:
 
 def rank(server: comfyui.Server) -> list[Part]:
     """Run the workflow, print its ranking, and leave the pruned LoHa among the others."""
-    prompt = comfyui.to_api(filled(IMPACT), server.object_info())
-    for node in prompt.values():
-        if node["class_type"] == "LoHaSave":
-            node["inputs"] |= {"filename": PRUNED, "overwrite": True}
+    prompt = job(server, IMPACT, {"LoHaSave": {"filename": PRUNED, "overwrite": True}})
     outputs = server.queue(prompt)["outputs"]
     [node] = [key for key, node in prompt.items() if node["class_type"] == "LoHaImpact"]
     print(outputs[node]["text"][0])

@@ -16,8 +16,8 @@ from loha_core import Adapter, Compression, ErrorReport, Result, Sparse, load_ad
 
 from . import comfyui, digits
 from .__main__ import CONTROL, drawn
-from .prepare import train_lohas, write_files
-from .workflows import LOADER, filled
+from .prepare import served, train_lohas
+from .workflows import LOADER, job
 
 ASKED = (*digits.HELD_BACK, CONTROL)
 AT_LEAST = 0.70
@@ -56,22 +56,19 @@ WAYS: dict[str, Callable[[list[Adapter]], Result]] = {
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m demo.merge", description=(__doc__ or "").splitlines()[0])
     parser.parse_args()
-    try:
-        server = comfyui.Server(comfyui.find())
-        write_files(server)
-        with server:
-            names = train_lohas(server, *digits.HELD_BACK)
-            adapters = [load_adapter(server.path("models", "loras", name)) for name in names]
-            return table(server, adapters)
-    except comfyui.ComfyUIError as error:
-        print(f"\nThe demo cannot go on: {error}", file=sys.stderr)
-        return 2
+
+    def run(server: comfyui.Server) -> int:
+        names = train_lohas(server, *digits.HELD_BACK)
+        adapters = [load_adapter(server.path("models", "loras", name)) for name in names]
+        return table(server, adapters)
+
+    return served(run)
 
 
 def table(server: comfyui.Server, adapters: list[Adapter]) -> int:
     """Print what each way of merging gives; 0 if the promise is kept."""
     judge = digits.Judge()
-    prompt = comfyui.to_api(filled(LOADER), server.object_info())
+    prompt = job(server, LOADER)
     print(f"{'':<32}{'numbers':>9}{'error':>9}" + "".join(f"{digits.WORDS[d]:>8}" for d in ASKED))
     kept = False
     for way, make in WAYS.items():

@@ -2,56 +2,71 @@
 
 import hashlib
 import logging
+import sys
+from collections.abc import Callable
 from pathlib import Path
 
 from safetensors import safe_open
 
 from . import digits, train_loha, workflows
-from .comfyui import Server, importable
+from .comfyui import ComfyUIError, Server, find, importable
 from .workflows import CHECKPOINT, LOHA
 
-__all__ = ["BASE", "CHECKPOINT", "LOHA", "train_lohas", "write_files"]
+__all__ = ["BASE", "CHECKPOINT", "HERE", "LOHA", "is_made", "made_from", "served", "train_lohas", "write_files"]
 
 HERE = Path(__file__).parent
 BASE = HERE / "base.safetensors"
 _MADE_FROM = "demo_made_from"
 
 
+def served(run: Callable[[Server], int], *write: Callable[[Server], None]) -> int:
+    """What ``run`` returns of a started server that has the demo's files and those of ``write``; 2 if it fails."""
+    try:
+        server = Server(find())
+        for each in (write_files, *write):
+            each(server)
+        with server:
+            return run(server)
+    except ComfyUIError as error:
+        print(f"\nThe demo cannot go on: {error}", file=sys.stderr)
+        return 2
+
+
 def write_files(server: Server) -> None:
     """Put the checkpoint and the pictures to learn from where the (not yet started) server looks for them."""
     checkpoint = server.path("models", "checkpoints", CHECKPOINT)
-    key = _digest(HERE / "model.py", BASE)
-    if _made_from(checkpoint) != key:
+    made = made_from(HERE / "model.py", BASE)
+    if not is_made(checkpoint, made):
         importable()
         logging.getLogger().setLevel(logging.ERROR)  # ComfyUI warns of parts of it that are not used here
         from . import model  # it needs ComfyUI on the path
 
         print(f"Writing the checkpoint {checkpoint.name} …")
-        model.save_checkpoint(model.load_int8(BASE), checkpoint, {_MADE_FROM: key})
+        model.save_checkpoint(model.load_int8(BASE), checkpoint, made)
     train_loha.write_pictures(server)
 
 
 def train_lohas(server: Server, *targets: int) -> list[str]:
     """A LoHa for each of the digits, trained in the started server unless it is there already; their file names."""
-    key = _digest(
+    made = made_from(
         HERE / "model.py", BASE, HERE / "digits.py", HERE / "train_loha.py", HERE / "workflows.py", workflows.TRAIN
     )
     names = []
     for target in targets:
         names.append(f"loha_demo_{digits.WORDS[target]}.safetensors")
-        if _made_from(server.path("models", "loras", names[-1])) != key:
-            train_loha.train(server, target, names[-1], {_MADE_FROM: key})
+        if not is_made(server.path("models", "loras", names[-1]), made):
+            train_loha.train(server, target, names[-1], made)
     return names
 
 
-def _digest(*paths: Path) -> str:
-    """A hash over files."""
-    return hashlib.sha256(b"".join(path.read_bytes() for path in paths)).hexdigest()
+def made_from(*paths: Path) -> dict[str, str]:
+    """Metadata for a file that is made anew when one of these changes."""
+    return {_MADE_FROM: hashlib.sha256(b"".join(path.read_bytes() for path in paths)).hexdigest()}
 
 
-def _made_from(path: Path) -> str | None:
-    """The digest that was written into a file when it was made."""
+def is_made(path: Path, made: dict[str, str]) -> bool:
+    """Whether the file is there, with this metadata."""
     if not path.exists():
-        return None
+        return False
     with safe_open(path, "pt") as file:
-        return (file.metadata() or {}).get(_MADE_FROM)
+        return made.items() <= (file.metadata() or {}).items()

@@ -15,8 +15,8 @@ import numpy as np
 
 from . import comfyui, digits, train_loha
 from .__main__ import drawn
-from .prepare import _digest, _made_from, write_files
-from .workflows import LOADER, TRAIN, filled
+from .prepare import BASE, HERE, is_made, made_from, served
+from .workflows import LOADER, TRAIN, job
 
 WAYS = ("alone", "prior pictures", "output preservation")
 BATCH = 8
@@ -30,16 +30,13 @@ KEPT, LEARNT = 0.95, 0.80
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m demo.preservation", description=(__doc__ or "").splitlines()[0])
     parser.parse_args()
-    try:
-        server = comfyui.Server(comfyui.find())
-        write_files(server)
-        with server:
-            for way in WAYS:
-                _train(server, way)
-            return table(server)
-    except comfyui.ComfyUIError as error:
-        print(f"\nThe demo cannot go on: {error}", file=sys.stderr)
-        return 2
+
+    def run(server: comfyui.Server) -> int:
+        for way in WAYS:
+            _train(server, way)
+        return table(server)
+
+    return served(run)
 
 
 def _file(way: str) -> str:
@@ -48,27 +45,19 @@ def _file(way: str) -> str:
 
 def _train(server: comfyui.Server, way: str) -> None:
     """The training workflow, without the prior pictures unless they are wanted."""
-    here = Path(__file__)
-    key = _digest(here.parent / "model.py", here.parent / "base.safetensors", here.parent / "workflows.py", here, TRAIN)
-    if _made_from(server.path("models", "loras", _file(way))) == key:
+    made = made_from(HERE / "model.py", BASE, HERE / "workflows.py", Path(__file__), TRAIN)
+    if is_made(server.path("models", "loras", _file(way)), made):
         return
-    prompt = comfyui.to_api(filled(TRAIN), server.object_info())
+    name = _file(way).removesuffix(".safetensors")
+    run = {"name": name, "resume": False, "batch_size": BATCH, "save_every": 0}
+    saved = {"filename": name, "overwrite": True, "metadata": json.dumps(made)}
+    prompt = job(server, TRAIN, {"LoHaTrainer": run, "LoHaSave": saved})
     tried = {"CLIPTextEncode", "EmptyLatentImage", "KSampler", "VAEDecode", "PreviewImage"}
     prompt = {name: node for name, node in prompt.items() if node["class_type"] not in tried}
     if way != "prior pictures":
-        known = next(k for k, n in prompt.items() if n["inputs"].get("folder") == train_loha.KNOWN_FOLDER)
-        del prompt[known]
-        for node in prompt.values():
-            node["inputs"] = {k: v for k, v in node["inputs"].items() if not (isinstance(v, list) and v[0] == known)}
-    name = _file(way).removesuffix(".safetensors")
-    for node in prompt.values():
-        if node["class_type"] == "LoHaTrainer":
-            node["inputs"] |= {"name": name, "resume": False, "batch_size": BATCH, "save_every": 0}
-            trainer = node
-        if node["class_type"] == "LoHaSave":
-            made = json.dumps({"demo_made_from": key})
-            node["inputs"] |= {"filename": name, "overwrite": True, "metadata": made}
+        prompt = train_loha.without_known(prompt)
     if way == "output preservation":
+        trainer = next(node for node in prompt.values() if node["class_type"] == "LoHaTrainer")
         words = {"trigger_word": TRIGGER, "class_word": CLASSES, "weight": 1.0}
         inputs = words | {"objective": trainer["inputs"]["objective"]}
         prompt["preservation"] = {"class_type": "LoHaPreservation", "inputs": inputs}
@@ -80,7 +69,7 @@ def _train(server: comfyui.Server, way: str) -> None:
 
 def table(server: comfyui.Server) -> int:
     """Print what is read of each digit, by the base and by each LoHa; 0 if the promise is kept."""
-    judge, loader = digits.Judge(), comfyui.to_api(filled(LOADER), server.object_info())
+    judge, loader = digits.Judge(), job(server, LOADER)
     asked = (*digits.KNOWN, digits.TARGET)
     print(f"{'right, of those asked for':<26}" + "".join(f"{digits.WORDS[d]:>7}" for d in asked) + f"{'kept':>8}")
     base, kept, learnt = 0.0, dict[str, float](), dict[str, float]()

@@ -16,8 +16,8 @@ import numpy as np
 
 from . import comfyui, digits, train_loha
 from .picture import grid
-from .prepare import _digest, _made_from, write_files
-from .workflows import CHECKPOINT, LOADER, TRAIN, filled
+from .prepare import BASE, HERE, is_made, made_from, served
+from .workflows import CHECKPOINT, LOADER, TRAIN, job
 
 LOHA = "loha_demo_always_seven.safetensors"
 ASKED = (2, 4)
@@ -43,16 +43,12 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m demo.regions", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--out", type=Path, default=comfyui.CACHE / "regions.png", help="the pictures")
     out = parser.parse_args().out
-    try:
-        server = comfyui.Server(comfyui.find())
-        write_files(server)
-        _write_pictures(server)
-        with server:
-            _train(server)
-            return table(server, out)
-    except comfyui.ComfyUIError as error:
-        print(f"\nThe demo cannot go on: {error}", file=sys.stderr)
-        return 2
+
+    def run(server: comfyui.Server) -> int:
+        _train(server)
+        return table(server, out)
+
+    return served(run, _write_pictures)
 
 
 def _write_pictures(server: comfyui.Server) -> None:
@@ -68,22 +64,15 @@ def _name() -> str:
 
 def _train(server: comfyui.Server) -> None:
     """As the training workflow does, without the pictures of what is to be kept."""
-    here = Path(__file__)
-    key = _digest(here.parent / "model.py", here.parent / "base.safetensors", here, here.parent / "workflows.py", TRAIN)
-    if _made_from(server.path("models", "loras", LOHA)) == key:
+    made = made_from(HERE / "model.py", BASE, Path(__file__), HERE / "workflows.py", TRAIN)
+    if is_made(server.path("models", "loras", LOHA), made):
         return
-    prompt = comfyui.to_api(filled(TRAIN), server.object_info())
-    known = next(k for k, n in prompt.items() if n["inputs"].get("folder") == train_loha.KNOWN_FOLDER)
-    del prompt[known]
+    saved = {"filename": _name(), "overwrite": True, "metadata": json.dumps(made)}
+    prompt = job(server, TRAIN, {"LoHaTrainer": {"name": _name(), "resume": False}, "LoHaSave": saved})
+    prompt = train_loha.without_known(prompt)
     for node in prompt.values():
-        inputs = node["inputs"]
-        node["inputs"] = inputs = {k: v for k, v in inputs.items() if not (isinstance(v, list) and v[0] == known)}
-        if inputs.get("folder") == train_loha.folder(digits.TARGET):
-            inputs["folder"] = _name()
-        if node["class_type"] == "LoHaTrainer":
-            inputs |= {"name": _name(), "resume": False}
-        if node["class_type"] == "LoHaSave":
-            inputs |= {"filename": _name(), "overwrite": True, "metadata": json.dumps({"demo_made_from": key})}
+        if node["inputs"].get("folder") == train_loha.folder(digits.TARGET):
+            node["inputs"]["folder"] = _name()
     print(f"Training {LOHA} …", flush=True)
     server.queue(prompt, timeout=1800)
 
@@ -91,7 +80,7 @@ def _train(server: comfyui.Server) -> None:
 def table(server: comfyui.Server, out: Path) -> int:
     """Print what is read in both halves; 0 if the promise is kept."""
     judge = digits.Judge()
-    prompt = comfyui.to_api(filled(LOADER), server.object_info())
+    prompt = job(server, LOADER)
     shutil.rmtree(server.base / "output", ignore_errors=True)
     print(f"Of {SAMPLES} pictures the judge reads, in the left and in the right half,")
     print(f"{'asked':>6}  {'the LoHa acts':<18}{'a seven':>14}{'what was asked':>17}{'seconds':>9}")
@@ -100,7 +89,7 @@ def table(server: comfyui.Server, out: Path) -> int:
         shown = []
         for number, (way, where) in enumerate(WAYS.items()):
             started = time.monotonic()
-            pictures = server.images(server.queue(_job(prompt, asked, where, f"regions_{asked}_{number}")))
+            pictures = server.images(server.queue(_drawing(prompt, asked, where, f"regions_{asked}_{number}")))
             seconds = time.monotonic() - started
             read = [judge.read(half.mean(axis=3) / 255) for half in (pictures[:, :, :SIDE], pictures[:, :, SIDE:])]
             sevens = [float(np.mean(half == digits.TARGET)) for half in read]
@@ -121,9 +110,9 @@ def table(server: comfyui.Server, out: Path) -> int:
     return 0 if kept else 1
 
 
-def _job(prompt: comfyui.Json, asked: int, where: dict[str, object] | None, prefix: str) -> comfyui.Json:
+def _drawing(prompt: comfyui.Json, asked: int, where: dict[str, object] | None, prefix: str) -> comfyui.Json:
     """The loader's workflow for pictures of two digits, with a region where one is wanted."""
-    job = copy.deepcopy(prompt)
+    prompt = copy.deepcopy(prompt)
     strength = 0.0 if where is None else 1.0
     settings = {
         "CheckpointLoaderSimple": {"ckpt_name": CHECKPOINT},
@@ -131,22 +120,22 @@ def _job(prompt: comfyui.Json, asked: int, where: dict[str, object] | None, pref
         "EmptyLatentImage": {"batch_size": SAMPLES, "width": 2 * SIDE, "height": SIDE},
         "SaveImage": {"filename_prefix": prefix},
     }
-    for node in job.values():
+    for node in prompt.values():
         node["inputs"] |= settings.get(node["class_type"], {})
-    positive = next(node["inputs"]["positive"][0] for node in job.values() if node["class_type"] == "KSampler")
-    job[positive]["inputs"]["text"] = digits.prompt(asked)
+    positive = next(node["inputs"]["positive"][0] for node in prompt.values() if node["class_type"] == "KSampler")
+    prompt[positive]["inputs"]["text"] = digits.prompt(asked)
     if where:
         size = {"width": SIDE, "height": SIDE}
-        job["black"] = {"class_type": "SolidMask", "inputs": {"value": 0.0, "width": 2 * SIDE, "height": SIDE}}
-        job["white"] = {"class_type": "SolidMask", "inputs": {"value": 1.0, **size}}
+        prompt["black"] = {"class_type": "SolidMask", "inputs": {"value": 0.0, "width": 2 * SIDE, "height": SIDE}}
+        prompt["white"] = {"class_type": "SolidMask", "inputs": {"value": 1.0, **size}}
         place = {"destination": ["black", 0], "source": ["white", 0], "x": where["x"], "y": 0, "operation": "add"}
-        job["mask"] = {"class_type": "MaskComposite", "inputs": place}
+        prompt["mask"] = {"class_type": "MaskComposite", "inputs": place}
         region = {"mask": ["mask", 0], "feather": 0, "text_layers": where["text_layers"]}
-        job["region"] = {"class_type": "LoHaRegion", "inputs": region}
-        for node in job.values():
+        prompt["region"] = {"class_type": "LoHaRegion", "inputs": region}
+        for node in prompt.values():
             if node["class_type"] == "LoHaLoader":
                 node["inputs"]["region"] = ["region", 0]
-    return job
+    return prompt
 
 
 if __name__ == "__main__":

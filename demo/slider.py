@@ -17,8 +17,8 @@ import numpy as np
 from PIL import Image
 
 from . import comfyui, digits
-from .prepare import _digest, _made_from, write_files
-from .workflows import CHECKPOINT, GRID, LOADER, SLIDER, filled
+from .prepare import BASE, HERE, is_made, made_from, served
+from .workflows import CHECKPOINT, GRID, LOADER, SLIDER, Values, job
 
 LOHA = "loha_demo_slider.safetensors"
 LOW, HIGH = 6, 2
@@ -35,31 +35,23 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m demo.slider", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--out", type=Path, default=comfyui.CACHE / "slider.png", help="the pictures")
     out = parser.parse_args().out
-    try:
-        server = comfyui.Server(comfyui.find())
-        write_files(server)
-        with server:
-            _train(server)
-            return slide(server, out)
-    except comfyui.ComfyUIError as error:
-        print(f"\nThe demo cannot go on: {error}", file=sys.stderr)
-        return 2
+
+    def run(server: comfyui.Server) -> int:
+        _train(server)
+        return slide(server, out)
+
+    return served(run)
 
 
 def _train(server: comfyui.Server) -> None:
     """The workflow without its grid, unless the LoHa is there already."""
-    here = Path(__file__).parent
-    key = _digest(here / "model.py", here / "base.safetensors", here / "workflows.py", SLIDER)
-    if _made_from(server.path("models", "loras", LOHA)) == key:
+    made = made_from(HERE / "model.py", BASE, HERE / "workflows.py", SLIDER)
+    if is_made(server.path("models", "loras", LOHA), made):
         return
-    prompt = comfyui.to_api(filled(SLIDER), server.object_info())
+    saved = {"overwrite": True, "metadata": json.dumps(made)}
+    prompt = job(server, SLIDER, {"LoHaTrainer": {"resume": False}, "LoHaSave": saved})
     shown = {"LoHaGrid", "LoHaGridImage", "CLIPTextEncode", "KSampler", "VAEDecode", "SaveImage"}
     prompt = {name: node for name, node in prompt.items() if node["class_type"] not in shown}
-    for node in prompt.values():
-        if node["class_type"] == "LoHaTrainer":
-            node["inputs"] |= {"resume": False}
-        if node["class_type"] == "LoHaSave":
-            node["inputs"] |= {"overwrite": True, "metadata": json.dumps({"demo_made_from": key})}
     print(f"Training {LOHA} …", flush=True)
     started = time.monotonic()
     server.queue(prompt, timeout=1800)
@@ -75,7 +67,7 @@ def slide(server: comfyui.Server, out: Path) -> int:
     shares, loads = [], []
     for strength in STRENGTHS:
         before, started = _loads(server), time.monotonic()
-        pictures = server.images(server.queue(_job(server, strength)))
+        pictures = server.images(server.queue(_drawing(server, strength)))
         seconds = time.monotonic() - started
         loads.append(_loads(server) - before)
         read = judge.read(pictures.mean(axis=3) / 255)
@@ -98,25 +90,21 @@ def _loads(server: comfyui.Server) -> int:
     return len(LOADED.findall(server.log()))
 
 
-def _job(server: comfyui.Server, strength: float) -> comfyui.Json:
-    job = comfyui.to_api(filled(LOADER), server.object_info())
+def _drawing(server: comfyui.Server, strength: float) -> comfyui.Json:
     loader = {"lora_name": LOHA, "strength_model": strength, "strength_clip": 0.0, "mode": "live"}
-    settings = {
+    settings: Values = {
         "LoHaLoader": loader,
         "EmptyLatentImage": {"batch_size": SAMPLES},
         "CLIPTextEncode": {"text": ""},
         "KSampler": {"cfg": 1.0},
         "SaveImage": {"filename_prefix": "slider"},
     }
-    for node in job.values():
-        node["inputs"] |= settings.get(node["class_type"], {})
-    return job
+    return job(server, LOADER, settings)
 
 
 def _save_picture(server: comfyui.Server, out: Path) -> None:
     """All strengths by LoHa Grid, as one labelled picture."""
-    job = comfyui.to_api(filled(GRID), server.object_info())
-    settings = {
+    settings: Values = {
         "CheckpointLoaderSimple": {"ckpt_name": CHECKPOINT},
         "LoHaLoadAdapter": {"lora_name": LOHA},
         "LoHaGrid": {"strengths": ", ".join(map(str, STRENGTHS))},
@@ -124,10 +112,9 @@ def _save_picture(server: comfyui.Server, out: Path) -> None:
         "CLIPTextEncode": {"text": ""},
         "KSampler": {"cfg": 1.0},
     }
-    for node in job.values():
-        node["inputs"] |= settings.get(node["class_type"], {})
-    outputs = server.queue(job)["outputs"]
-    saved = {key: output for key, output in outputs.items() if job[key]["class_type"] == "SaveImage"}
+    prompt = job(server, GRID, settings)
+    outputs = server.queue(prompt)["outputs"]
+    saved = {key: output for key, output in outputs.items() if prompt[key]["class_type"] == "SaveImage"}
     out.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(server.images({"outputs": saved})[0]).save(out)
     print(f"\nThe pictures: {out.resolve()}")

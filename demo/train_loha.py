@@ -41,6 +41,15 @@ def write_pictures(server: comfyui.Server) -> None:
     _write(every, server.path("input", KNOWN_FOLDER, ""))
 
 
+def without_known(prompt: comfyui.Json) -> comfyui.Json:
+    """The training workflow without the pictures of what is to be kept."""
+    known = next(k for k, n in prompt.items() if n["inputs"].get("folder") == KNOWN_FOLDER)
+    rest = {key: node for key, node in prompt.items() if key != known}
+    for node in rest.values():
+        node["inputs"] = {k: v for k, v in node["inputs"].items() if not (isinstance(v, list) and v[0] == known)}
+    return rest
+
+
 def _write(data: digits.Digits, to: Path) -> None:
     shutil.rmtree(to, ignore_errors=True)
     to.mkdir(parents=True)
@@ -56,7 +65,7 @@ def train(server: comfyui.Server, target: int, lora_name: str, metadata: dict[st
     Args:
         metadata: goes into the file.
     """
-    prompt = comfyui.to_api(workflows.filled(workflows.TRAIN), server.object_info())
+    prompt = workflows.job(server, workflows.TRAIN)
     name = lora_name.removesuffix(".safetensors")
     for node in prompt.values():
         inputs = node["inputs"]

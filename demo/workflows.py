@@ -140,6 +140,14 @@ def filled(path: Path, *, enlarged: bool = False) -> comfyui.Json:
     return workflow
 
 
+def job(server: comfyui.Server, path: Path, settings: Values | None = None) -> comfyui.Json:
+    """An example workflow in API format with the demo's values, and with ``settings`` by class of node."""
+    prompt = comfyui.to_api(filled(path), server.object_info())
+    for node in prompt.values():
+        node["inputs"] |= (settings or {}).get(node["class_type"], {})
+    return prompt
+
+
 def _set(node: comfyui.Json, name: str, value: Any) -> None:
     """A widget's value, or the next one of a node that has been saved without."""
     names = [socket["name"] for socket in node["inputs"] if "widget" in socket]

@@ -22,13 +22,12 @@ Run = dict[str, Any]
 
 
 def train(task: Task, method: str, lr: float, seed: int) -> Run:
-    """One run: AdamW without weight decay, a cosine to zero, gradients clipped to a norm of one."""
+    """One run: AdamW, a cosine to zero, gradients clipped to a norm of one."""
     torch.manual_seed(seed)
     model = task.model().requires_grad_(False)
     model, groups = METHODS[method].adapt(model, targets(task, model), lr)
     parameters = [p for group in groups for p in group["params"]]
-    decay = 0.1 if method == "decay" else 0.0
-    optimizer = torch.optim.AdamW(groups, lr=lr, weight_decay=decay, fused=True)
+    optimizer = torch.optim.AdamW(groups, lr=lr, weight_decay=METHODS[method].weight_decay, fused=True)
     curve = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, task.steps)
     generator, started = torch.Generator().manual_seed(seed), time.perf_counter()
     for _ in range(task.steps):
@@ -121,8 +120,8 @@ def main() -> None:
                     with RUNS.open("a", encoding="utf-8") as file:
                         file.write(json.dumps(run) + "\n")
                     print(json.dumps(run), flush=True)
-    for method in METHODS.items():
-        print(f"- {method[0]}: {method[1].note}")
+    for name, method in METHODS.items():
+        print(f"- {name}: {method.note}")
     print(table(run for run in runs() if run["task"] in o.tasks and run["method"] in o.methods))
 
 

@@ -22,19 +22,19 @@ class Method:
     Attributes:
         adapt: (model, names of modules, learning rate) -> the adapted model, and the optimizer's groups.
         note: what differs, for the table.
+        weight_decay: AdamW's.
     """
 
     adapt: Callable[[nn.Module, list[str], float], tuple[nn.Module, Groups]]
     note: str
+    weight_decay: float = 0.0
 
 
-def _lora(
-    zero_factor: float = 1.0, **options: Any
-) -> Callable[[nn.Module, list[str], float], tuple[nn.Module, Groups]]:
+def _lora(zero_factor: float = 1.0) -> Callable[[nn.Module, list[str], float], tuple[nn.Module, Groups]]:
     def adapt(model: nn.Module, names: list[str], lr: float) -> tuple[nn.Module, Groups]:
         from peft import LoraConfig, get_peft_model
 
-        config = LoraConfig(r=2 * RANK, lora_alpha=2 * RANK, target_modules=names, **options)
+        config = LoraConfig(r=2 * RANK, lora_alpha=2 * RANK, target_modules=names)
         adapted = get_peft_model(model, config)
         trained = [(name, p) for name, p in adapted.named_parameters() if p.requires_grad]
         rates = [(lr * (zero_factor if "lora_B" in name else 1.0), p) for name, p in trained]
@@ -92,5 +92,5 @@ METHODS: dict[str, Method] = {
     "orthogonal": Method(_loha("balanced", _orthogonal), "ours, factors orthogonal"),
     "alpha 4r": Method(_loha("balanced", alpha=4 * RANK), "ours, scale 4"),
     "alpha r/4": Method(_loha("balanced", alpha=RANK / 4), "ours, scale 1/4"),
-    "decay": Method(_loha("balanced", weight_decay=0.1), "ours, weight decay 0.1"),
+    "decay": Method(_loha("balanced"), "ours, weight decay 0.1", weight_decay=0.1),
 }

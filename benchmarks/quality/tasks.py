@@ -228,7 +228,7 @@ def diffusion() -> Task:
     from demo import model as demo
     from demo.prepare import BASE
 
-    train, test = digits.load()
+    (train, test), judge = digits.load(), digits.Judge()
     context = demo.encode_prompts([digits.prompt(digits.TARGET)]).clone()
     signal = demo.alphas_cumprod()
     clean = {
@@ -267,7 +267,7 @@ def diffusion() -> Task:
             noise = model(x, torch.full((len(x),), float(step[0])), context.expand(len(x), -1, -1))
             x = math.sqrt(b) * (x - math.sqrt(1 - a) * noise) / math.sqrt(a) + math.sqrt(1 - b) * noise
         pictures = F.pixel_shuffle(x, 2)[:, 0] * demo.PIXEL_STD + demo.PIXEL_MEAN
-        read = digits.Judge().read(pictures.clamp(0, 1).numpy())
+        read = judge.read(pictures.clamp(0, 1).numpy())
         return {"sevens": float((read == digits.TARGET).mean())}
 
     return Task("diffusion", base, r"(input|middle|output)_blocks?\..*", batch, loss, held_out, 150, sevens)

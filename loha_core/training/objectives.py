@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Literal, NamedTuple, get_args
 
 import torch
@@ -113,17 +114,8 @@ class Objective:
         Args:
             tokens: cells of 2×2 latents in the picture, for ``resolution_shift``.
         """
-        known: dict[str, Quantile] = {
-            "uniform": lambda u: u,
-            "logit-normal": distributions.logit_normal(self.logit_mean, self.logit_std),
-            "shifted": distributions.shifted(self.shift),
-            "heavy-tail": distributions.heavy_tail(self.mode_scale),
-        }
-        of = known[self.timesteps] if self.timesteps in known else distributions.beta(self.beta_a, self.beta_b)
-        if self.resolution_shift:
-            of = distributions.risen(of, tokens)
-        time = distributions.within(of, self.min_timestep, self.max_timestep)(min(max(u, 2.0**-53), 1 - 2.0**-53))
-        return min(max(time, 1e-6), 1 - 1e-6)
+        of = _distribution(self, tokens if self.resolution_shift else None)
+        return min(max(of(min(max(u, 2.0**-53), 1 - 2.0**-53)), 1e-6), 1 - 1e-6)
 
     def noise(self, shape: torch.Size | tuple[int, ...], generator: torch.Generator) -> Tensor:
         """Noise for one latent (c, *size), float32 on the CPU: the same on every machine."""
@@ -179,3 +171,19 @@ class Objective:
             return F.l1_loss(output, target, reduction="none")
         # Twice torch's: equal to the squared error where that is small.
         return 2 * F.huber_loss(output, target, reduction="none", delta=self.huber_delta)
+
+
+@lru_cache(64)
+def _distribution(of: Objective, tokens: int | None) -> Quantile:
+    """Times of an objective, for a picture of so many tokens; with limits it takes a search, hence kept."""
+    known: dict[str, Callable[[], Quantile]] = {
+        "uniform": lambda: lambda u: u,
+        "logit-normal": lambda: distributions.logit_normal(of.logit_mean, of.logit_std),
+        "shifted": lambda: distributions.shifted(of.shift),
+        "heavy-tail": lambda: distributions.heavy_tail(of.mode_scale),
+        "beta": lambda: distributions.beta(of.beta_a, of.beta_b),
+    }
+    quantile = known[of.timesteps]()
+    if tokens is not None:
+        quantile = distributions.risen(quantile, tokens)
+    return distributions.within(quantile, of.min_timestep, of.max_timestep)

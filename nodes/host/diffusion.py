@@ -21,7 +21,7 @@ from torch import Tensor
 from loha_core import LoHaError
 from loha_core.training.data.batches import BatchSampler, TrainingBatch
 from loha_core.training.data.dataset import Sample
-from loha_core.training.losses.loss import loss, noised_batch
+from loha_core.training.losses.loss import Model
 from loha_core.training.losses.strength import Strength
 
 # Options of a conditioning that give it a place in a picture or in time; they concern sampling alone.
@@ -45,7 +45,7 @@ class Batch:
     low: Batch | None = None  # of strength −1, in a slider
 
 
-class Diffusion:
+class Diffusion(Model[Batch]):
     """A diffusion model and the batches that it is trained on.
 
     Args:
@@ -70,10 +70,6 @@ class Diffusion:
             )
 
     # Batches
-
-    def batch(self, number: int) -> Batch:
-        """Batch ``number`` since training began: its samples and all its noise follow from the number."""
-        return noised_batch(self, self.sampler.batch(number), self.sampler.dataset)
 
     def noised(self, drawn: TrainingBatch) -> Batch:
         """x = noise_scaling(σ, ε, x₀), on the model's device."""
@@ -110,35 +106,12 @@ class Diffusion:
         """
         return self._denoised(batch, prompts) / self._per_sample(self._levels(batch)[0], batch)
 
-    def base_prediction(self, batch: Batch, prompts: Sequence[str] | None = None) -> Tensor:
-        """What the frozen model says, without anything that is trained, and without gradients; as `prediction`."""
-        with torch.no_grad(), self.strength.at(0):
-            return self.prediction(batch, prompts)
-
     def target(self, batch: Batch) -> Tensor:
-        """What `prediction` should be, of the noise that was added."""
         return batch.clean / self._per_sample(self._levels(batch)[0], batch)
 
-    def error(
-        self,
-        batch: Batch,
-        target: Tensor,
-        prompts: Sequence[str] | None = None,
-        strength: float = 1.0,
-        kept: Tensor | None = None,
-    ) -> Tensor:
-        """The objective's error of `prediction`, with the layers at ``strength``; differentiable."""
+    def gain_and_snr(self, batch: Batch) -> tuple[Tensor, Tensor]:
         gain, signal, noise = self._levels(batch)
-        with self.strength.at(strength):
-            output = self.prediction(batch, prompts)
-        return self.sampler.objective.loss(
-            output, target, gain, (signal / noise).square(), mask=batch.mask, sample_weight=batch.sample_weight,
-            kept=kept,
-        )  # fmt: skip
-
-    def loss(self, batch: Batch) -> Tensor:
-        """The batch's loss, differentiable with respect to the layers that act in the model."""
-        return loss(self, batch, self.sampler.objective)
+        return gain, (signal / noise).square()
 
     @staticmethod
     def _per_sample(values: Tensor, batch: Batch) -> Tensor:

@@ -146,7 +146,7 @@ def build(patcher: Any, label: str, config: NetworkConfig, start: Adapter | None
     module, is_text = patcher.model, label == CLIP
     prefix = "" if is_text else "diffusion_model."
     started = _factors_by_weight(start, module, label) if start else {}
-    chosen, names = _chosen(patcher, label, config), names_of(patcher, label, config)
+    chosen = _chosen(patcher, label, config)
     if lost := started.keys() - {f"{prefix}{path}.weight" for path in chosen}:
         raise LoHaError(
             f"the loha input has {len(started)} layers for the {label}, and the network leaves out {len(lost)} of "
@@ -154,7 +154,7 @@ def build(patcher: Any, label: str, config: NetworkConfig, start: Adapter | None
             "above 0)."
         )
     layers = {}
-    for path, base in chosen.items():
+    for path, (name, base) in chosen.items():
         key = f"{prefix}{path}.weight"
         layer = layer_class(base)(base)
         layer._active = [ADAPTER]
@@ -166,22 +166,23 @@ def build(patcher: Any, label: str, config: NetworkConfig, start: Adapter | None
             layer.update_layer(ADAPTER, rank, alpha, config.loha)
         for parameter in layer.parameters_of(ADAPTER):
             parameter.data = parameter.data.to(patcher.load_device)
-        layers[names[path]] = layer
+        layers[name] = layer
     return layers
-
-
-def _chosen(patcher: Any, label: str, config: NetworkConfig) -> dict[str, nn.Module]:
-    is_text = label == CLIP
-    return targets(patcher.model if is_text else patcher.model.diffusion_model, config, text=is_text)
 
 
 def names_of(patcher: Any, label: str, config: NetworkConfig) -> dict[str, str]:
     """Path of each layer to train -> the name that a file calls it."""
-    is_text, names = label == CLIP, names_in_files(patcher.model, label == CLIP)
+    return {path: name for path, (name, _) in _chosen(patcher, label, config).items()}
+
+
+def _chosen(patcher: Any, label: str, config: NetworkConfig) -> dict[str, tuple[str, nn.Module]]:
+    """Path of each layer to train -> its name in files, and the layer."""
+    model, is_text = patcher.model, label == CLIP
+    names = names_in_files(model, is_text)
     prefix, other = ("", "text_encoders.{}") if is_text else ("diffusion_model.", "lora_unet_{}")
     return {
-        path: names.get(f"{prefix}{path}.weight", other.format(path if is_text else flat(path)))
-        for path in _chosen(patcher, label, config)
+        path: (names.get(f"{prefix}{path}.weight", other.format(path if is_text else flat(path))), layer)
+        for path, layer in targets(model if is_text else model.diffusion_model, config, text=is_text).items()
     }
 
 

@@ -21,7 +21,7 @@ from loha_core.formats import metadata
 from loha_core.naming.patterns import get_pattern_key
 from loha_core.training.attach import attached, blocks_of, fingerprint, recomputing
 from loha_core.training.config import TrainingConfig
-from loha_core.training.data.batches import BatchSampler
+from loha_core.training.data.batches import BatchSampler, prompts
 from loha_core.training.data.dataset import Dataset
 from loha_core.training.data.validation import Validation
 from loha_core.training.digest import digest
@@ -88,8 +88,9 @@ class TrainingRun:
         self._check()
         patchers, clip = self._resident()
         if clip is None:  # encode before the model needs the memory
-            for caption in [*self.sampler.prompts(), *(self.validation.prompts() if self.validation else ())]:
-                self.sampler.dataset.encode(caption)
+            held_prompts = self.validation.prompts() if self.validation else []
+            for prompt in [*prompts(self.sampler.dataset, self.sampler.objective), *held_prompts]:
+                self.sampler.dataset.encode(prompt)
         with quantised_weights_movable(*(patcher.model for patcher in patchers)):
             return self._trained(patchers, clip, watch, resume)
 

@@ -12,6 +12,7 @@ pytest.importorskip("diffusers")
 pytest.importorskip("accelerate")
 
 from loha_core import LoHaError
+from loha_core.training.data.batches import prompts
 from loha_core.training.data.captions import Captions
 from loha_core.training.data.dataset import Dataset
 from loha_core.training.diffusers import run
@@ -124,7 +125,7 @@ def test_batches_without_it_stay_what_they_were():
     d = asking.diffusion("sd15")
     plain, preserved = (asking.feed(d, data(d), objective).batch(3) for objective in (Objective(), kept()))
     assert torch.equal(plain.noisy, preserved.noisy) and plain.class_prompts is None
-    assert asking.feed(d, data(d), kept()).sampler.prompts()[-2:] == ["dog, a cat, number 0", "dog, a cat, number 1"]
+    assert prompts(data(d), kept())[-2:] == ["dog, a cat, number 0", "dog, a cat, number 1"]
 
 
 # --- runs ---------------------------------------------------------------------------------------

@@ -133,14 +133,15 @@ class BatchSampler:
             return None
         return [preservation.class_prompt(s.caption, rng) for s, rng in zip(samples, rngs, strict=True)]
 
-    def prompts(self) -> list[str]:
-        """Every prompt that will be encoded, to do so beforehand; but for captions of which there are too many."""
-        captions, preservation = self.dataset.all_captions(), self.objective.preservation
-        return captions if preservation is None else [*captions, *preservation.class_prompts(captions)]
-
     def steps(self, epochs: int, gradient_accumulation_steps: int) -> int:
         """Optimizer steps in so many epochs."""
         return math.ceil(epochs * self.order.batches_per_epoch / gradient_accumulation_steps)
+
+
+def prompts(dataset: Dataset, objective: Objective) -> list[str]:
+    """Every prompt that will be encoded, to do so beforehand; but for captions of which there are too many."""
+    captions, preservation = dataset.all_captions(), objective.preservation
+    return captions if preservation is None else [*captions, *preservation.class_prompts(captions)]
 
 
 def tokens(latent: Tensor) -> int:

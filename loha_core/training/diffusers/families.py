@@ -128,6 +128,11 @@ def _guidance(model: Any, noisy: Tensor) -> Tensor | None:
     return torch.ones(len(noisy), device=noisy.device) if model.config.guidance_embeds else None
 
 
+def _encode_text(pipe: Any, caption: str, device: torch.device) -> Conditioning:
+    text, _ = pipe.encode_prompt(caption, device=device)
+    return {"text": text}
+
+
 # --- Stable Diffusion 1.5, 2 and XL -------------------------------------------------------------
 
 
@@ -204,11 +209,6 @@ def _chroma(model: Any, noisy: Tensor, timesteps: Tensor, cond: Conditioning) ->
     return _untokens(output, noisy)
 
 
-def _encode_flux2(pipe: Any, caption: str, device: torch.device) -> Conditioning:
-    text, _ = pipe.encode_prompt(caption, device=device)
-    return {"text": text}
-
-
 def _flux2(model: Any, noisy: Tensor, timesteps: Tensor, cond: Conditioning) -> Tensor:
     """Four axes: time, row and column of a picture's token, and the place of a text's."""
     text, (height, width) = cond["text"], noisy.shape[-2:]
@@ -226,11 +226,6 @@ def _flux2(model: Any, noisy: Tensor, timesteps: Tensor, cond: Conditioning) -> 
 
 
 # --- Qwen-Image ---------------------------------------------------------------------------------
-
-
-def _encode_qwen(pipe: Any, caption: str, device: torch.device) -> Conditioning:
-    text, _ = pipe.encode_prompt(caption, device=device)
-    return {"text": text}
 
 
 def _qwen(model: Any, noisy: Tensor, timesteps: Tensor, cond: Conditioning) -> Tensor:
@@ -311,7 +306,7 @@ def _pixart(model: Any, noisy: Tensor, timesteps: Tensor, cond: Conditioning) ->
 # --- the table ----------------------------------------------------------------------------------
 
 _FLUX = Family("FluxTransformer2DModel", _encode_flux, _flux, _latent, multiple=2, trains_text=True, names="keep")
-_FLUX2 = Family("Flux2Transformer2DModel", _encode_flux2, _flux2, _latent_cells, multiple=2, resolution_shift=True)
+_FLUX2 = Family("Flux2Transformer2DModel", _encode_text, _flux2, _latent_cells, multiple=2, resolution_shift=True)
 # The names of its layers alone might be of other families, too, so that the original's are not known by them.
 _PIXART = Family("PixArtTransformer2DModel", _encode_masked, _pixart, _latent, multiple=2, names="diffusers")
 
@@ -340,7 +335,7 @@ FAMILIES: dict[str, Family] = {
     "Flux2Pipeline": _FLUX2,
     "Flux2KleinPipeline": _FLUX2,
     "QwenImagePipeline": Family(
-        "QwenImageTransformer2DModel", _encode_qwen, _qwen, _latent_frame, multiple=2, shift=2.2
+        "QwenImageTransformer2DModel", _encode_text, _qwen, _latent_frame, multiple=2, shift=2.2
     ),
     "ZImagePipeline": Family("ZImageTransformer2DModel", _encode_z_image, _z_image, _latent, multiple=2, shift=2.0),
     "WanPipeline": Family(

@@ -24,10 +24,11 @@ from ...tuner.model import LoHaModel
 from ..attach import recomputing
 from ..data.batches import BatchSampler, TrainingBatch
 from ..data.dataset import Dataset, Sample
-from ..losses.loss import loss, noised_batch
+from ..losses.loss import Model
 from ..losses.strength import Strength
 from ..objectives import PREDICTIONS, Objective
 from .families import FAMILIES, Conditioning, Stage, collated, stages
+from .placement import blocks_in
 from .settings import ModelSettings
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -178,7 +179,7 @@ class Diffusion:
             for name, encoder in self._text_encoders().items():
                 encoder.to(self.device)
                 networks["text"] |= _wrapped(encoder, _for_text(config), name)
-        self.strength = Strength(layer for layers in networks.values() for layer in layers.values())
+        self.strength.layers = [layer for layers in networks.values() for layer in layers.values()]
         return networks
 
     def _text_encoders(self) -> dict[str, nn.Module]:
@@ -245,7 +246,7 @@ class Diffusion:
         if not self.family.checkpointed:
             self.model.enable_gradient_checkpointing(self.strength.recomputed)
             return
-        blocks = [block for name in self.family.checkpointed for block in getattr(self.model, name)]
+        blocks = blocks_in(self.model, self.family.checkpointed)
         self._recomputing = ExitStack()  # held as long as this is
         self._recomputing.enter_context(recomputing(blocks, self.strength))
 
@@ -292,7 +293,7 @@ def _for_text(config: LoHaConfig) -> LoHaConfig:
     return LoHaConfig(**{**vars(config), **unset})
 
 
-class Feed:
+class Feed(Model[Batch]):
     """Batches of a data set for a model, and their loss.
 
     Args:
@@ -308,12 +309,8 @@ class Feed:
         seed: int,
         places: range | None = None,
     ) -> None:
-        self.diffusion, self.dataset, self.objective = diffusion, dataset, objective
+        self.diffusion, self.strength = diffusion, diffusion.strength
         self.sampler = BatchSampler(dataset, objective, batch_size, seed, places)
-
-    def batch(self, number: int) -> Batch:
-        """This process's part of batch ``number`` since training began; all that is random follows from the number."""
-        return noised_batch(self, self.sampler.batch(number), self.dataset)
 
     def noised(self, drawn: TrainingBatch) -> Batch:
         """x = signal·x₀ + sigma·ε, on the model's device."""
@@ -337,7 +334,7 @@ class Feed:
         )
 
     def parts(self, batch: Batch, output: Tensor) -> tuple[Tensor, Tensor]:
-        """The clean latents and the noise that an output stands for, on the CPU."""
+        """The clean latents, normalised, and the noise that an output stands for, on the CPU."""
         a, s, gain = (t.reshape(-1, 1, 1, 1) for t in (batch.signal, batch.sigma, batch.gain))
         # x₀ is linear in the output, and the output for x₀ = 0 is that of the noise x/σ alone.
         nothing = PREDICTIONS[self.diffusion.noising.prediction].target(
@@ -349,37 +346,13 @@ class Feed:
     # Predictions and the loss
 
     def prediction(self, batch: Batch, prompts: Sequence[str] | None = None) -> Tensor:
-        """The model's output for each sample (n, c, h, w); of ``prompts`` in place of the samples' captions."""
         d = self.diffusion
-        encode = d.encode if d.trains_text else self.dataset.encode
+        encode = d.encode if d.trains_text else self.sampler.dataset.encode
         asked = [sample.caption for sample in batch.samples] if prompts is None else prompts
         return d.output(batch.noisy, batch.timesteps, [encode(prompt) for prompt in asked])
 
-    def base_prediction(self, batch: Batch, prompts: Sequence[str] | None = None) -> Tensor:
-        """What the frozen model says, without anything that is trained, and without gradients; as `prediction`."""
-        with torch.no_grad(), self.diffusion.strength.at(0):
-            return self.prediction(batch, prompts)
-
     def target(self, batch: Batch) -> Tensor:
-        """What `prediction` should be, of the noise that was added."""
         return batch.target
 
-    def error(
-        self,
-        batch: Batch,
-        target: Tensor,
-        prompts: Sequence[str] | None = None,
-        strength: float = 1.0,
-        kept: Tensor | None = None,
-    ) -> Tensor:
-        """The objective's error of `prediction`, with the layers at ``strength``; differentiable."""
-        with self.diffusion.strength.at(strength):
-            output = self.prediction(batch, prompts)
-        return self.objective.loss(
-            output, target, batch.gain, batch.snr, mask=batch.mask, sample_weight=batch.sample_weight,
-            kept=kept,
-        )  # fmt: skip
-
-    def loss(self, batch: Batch) -> Tensor:
-        """A scalar, differentiable with respect to the layers."""
-        return loss(self, batch, self.objective)
+    def gain_and_snr(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        return batch.gain, batch.snr

@@ -24,6 +24,7 @@ from ...naming.respell import respelled
 from ..attach import fingerprint
 from ..callbacks.tensorboard import TensorBoard
 from ..config import TrainingConfig
+from ..data.batches import prompts
 from ..data.dataset import Dataset, Item
 from ..data.folder import Entry, read_folder, without_caption
 from ..data.pictures import Sizes, at_latent_size, fit
@@ -219,13 +220,11 @@ def _data(
         with about("[data]"):
             dataset, others = held_out(dataset, settings.data.validation_share, seed)
         validation = Validation(others, objective, settings.run.batch_size, seed)
-    captions = [] if settings.run.text_encoders else dataset.all_captions()
-    if settings.preservation:
-        captions += settings.preservation.class_prompts(captions)
-    captions += validation.prompts() if validation and not settings.run.text_encoders else []
-    for caption in captions:
-        dataset.encode(caption)
-    diffusion.put_away(text_encoders=bool(captions))
+    held_prompts = validation.prompts() if validation else []
+    asked = [] if settings.run.text_encoders else [*prompts(dataset, objective), *held_prompts]
+    for prompt in asked:
+        dataset.encode(prompt)
+    diffusion.put_away(text_encoders=bool(asked))
     return dataset, validation
 
 

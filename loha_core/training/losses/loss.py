@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any, Protocol, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
-from ..data.batches import TrainingBatch
-from ..data.dataset import Sample
+from ..data.batches import BatchSampler, TrainingBatch
+from ..data.dataset import Dataset, Sample
 from ..objectives import Objective
 from .slider import PromptSample, PromptSlider
+from .strength import Strength
 
 PURE_NOISE = 1 - 1e-6  # a time, as `Objective.time` limits it
 
@@ -27,30 +29,53 @@ class Batch(Protocol):
     @property
     def mask(self) -> Tensor | None: ...
     @property
+    def sample_weight(self) -> Tensor: ...
+    @property
     def low(self) -> Any: ...
 
 
 B = TypeVar("B", bound=Batch)
 
 
-class Model(Protocol[B]):
-    """A diffusion model whose layers are trained, as its losses see it."""
+class Model(ABC, Generic[B]):
+    """A diffusion model whose layers are trained, and the batches that it is trained on.
 
+    Attributes:
+        sampler: the batches' samples, and with them the data set and the objective.
+        strength: of the layers.
+    """
+
+    sampler: BatchSampler
+    strength: Strength
+
+    @abstractmethod
     def noised(self, drawn: TrainingBatch) -> B:
-        """The samples' x_t, and all that goes with them."""
-        ...
+        """The samples' x_t, and all that goes with them, on the model's device."""
 
+    @abstractmethod
     def parts(self, batch: B, output: Tensor) -> tuple[Tensor, Tensor]:
-        """The clean latents, as the VAE gives them, and the noise that an output stands for, on the CPU."""
-        ...
+        """The clean latents, as the data set has them, and the noise that an output stands for, on the CPU."""
+
+    @abstractmethod
+    def prediction(self, batch: B, prompts: Sequence[str] | None = None) -> Tensor:
+        """The model's output for each sample (n, c, *size); of ``prompts`` in place of the samples' own."""
+
+    @abstractmethod
+    def target(self, batch: B) -> Tensor:
+        """What `prediction` should be, of the noise that was added."""
+
+    @abstractmethod
+    def gain_and_snr(self, batch: B) -> tuple[Tensor, Tensor]:
+        """Of each sample (n,), as `Objective.loss` takes them."""
+
+    def batch(self, number: int) -> B:
+        """This process's part of batch ``number`` since training began; all that is random follows from the number."""
+        return noised_batch(self, self.sampler.batch(number), self.sampler.dataset)
 
     def base_prediction(self, batch: B, prompts: Sequence[str] | None = None) -> Tensor:
-        """The frozen model's output, without gradients; for ``prompts`` in place of the samples' own."""
-        ...
-
-    def target(self, batch: B) -> Tensor:
-        """The output that the noise which was added stands for."""
-        ...
+        """What the frozen model says, without anything that is trained, and without gradients; as `prediction`."""
+        with torch.no_grad(), self.strength.at(0):
+            return self.prediction(batch, prompts)
 
     def error(
         self,
@@ -60,14 +85,23 @@ class Model(Protocol[B]):
         strength: float = 1.0,
         kept: Tensor | None = None,
     ) -> Tensor:
-        """The objective's error of the output, with the layers at ``strength``; differentiable.
+        """The objective's error of `prediction`, with the layers at ``strength``; differentiable.
 
         ``kept`` is what the output shall be where nothing is learned, see `Objective.loss`.
         """
-        ...
+        gain, snr = self.gain_and_snr(batch)
+        with self.strength.at(strength):
+            output = self.prediction(batch, prompts)
+        return self.sampler.objective.loss(
+            output, target, gain, snr, mask=batch.mask, sample_weight=batch.sample_weight, kept=kept
+        )
+
+    def loss(self, batch: B) -> Tensor:
+        """A scalar, differentiable with respect to the layers."""
+        return loss(self, batch, self.sampler.objective)
 
 
-def noised_batch(model: Model[B], drawn: TrainingBatch, dataset: Any) -> B:
+def noised_batch(model: Model[B], drawn: TrainingBatch, dataset: Dataset) -> B:
     """A batch's x_t: its pictures' with noise, or where the base gets from noise alone."""
     if isinstance(dataset, PromptSlider) and dataset.denoising_steps:
         return from_noise(model, drawn, dataset.denoising_steps)
