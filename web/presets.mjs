@@ -84,9 +84,9 @@ export async function openPresets(anchor, node, equaliser) {
   const removal = (key) =>
     el("button.loha-icon", { type: "button", title: t("Remove {name}", { name: key }), "aria-label": t("remove {name}", { name: key }), onclick: () => change((saved) => delete saved[key]) }, el("i.pi.pi-times"));
 
-  await attempt(async () => show(await read()));
-  // Enter alone keeps the setting; what is typed replaces the name.
+  // Enter alone keeps the setting; what is typed replaces the name. Before the list comes: what was typed meanwhile stays.
   name.value = (equaliser.vector.trim() || String(valueOf(node, "preset") ?? "")).slice(0, 60);
   name.focus();
   name.select();
+  await attempt(async () => show(await read()));
 }

@@ -5,12 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from playwright.sync_api import Locator, Page, expect
+from playwright.sync_api import Locator, Page, Route, expect
 
 from loha_core.blocks import BlockStrength
 from loha_core.schedule import INTERPOLATIONS, Schedule
 
-from .conftest import HEAR, MARKUP, READY, STEP, STYLES, TRACKER, VUE, expect_value, settle
+from .conftest import HEAR, MARKUP, READY, STEP, STYLES, TRACKER, VUE, expect_value, settle, until
 from .test_widgets import PLACES, add, drag, rows, rows_of, sent
 
 WIDGETS = "/extensions/ComfyUI-LoHa"
@@ -104,6 +104,20 @@ def test_block_presets_are_kept_and_shared(page: Page, shoot):
     dialog.get_by_role("button", name=f"remove {MARKUP}").click()
     expect(dialog).to_contain_text("none saved yet")
     page.keyboard.press("Escape")
+
+
+def test_a_preset_s_name_typed_before_the_list_comes_is_kept(page: Page):
+    asked: list[Route] = []
+    add(page, "LoHaBlockStrength", family="Flux", vector="S=0.8")
+    page.route("**/userdata/loha_block_presets*", lambda route: asked.append(route))
+    page.get_by_role("button", name="Presets").click()
+    dialog = page.get_by_role("dialog", name="Block presets")
+    name = dialog.get_by_role("textbox", name="name")
+    name.fill("typed early")
+    until(page, lambda: None, lambda: bool(asked))
+    asked[0].continue_()
+    expect(dialog).to_contain_text("none saved yet")
+    expect(name).to_have_value("typed early")
 
 
 # --- schedule ---------------------------------------------------------------------------------
