@@ -52,10 +52,12 @@ def main() -> int:
 
 
 def _write_pictures(server: comfyui.Server) -> None:
-    """Sevens under the captions of all digits that the model knows."""
-    data = digits.load()[0].only((digits.TARGET,))
-    labels = np.resize(np.array(digits.KNOWN), len(data.labels))
-    train_loha._write(digits.Digits(data.pictures, labels), server.path("input", _name(), ""))
+    """Two sevens side by side, as they will be asked for, under the captions of all digits that the model knows."""
+    sevens = digits.load()[0].only((digits.TARGET,)).pictures
+    others = np.random.default_rng(0).permutation(sevens)
+    labels = np.resize(np.array(digits.KNOWN), len(sevens))
+    pairs = digits.Digits(np.concatenate([sevens, others], axis=2), labels)
+    train_loha._write(pairs, server.path("input", _name(), ""))
 
 
 def _name() -> str:

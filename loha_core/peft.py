@@ -24,9 +24,9 @@ from .algebra import Factors
 from .errors import LoHaError
 from .ops.autograd import Delta, Geometry, LayerSpec
 from .ops.functional import adapted_forward, update_forward
+from .ops.padding import padded, padding_of
 from .tuner import forwards
 from .tuner.layer import drop_rows
-from .tuner.layers import padded, padding_of
 from .tuner.targets import is_transformers_conv1d
 
 try:

@@ -1,6 +1,6 @@
 // LoHa Info before a run: what the connected file says of itself.
 import { ask } from "./adapters.mjs";
-import { after } from "./host.mjs";
+import { after, linkInto } from "./host.mjs";
 import { t } from "./words.mjs";
 
 /**
@@ -13,7 +13,7 @@ export function tellOfFile(node, text, hint) {
   let asked = "";
 
   async function tell() {
-    const link = node.graph?.getLink?.(node.inputs?.[0]?.link);
+    const link = linkInto(node, () => true);
     const loader = link && node.graph.getNodeById(link.origin_id);
     const widget = loader?.comfyClass === "LoHaLoadAdapter" ? loader.widgets?.find((/** @type {any} */ { name }) => name === "lora_name") : undefined;
     if (widget && !followed.has(widget)) after(widget, "callback", tell);
@@ -21,7 +21,7 @@ export function tellOfFile(node, text, hint) {
     const name = widget?.value ?? "";
     if (name === asked) return;
     asked = name;
-    const about = name && (await ask("info", { name }).catch(() => undefined));
+    const about = name ? await ask("info", { name }).catch(() => undefined) : undefined;
     if (name !== asked || "ran" in text.dataset) return;
     const facts = Object.entries(about ? { file: about.name, ...about.facts } : {}).map(([label, value]) => `${t(label)}: ${value}`);
     if (about?.words.length) facts.push(`${t("trigger words")}: ${about.words.join(", ")}`);

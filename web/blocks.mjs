@@ -1,7 +1,7 @@
 // Block equaliser: a bar per block. What the vector means only the server knows; this draws its answer and writes text.
 import { ask } from "./adapters.mjs";
 import { el, onDrag } from "./dom.mjs";
-import { after, committed, valueOf } from "./host.mjs";
+import { after, committed, linkInto, valueOf } from "./host.mjs";
 import { clamp, snap, stepped, text, FINE, STEP } from "./number.mjs";
 import { t } from "./words.mjs";
 
@@ -69,7 +69,7 @@ export function fill(node, hosted, element, placeholder) {
 
   /** The layout of the model that is connected; whenever another is chosen, it is asked for again. */
   async function connected() {
-    if (node.inputs?.find((input) => input.name === "model")?.link == null) return "auto";
+    if (!linkInto(node, (input) => input.name === "model")) return "auto";
     const { layoutOf, modelOf } = await model();
     const found = modelOf(node);
     for (const widget of found?.node.widgets ?? []) {

@@ -72,11 +72,10 @@ export function host(node, name, element, { value, read, show, height, grows, re
   });
 
   const overridden = () => {
-    const number = app.graph && node.inputs?.find((input) => input.widget?.name === name)?.link;
-    const link = number == null ? undefined : node.graph?.getLink?.(number);
+    const link = linkInto(node, (input) => input.widget?.name === name);
     // A subgraph's own input (-10) hands out this very widget; it stays usable there.
     const outer = link?.origin_id === -10 ? node.graph.inputs?.[link.origin_slot] : undefined;
-    const linked = number != null && !outer;
+    const linked = Boolean(link) && !outer;
     rename?.(outer?.label ?? outer?.name);
     frame.inert = linked;
     frame.toggleAttribute("data-overridden", linked);
@@ -126,6 +125,17 @@ export function display(node, name, element, height) {
   takeOver(node, name, frame);
   const options = { serialize: false, margin: MARGIN, getMinHeight: () => height + 2 * MARGIN };
   node.addDOMWidget(name, "loha_display", frame, options).serialize = false; // neither in prompts nor in workflows
+}
+
+/**
+ * The link that ends in an input; later front ends warn of `input.link`.
+ *
+ * @param {any} node
+ * @param {(input: any) => boolean} which
+ */
+export function linkInto(node, which) {
+  const slot = node.graph ? (node.inputs ?? []).findIndex(which) : -1;
+  return slot < 0 ? null : node.getInputLink(slot);
 }
 
 /** A node's key in `app.nodeOutputs`. */

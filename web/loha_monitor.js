@@ -1,9 +1,12 @@
 // How training goes, on the node that trains.
 import { app } from "../../scripts/app.js";
+import { api } from "../../scripts/api.js";
 import { el } from "./dom.mjs";
 import { display } from "./host.mjs";
 
 const HEIGHT = 250;
+
+api.addEventListener("loha.training", () => {}); // ComfyUI warns of events that nobody listens to
 
 app.registerExtension({
   name: "LoHa.Monitor",

@@ -2,6 +2,7 @@
 import { app } from "../../scripts/app.js";
 import { el } from "./dom.mjs";
 import { display, onOutput } from "./host.mjs";
+import { weights } from "./merge.mjs";
 import { t } from "./words.mjs";
 
 const LINE = 17, BARS = 96; // pixels
@@ -38,6 +39,7 @@ app.registerExtension({
       return made;
     });
     if (node.comfyClass === "LoHaInfo") import("./about.mjs").then(({ tellOfFile }) => tellOfFile(node, text, t(hint)));
+    if (node.comfyClass === "LoHaMerge") weights(node);
     // Room for the picture below, where there is one.
     const [width, least] = lines > 3 ? [400, 320] : [320, 0];
     node.setSize([Math.max(node.size[0], width), node.computeSize()[1] + least]);

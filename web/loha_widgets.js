@@ -67,12 +67,14 @@ const ranked = (/** @type {number[]} */ [fits, ...others]) => [byAlias(fits, oth
 /** All our names begin alike, and the shortest would come first: of those this one is what people look for. */
 const first = (/** @type {number[]} */ [fits, ...others]) => [byAlias(fits, others.at(-1)), 0, 0, 0, 0];
 
+const ours = (/** @type {any} */ def) => Boolean(def?.python_module?.endsWith("ComfyUI-LoHa"));
+
 app.registerExtension({
   name: "LoHa.Widgets",
   settings,
   beforeRegisterVueAppNodeDefs(defs) {
     for (const def of defs) {
-      if (def.python_module?.endsWith("ComfyUI-LoHa")) def.postProcessSearchScores = def.name === "LoHaLoader" ? first : ranked;
+      if (ours(def)) def.postProcessSearchScores = def.name === "LoHaLoader" ? first : ranked;
     }
   },
   getCustomWidgets: () => WIDGETS,
@@ -86,7 +88,11 @@ app.registerExtension({
   },
   nodeCreated(node) {
     if (CHECKED.includes(node.comfyClass)) import("./problem.mjs").then(({ watch }) => watch(node));
-    for (const input of node.inputs ?? []) plain(input, PLACES[node.comfyClass]);
+    for (const input of node.inputs ?? []) {
+      plain(input, PLACES[node.comfyClass]);
+      // Later front ends put the server's English name before the one in the page's language.
+      if (ours(node.constructor.nodeData) && !input.widget) input.label = undefined;
+    }
   },
   refreshComboInNodes: refreshAdapters,
 });

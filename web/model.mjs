@@ -1,6 +1,6 @@
 // Which model a node's input leads to, before anything has run.
 import { ask } from "./adapters.mjs";
-import { keyOf } from "./host.mjs";
+import { keyOf, linkInto } from "./host.mjs";
 
 // A loader's widget -> the folder of ComfyUI's that its name is from.
 const FOLDERS = { ckpt_name: "checkpoints", unet_name: "diffusion_models" };
@@ -23,9 +23,9 @@ const layouts = new Map();
  * @returns {Model | undefined}
  */
 export function modelOf(node) {
-  let at = node, input = node.inputs?.find((found) => found.name === "model");
+  let at = node, by = (/** @type {any} */ input) => input.name === "model";
   for (let step = 0; step < MOST_STEPS; step++) {
-    const link = input?.link == null ? undefined : at.graph?.getLink?.(input.link);
+    const link = linkInto(at, by);
     const from = link && at.graph.getNodeById(link.origin_id);
     if (!from) break; // the beginning, or a subgraph's own input
     at = from;
@@ -34,7 +34,7 @@ export function modelOf(node) {
       const file = { folder: FOLDERS[widget.name], name: widget.value };
       return { key: JSON.stringify(file), node: at, file };
     }
-    input = at.inputs?.find((found) => found.type === "MODEL") ?? (at.inputs?.length === 1 ? at.inputs[0] : undefined);
+    by = ({ type }) => type === "MODEL" || at.inputs.length === 1;
   }
   if (at === node) return undefined;
   return { key: JSON.stringify([keyOf(at), at.type, at.widgets?.map(({ value }) => value)]), node: at };

@@ -100,13 +100,10 @@ export function monitor(node, view) {
     status.title = status.textContent;
     cancel.disabled = !running && !preparing;
     view.toggleAttribute("data-over", !running);
-    const all = (preparing ? [] : (run?.previews ?? [])).flatMap((step) =>
-      Array.from({ length: run.pictures ?? 1 }, (_, i) => [step, i ? `_${i + 1}` : ""]));
-    const wanted = all.slice(-Math.max(PICTURES, run?.pictures ?? 1)).map(([step, mark]) => {
-      const query = new URLSearchParams({
-        filename: `preview_${String(step).padStart(6, "0")}${mark}.png`, type: "output", subfolder: `loha/${run.name}`,
-        of: run.id,
-      });
+    const previews = preparing ? [] : (run?.previews ?? []);
+    const all = previews.flatMap(([step, files]) => files.map((filename) => [step, filename]));
+    const wanted = all.slice(-Math.max(PICTURES, previews.at(-1)?.[1].length ?? 0)).map(([step, filename]) => {
+      const query = new URLSearchParams({ filename, type: "output", subfolder: `loha/${run.name}`, of: run.id });
       return [step, api.apiURL(`/view?${query}`)];
     });
     if (pictures.dataset.shown !== String(wanted)) {

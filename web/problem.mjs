@@ -1,7 +1,7 @@
 // Why a run would fail, as far as the server knows it before: in the widget's own words, or in a line on the node.
 import { ask } from "./adapters.mjs";
 import { el } from "./dom.mjs";
-import { after, display } from "./host.mjs";
+import { after, display, linkInto } from "./host.mjs";
 import { t } from "./words.mjs";
 
 const HEIGHT = 44, PATIENCE = 250; // pixels, milliseconds
@@ -35,7 +35,7 @@ export function watch(node) {
     /** @type {Record<string, any>} */
     const inputs = {};
     for (const { name, value, serialize } of node.widgets ?? []) {
-      const linked = node.inputs?.some((/** @type {any} */ input) => input.widget?.name === name && input.link != null);
+      const linked = linkInto(node, (input) => input.widget?.name === name);
       if (!linked && serialize !== false && ["string", "number", "boolean"].includes(typeof value)) inputs[name] = value;
     }
     const query = { node: node.comfyClass, inputs: JSON.stringify(inputs) };

@@ -8,10 +8,10 @@ from collections.abc import Sequence
 
 from ..errors import LoHaError
 from ..formats.describe import printable
-from . import bake, convert, extract, inspect, merge, resize, train
+from . import bake, convert, extract, fed, inspect, merge, resize, train
 
 COMMANDS = {module.__name__.rpartition(".")[2]: module for module in (
-    inspect, merge, resize, convert, extract, bake, train,
+    inspect, merge, resize, convert, extract, bake, train, fed,
 )}  # fmt: skip
 
 

@@ -128,7 +128,8 @@ def _stages_backward(grads: list[Tensor], f: Factors, scale: float) -> Gradients
         ga1, ga2 = columnwise_backward(gut, f.w1_a.T, f.w2_a.T)
         return ga1.T, gb1, ga2.T, gb2, None, None
     ga1, ga2 = columnwise_backward(gut, f.w1_a, f.w2_a)
-    core = grads[1].unflatten(1, (f.rank, f.rank)).unflatten(0, (f.rank, f.rank))  # p, x, q, y, *k
+    ranks = f.w1_b.shape[0], f.w2_b.shape[0]  # a half may have one more, see `fedpara`
+    core = grads[1].unflatten(1, ranks).unflatten(0, ranks)  # p, x, q, y, *k
     gt1 = torch.einsum("pxqy...,xy...->pq...", core, f.t2)
     gt2 = torch.einsum("pxqy...,pq...->xy...", core, f.t1)
     return ga1, gb1, ga2, gb2, gt1, gt2

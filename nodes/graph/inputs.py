@@ -13,7 +13,7 @@ from loha_core import LoHaError
 from loha_core.errors import check_choice
 
 # Parts of a schema that older ComfyUI does not know; it goes without.
-NEWER = {"search_aliases"} - {field.name for field in fields(io.Schema)}
+NEWER = {"search_aliases", "has_intermediate_output"} - {field.name for field in fields(io.Schema)}
 
 
 # What the page calls an input where that is more than its id with spaces; ids never change.
@@ -52,6 +52,8 @@ def schema(**parts: Any) -> io.Schema:
     """A node's schema, as far as this ComfyUI knows its parts, each input under a name for people."""
     for input_ in parts.get("inputs", ()):
         input_.display_name = input_.display_name or shown_name(input_.id)
+    # What a node has shown is told again after a run of other nodes, as to a page that was reloaded meanwhile.
+    parts["has_intermediate_output"] = parts.get("is_output_node", False)
     return io.Schema(**{name: part for name, part in parts.items() if name not in NEWER})
 
 

@@ -56,9 +56,11 @@ class Watcher:
             case PreviewDue():
                 pictures = self.preview.pictures(self.run, self.patcher)
                 self.run.folder.mkdir(parents=True, exist_ok=True)
-                for number, picture in enumerate(pictures, 1):
-                    picture.save(self.run.folder / monitor.preview_name(event.step, number))
-                self.record.previewed(event.step, len(pictures))
+                marks = ["", *(f"_{number}" for number in range(2, len(pictures) + 1))]
+                files = [f"preview_{event.step:06d}{mark}.png" for mark in marks]
+                for picture, file in zip(pictures, files, strict=True):
+                    picture.save(self.run.folder / file)
+                self.record.previewed(event.step, files)
                 self.bar.update_absolute(event.step)  # the node shows the picture already
             case Stopped():
                 self.record.ended(type(event.reason).__name__)

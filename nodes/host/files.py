@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import comfy.model_management
@@ -33,14 +34,48 @@ class _Kept:
 _kept: dict[tuple[Path, bool], _Kept] = {}  # by file and legacy_tucker; the one used last comes last
 
 
+@dataclass(frozen=True)
+class _Listing:
+    """What lies in the folders, until something in one of them changes."""
+
+    state: object  # ComfyUI's own listing, which it makes anew when a folder has changed
+    listed: list[str]
+
+    @cached_property
+    def names(self) -> list[str]:
+        folders = {name.rpartition(os.sep)[0] for name in self.listed}
+        peft = _peft_folders(folders)
+        parts = {
+            folder for folder in folders if peft and not peft.isdisjoint((folder, *map(str, Path(folder).parents)))
+        }
+        files = {n for n in self.listed if n.lower().endswith(SUFFIXES) and n.rpartition(os.sep)[0] not in parts}
+        return sorted(files | peft, key=str.lower)
+
+    @cached_property
+    def pictured(self) -> list[str]:
+        return _pictured(self.names)
+
+
+_last = _Listing(None, [])
+
+
+def _listing() -> _Listing:
+    global _last
+    listed = folder_paths.get_filename_list(FOLDER)
+    state = folder_paths.filename_list_cache.get(FOLDER)
+    if state is None or _last.state is not state or _last.listed != listed:
+        _last = _Listing(state, listed)
+    return _last
+
+
 def names() -> list[str]:
     """What a user can choose: adapter files, and PEFT folders by the name of the outermost folder."""
-    listed = folder_paths.get_filename_list(FOLDER)
-    folders = {name.rpartition(os.sep)[0] for name in listed}
-    peft = _peft_folders(folders)
-    parts = {folder for folder in folders if peft and not peft.isdisjoint((folder, *map(str, Path(folder).parents)))}
-    files = {name for name in listed if name.lower().endswith(SUFFIXES) and name.rpartition(os.sep)[0] not in parts}
-    return sorted(files | peft, key=str.lower)
+    return list(_listing().names)
+
+
+def pictured() -> list[str]:
+    """Those of the names that have a picture beside them."""
+    return list(_listing().pictured)
 
 
 def _peft_folders(folders: Iterable[str]) -> set[str]:
@@ -60,8 +95,8 @@ def _peft_folders(folders: Iterable[str]) -> set[str]:
     return found
 
 
-def pictured(chosen: Iterable[str]) -> list[str]:
-    """Those of the names that have a picture beside them; each folder is read once."""
+def _pictured(chosen: Iterable[str]) -> list[str]:
+    """Each folder is read once."""
     roots = folder_paths.get_folder_paths(FOLDER)
     stems: dict[str, set[str]] = {}
     found = []

@@ -37,7 +37,7 @@ class Run:
     losses: list[float]
     prompt: str = ""  # the id of the one that it belongs to
     rates: list[float] = field(default_factory=list)
-    previews: list[int] = field(default_factory=list)
+    previews: list[tuple[int, list[str]]] = field(default_factory=list)  # step, files in the run's folder
     state: str = "running"
     id: str = field(default_factory=lambda: uuid.uuid4().hex)
     began: float = field(default_factory=time.time)
@@ -45,7 +45,6 @@ class Run:
     previous: list[float] = field(default_factory=list)  # losses of the node's run before
     sent: float = 0.0
     validation: list[tuple[int, float]] = field(default_factory=list)  # step, loss on held-out data
-    pictures: int = 1  # of each preview
 
     def stepped(self, event: Stepped) -> None:
         self.losses.append(event.loss)
@@ -59,9 +58,8 @@ class Run:
         self.validation.append((event.step, event.loss))
         self._send()
 
-    def previewed(self, step: int, pictures: int = 1) -> None:
-        self.previews.append(step)
-        self.pictures = pictures
+    def previewed(self, step: int, files: list[str]) -> None:
+        self.previews.append((step, files))
         self._send()
 
     def ended(self, reason: str) -> None:
@@ -86,7 +84,6 @@ class Run:
             "lr": self.rates[-1] if self.rates else None,
             "seconds_left": self.seconds_left(),
             "previews": self.previews,
-            "pictures": self.pictures,
             "validation": self.validation,
             "state": self.state,
             "began": self.began,
@@ -118,11 +115,6 @@ def begin(name: str, workflow: str, trainer: Trainer) -> Run:
     while len(runs) > MAX_RUNS:
         runs.pop(next(iter(runs)))
     return run
-
-
-def preview_name(step: int, number: int = 1) -> str:
-    """The file of a preview's picture in the run's folder; the page knows it, too."""
-    return f"preview_{step:06d}{'' if number == 1 else f'_{number}'}.png"
 
 
 def runs_of(workflow: str, node: str) -> list[Run]:

@@ -63,8 +63,8 @@ def _answering(handler: Handler) -> Handler:
 
 
 async def _adapters(request: web.Request) -> web.StreamResponse:
-    names = await asyncio.to_thread(files.names)
-    return web.json_response({"names": names, "pictured": await asyncio.to_thread(files.pictured, names)})
+    names, pictured = await asyncio.to_thread(lambda: (files.names(), files.pictured()))
+    return web.json_response({"names": names, "pictured": pictured})
 
 
 async def _training(request: web.Request) -> web.StreamResponse:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
-from playwright.sync_api import Browser, Page, expect, sync_playwright
+from playwright.sync_api import Browser, ConsoleMessage, Page, expect, sync_playwright
 from safetensors.torch import save_file
 
 from demo.browser import chromium
@@ -50,6 +50,10 @@ LEFT = """() => [
 ]"""
 # The front ends 1.49.6 and 1.58.1 show a pack's widget only on its own node; on a subgraph it is a plain field.
 OWN_WIDGETS_ON_SUBGRAPHS = "window.__COMFYUI_FRONTEND_VERSION__ === '1.32.9'"
+# Errors that nothing has caught; of promises those of ours.
+WATCH = """window.failures = [];
+addEventListener("error", e => failures.push(e.message));
+addEventListener("unhandledrejection", e => /LoHa/.test(e.reason?.stack) && failures.push(e.reason.stack));"""
 LOADED = """performance.getEntriesByType('resource').filter(e => /ComfyUI-LoHa\\/.*js$/.test(e.name))
   .reduce((sum, e) => sum + e.decodedBodySize, 0)"""
 # ComfyUI may drop a reloaded page's new connection with its old one, and then the page hears nothing more.
@@ -160,28 +164,50 @@ def nodes_2(request: pytest.FixtureRequest) -> bool:
     return request.param
 
 
+def of_ours(message: ConsoleMessage) -> bool:
+    """A warning or an error from our code, or of our server's event; that a file is not there is none."""
+    if message.type not in ("warning", "error") or message.text.startswith("Failed to load resource"):
+        return False
+    return "/extensions/ComfyUI-LoHa/" in message.location["url"] + message.text or '"loha.' in message.text
+
+
 @pytest.fixture(scope="session")
-def opened(browser: Browser, ready: Server, adapter: str, adapters: list[str], nodes_2: bool) -> Iterator[Page]:  # noqa: F811
+def spoken() -> list[str]:
+    """What the page has said of us in the browser's console since the test began."""
+    return []
+
+
+@pytest.fixture(scope="session")
+def opened(
+    browser: Browser,
+    ready: Server,  # noqa: F811
+    adapter: str,
+    adapters: list[str],
+    nodes_2: bool,
+    spoken: list[str],
+) -> Iterator[Page]:
     """One page for all tests of a renderer, which knows all files from its beginning."""
     with browser.new_context(viewport={"width": 1400, "height": 900}, permissions=["clipboard-read"]) as context:
         context.set_default_timeout(2 * PATIENCE)
         page = context.new_page()
-        page.add_init_script("window.failures = []; addEventListener('error', e => failures.push(e.message))")
+        page.add_init_script(WATCH)
+        page.on("console", lambda message: spoken.append(message.text) if of_ours(message) else None)
         enter(page, ready, nodes_2)
         assert page.evaluate(LOADED) <= 60 * 1024
         yield page
 
 
 @pytest.fixture
-def page(opened: Page, server: Server, nodes_2: bool) -> Iterator[Page]:  # noqa: F811
+def page(opened: Page, server: Server, nodes_2: bool, spoken: list[str]) -> Iterator[Page]:  # noqa: F811
     """ComfyUI's page with an empty graph, in either renderer."""
     empty(opened, nodes_2)
     if opened.evaluate(LEFT):  # by a test that failed on its way
         enter(opened, server, nodes_2)
     assert opened.evaluate(LEFT) == []
+    spoken.clear()
     yield opened
     opened.unroute_all()
-    assert opened.evaluate("failures") == []
+    assert opened.evaluate("failures") == [] == spoken
 
 
 @pytest.fixture

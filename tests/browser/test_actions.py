@@ -16,10 +16,13 @@ from playwright.sync_api import Locator, Page, Route, expect
 
 from demo.comfyui import REPOSITORY, Server
 
-from .conftest import until
+from .conftest import settle, until
 from .test_chooser import dialog_of, options
 from .test_search import FOCUSED, TITLES
 from .test_widgets import add, drag, rows_of, sent
+
+# The node that is being put down, by later front ends.
+GHOST = "app.canvas.state?.ghostNodeId ?? null"
 
 
 class Hand:
@@ -63,7 +66,8 @@ def test_load_one_and_swap_it(page: Page, hand: Hand):
     page.wait_for_function(f"({TITLES})[0] === 'Load LoHa'")
     hand.key("Enter")
     page.wait_for_function("app.graph._nodes[0]?.type === 'LoHaLoader'")
-    if page.evaluate("!!app.canvas.state?.ghostNodeId"):  # it hangs at the pointer until a click puts it down
+    settle(page, GHOST)
+    if page.evaluate(f"!!({GHOST})"):  # it hangs at the pointer until a click puts it down
         page.mouse.click(700, 400)
         hand.actions += 1
     said(hand, "load one", 4)

@@ -87,7 +87,7 @@ def test_curve_reload_and_cancel(page: Page, ready, nodes_2: bool, shoot):
         cancel.focus()
         before = run_of(ready, name)
         assert before["state"] == "running"
-        with page.expect_response("**/interrupt"):
+        with page.expect_response(lambda answer: answer.ok and answer.url.endswith(("/interrupt", "/cancel"))):
             page.keyboard.press("Enter")
         asked = run_of(ready, name)["step"]
         deadline = time.monotonic() + 30
@@ -176,6 +176,33 @@ def test_the_loss_on_held_out_pictures_and_a_preview_for_each_line(page: Page, r
     shoot("monitor-validation")
     files = {path.name for path in ready.path("output", "loha", name, "").iterdir()}
     assert files >= {"best.safetensors", "preview_000024.png", "preview_000024_2.png"}
+
+
+# What of the line is cut off: nothing may be, and there must be a plot and buttons below it.
+CUT = """() => {
+  const line = document.querySelector(".loha-monitor .loha-count");
+  const view = document.querySelector(".loha-monitor").getBoundingClientRect();
+  const buttons = [...document.querySelectorAll(".loha-monitor .loha-button")].map(e => e.getBoundingClientRect());
+  return [
+    Math.max(0, line.scrollWidth - line.clientWidth), Math.max(0, line.scrollHeight - line.clientHeight),
+    buttons.every(b => b.top >= line.getBoundingClientRect().bottom - 1 && b.right <= view.right + 1),
+    document.querySelector(".loha-monitor .loha-plot").clientHeight >= 100,
+  ];
+}"""
+
+
+def test_all_of_the_line_is_seen_at_the_width_that_the_node_begins_with(page: Page, shoot):
+    about = {"id": "a", "name": "portraits of anna", "step": 1200, "steps": 1200, "loss": 0.1234, "lr": 1e-3}
+    held_out = {"validation": [[1100, 0.1133], [1200, 0.1235]], "began": 1.7e9}
+    for state in ("running", "done"):
+        run = about | held_out | {"state": state, "seconds_left": 4000, "previews": [], "losses": [0.1] * 1200}
+        told = {"runs": [run | {"previous": []}]}
+        page.route("**/loha/training*", lambda route, _, told=told: route.fulfill(json=told))
+        add(page, "LoHaTrainer", 300, 120)
+        expect(page.locator(".loha-monitor .loha-count")).to_contain_text("lowest 0.113 at step 1100")
+        assert page.evaluate(CUT) == [0, 0, True, True]
+        shoot(f"monitor-line-{state}")
+        page.evaluate("app.graph.clear()")
 
 
 RATE = """async events => {

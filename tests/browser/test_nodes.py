@@ -63,7 +63,7 @@ def test_the_right_button_opens_the_nodes_menu_over_our_widgets(page: Page):
     node = add(page, "LoHaLoader", lora_name="seven.safetensors")
     page.locator(".loha-strength .loha-track").first.click(button="right")
     expect(page.get_by_text(re.compile("^(Clone|Duplicate|Bypass)")).first).to_be_visible()
-    assert page.evaluate("Object.keys(app.canvas.selected_nodes).map(Number)") == [node]
+    assert page.evaluate("Object.keys(app.canvas.selected_nodes)") == [str(node)]
     page.keyboard.press("Escape")
     page.mouse.click(1200, 800)
 

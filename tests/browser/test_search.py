@@ -6,8 +6,9 @@ from playwright.sync_api import Page
 
 from .conftest import until
 
-# From 1.49.6 on the front end looks into aliases, too.
-ALIASES = "window.__COMFYUI_FRONTEND_VERSION__ !== '1.32.9'"
+# ComfyUI 0.3.75 does not tell a node's aliases, and its front end 1.32.9 would not look into them.
+ALIASES = """window.__COMFYUI_FRONTEND_VERSION__ !== '1.32.9'
+  && LiteGraph.registered_node_types.LoHaLoader.nodeData.search_aliases?.length > 0"""
 FOCUSED = "document.activeElement.tagName === 'INPUT'"
 TITLES = """[...document.querySelectorAll("[role=option]")].map(e => e.innerText.trim().split("\\n")[0].trim())
   .filter(Boolean)"""

@@ -101,18 +101,19 @@ def file(inputs: dict[str, Any], _: Server) -> Any:
     return [inputs["lora_name"], Path(inputs["lora_name"]).stem]
 
 
-FILE = """[document.querySelector(".loha-file .loha-button").title,
-  document.querySelector(".loha-file span").textContent]"""
-SLIDERS = """[...document.querySelectorAll(".loha-strength")].map(e => [
+# seen(selector) are the elements that can be seen: the front end 1.32.9 keeps those of nodes that are gone.
+SEEN = "(seen => ({}))(selector => [...document.querySelectorAll(selector)].filter(e => e.checkVisibility()))"
+FILE = SEEN.format("""[seen(".loha-file .loha-button")[0]?.title, seen(".loha-file span")[0]?.textContent]""")
+SLIDERS = SEEN.format("""seen(".loha-strength").map(e => [
   e.querySelector(".loha-track").ariaValueNow, e.querySelector("input").value,
-  e.querySelector(".loha-thumb").style.left])"""
-ROWS = """[...document.querySelectorAll(".loha-stack-row")].map(e => [
+  e.querySelector(".loha-thumb").style.left])""")
+ROWS = SEEN.format("""seen(".loha-stack-row").map(e => [
   e.querySelector("[data-part=name]").title, e.querySelector("[role=switch]").ariaChecked,
-  e.querySelector("input").value])"""
-BARS = """[document.querySelector(".loha-equaliser textarea")?.value,
-  Object.fromEntries([...document.querySelectorAll(".loha-bar")].map(e => [e.ariaLabel, e.ariaValueNow]))]"""
-FRAMES = """[document.querySelector(".loha-schedule textarea")?.value,
-  [...document.querySelectorAll(".loha-keyframe")].map(e => e.title).sort()]"""
+  e.querySelector("input").value])""")
+BARS = SEEN.format("""[seen(".loha-equaliser textarea")[0]?.value,
+  Object.fromEntries(seen(".loha-bar").map(e => [e.ariaLabel, e.ariaValueNow]))]""")
+FRAMES = SEEN.format("""[seen(".loha-schedule textarea")[0]?.value,
+  seen(".loha-keyframe").map(e => e.title).sort()]""")
 
 VISIBLE_SLIDERS = """[...document.querySelectorAll(".loha-track")].filter(e => e.checkVisibility())
   .map(e => Number(e.ariaValueNow))"""
@@ -158,8 +159,8 @@ KINDS = {
         "LoHaSchedule",
         {"keyframes": "0: 0.2, 0.5: 1"},
         (
-            lambda it: drag(it, it.locator(".loha-plot"), (0.75, 0.5), (0, -20)),
-            lambda it: drag(it, it.locator(".loha-keyframe").first, (0.5, 0.5), (30, -20)),
+            lambda it: drag(it, it.locator(".loha-plot:visible"), (0.75, 0.5), (0, -20)),
+            lambda it: drag(it, it.locator(".loha-keyframe:visible").first, (0.5, 0.5), (30, -20)),
         ),
         FRAMES,
         frames,
@@ -229,8 +230,6 @@ def test_strengths_of_a_subgraph(page: Page):
     undo(page)
     assert compare() == before
     redo(page)
-    if not own:  # there redo changes no plain field of a subgraph, be it the cfg of ComfyUI's own sampler
-        changed = before
     assert compare() == changed
     change(1, 0.4)
     assert compare() == [changed[0], pytest.approx(0.4, abs=0.051)]

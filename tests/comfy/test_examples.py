@@ -72,19 +72,24 @@ def test_values_fit_their_widgets(shipped, info):
                     if options.get("control_after_generate"):
                         wanted.append(("after", "COMBO", {"options": ["fixed", "increment", "decrement", "randomize"]}))
             values = node.get("widgets_values", [])
-            if not values and FILES & {name for name, _, _ in wanted} and "inputNode" not in graph:
+            if not values and FILES & {name for name, _, _ in wanted}:
                 continue  # it opens with the first of the user's own files
             assert len(values) == len(wanted), node["type"]
             for (name, kind, options), value in zip(wanted, values, strict=True):
                 assert fits(name, kind, options, value), f"{node['type']}.{name}: {value!r}"
 
 
-@pytest.mark.parametrize("path", sorted((REPOSITORY / "example_workflows").glob("*.json")), ids=lambda path: path.stem)
-def test_examples_name_no_file(path):
+def test_they_name_no_file(shipped):
     """Whoever lacks it would open them on a warning of missing models."""
-    values = [value for graph in graphs(path) for node in graph["nodes"] for value in node.get("widgets_values", ())]
+    values = [value for graph in graphs(shipped) for node in graph["nodes"] for value in node.get("widgets_values", ())]
     said = [value for value in values if isinstance(value, str)]
     assert not [value for value in said if "loha_demo" in value or value.endswith((".safetensors", ".ckpt", ".pt"))]
+
+
+def test_notes_have_no_code(shipped):
+    """Nodes 2.0 writes it in blue on a note's brown."""
+    notes = [node for graph in graphs(shipped) for node in graph["nodes"] if node["type"] in NOTES]
+    assert not [text for node in notes for text in node["widgets_values"] if "`" in text]
 
 
 def test_sockets_are_those_of_the_nodes(shipped, info):

@@ -105,7 +105,7 @@ def many(files, tmp_path):
 def test_pictures_beside_files(many):
     names = many.names()
     assert len(names) == 2002 and {"peft", "whole"} < set(names)
-    pictured = many.pictured(names)
+    pictured = many.pictured()
     assert len(pictured) == 201 and {os.path.join("group 0", "set 0", "0000.v2.safetensors"), "whole"} < set(pictured)
 
 
@@ -123,8 +123,32 @@ def test_folders_are_looked_at_once_however_many_files_lie_in_them(many, monkeyp
     names = many.names()
     assert len(asked) <= own_calls + 2 * folders
     asked.clear()
-    many.pictured(names)
-    assert len(asked) <= folders
+    many.pictured()
+    assert len(asked) <= own_calls + folders
+    asked.clear()
+    assert (many.names(), len(many.pictured())) == (names, 201)
+    assert len(asked) <= 2 * own_calls  # nothing beside ComfyUI's own
+
+
+def test_what_is_put_into_a_folder_is_seen(many, tmp_path):
+    """Names are kept; a file, a picture and a PEFT folder's configuration each make them anew."""
+    root = tmp_path / "models" / "loras"
+    (root / "plain").mkdir()
+    (root / "plain" / "adapter_model.safetensors").touch()
+    before, pictures = many.names(), many.pictured()
+    new = root / "group 2" / "set 4" / "new.safetensors"
+    new.touch()
+    assert set(many.names()) - set(before) == {os.path.join("group 2", "set 4", "new.safetensors")}
+    new.with_suffix(".png").touch()
+    assert len(many.pictured()) == len(pictures) + 1
+    (root / "plain" / "adapter_config.json").touch()
+    assert set(many.names()) ^ set(before) == {
+        os.path.join("group 2", "set 4", "new.safetensors"),
+        os.path.join("plain", "adapter_model.safetensors"),
+        "plain",
+    }
+    new.unlink()
+    assert len(many.pictured()) == len(pictures)
 
 
 # --- reading once -------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import time
 import zipfile
 from pathlib import Path
 
@@ -145,3 +146,16 @@ def test_a_changed_file_is_read_again(server, loras):
     path.rename(loras / "changing.safetensors")
     second = server.queue(info("changing.safetensors"))["outputs"]["2"]["text"][0]
     assert "rank          2 ×150" in first and "rank          4 ×150" in second
+
+
+def test_what_a_node_has_shown_is_told_again_after_a_run_of_another(server, loras):
+    """As to a page that was reloaded, when a part of its workflow runs."""
+    if "has_intermediate_output" not in server.object_info("LoHaInfo"):
+        pytest.skip("this ComfyUI tells only of the nodes that run")
+    prompt = info("good.safetensors") | {"4": {"class_type": "PreviewAny", "inputs": {"source": "x"}}}
+    first = server.queue(prompt)["outputs"]["2"]
+    prompt["4"]["inputs"]["source"] = "y"
+    prompt_id = server.post("/prompt", {"prompt": prompt, "partial_execution_targets": ["4"]})["prompt_id"]
+    while not (entry := server.get(f"/history/{prompt_id}").get(prompt_id)):
+        time.sleep(0.05)
+    assert entry["outputs"]["2"] == first

@@ -121,7 +121,8 @@ def test_it_trains_shows_and_saves(server, workflow):
     while not (entry := server.get(f"/history/{prompt_id}").get(prompt_id)):  # written after the event
         time.sleep(0.05)
     assert ["saved as on_a_folder.safetensors"] in [output.get("text") for output in entry["outputs"].values()]
-    assert events[-1][1]["state"] == "done" and events[-1][1]["previews"] == [1, 2, 3, 4]
+    assert events[-1][1]["state"] == "done"
+    assert events[-1][1]["previews"] == [[step, [f"preview_{step:06d}.png"]] for step in (1, 2, 3, 4)]
     assert {data["node"] for _, data in events} == {"2"}  # the page's own node: its monitor finds the run
     saved = load_adapter(server.path("models", "loras", "on_a_folder.safetensors"))
     assert set(saved.ranks) == {2} and saved.metadata["modelspec.trigger_phrase"] == "a handwritten seven"

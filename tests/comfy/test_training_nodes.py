@@ -561,7 +561,8 @@ def test_the_workflow_trains_shows_and_saves(server, workflow):
     assert curve.shape[1] > 100 and curve.std() > 10
     assert outputs(job, entry, "LoHaSave")["text"] == ["saved as short.safetensors"]
     assert re.search(r"MODEL: \d+ layers", outputs(job, entry, "LoHaNetwork")["text"][0])
-    assert events[-1][1]["state"] == "done" and events[-1][1]["previews"] == [2, 4]
+    assert events[-1][1]["state"] == "done"
+    assert events[-1][1]["previews"] == [[step, [f"preview_{step:06d}.png"]] for step in (2, 4)]
     assert {d["node"] for _, d in events} == {number for number, n in job.items() if n["class_type"] == "LoHaTrainer"}
     node, run = events[-1][1]["node"], events[-1][1]["id"]
     [whole] = server.get(f"/loha/training?workflow=any&node={node}")["runs"]

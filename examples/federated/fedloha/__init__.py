@@ -1,0 +1,1 @@
+"""Handwritten digits on many clients, as a Flower app."""
