@@ -60,6 +60,16 @@ def _loha(
     return adapt
 
 
+def _zero_inside(layers: Iterable[Any]) -> None:
+    """The zero on the input's side, as PEFT's LoHa has it, and all other factors of one size."""
+    for layer in layers:
+        outside, inside = (getattr(layer, f"hada_w1_{side}")["default"].data for side in ("a", "b"))
+        outside.mul_(2)
+        inside.div_(2**0.5)
+        layer.hada_w2_a["default"].data.normal_(std=float(inside.std()))
+        layer.hada_w2_b["default"].data.zero_()
+
+
 def _around_one(layers: Iterable[Any]) -> None:
     """M₁ begins around one: the LoHa begins as a LoRA of rank r, which M₁ then modulates."""
     for layer in layers:
@@ -85,6 +95,7 @@ METHODS: dict[str, Method] = {
     "peft": Method(_loha(True), "LoHa r = 4, PEFT's first values"),
     "lycoris": Method(_loha("lycoris"), "LoHa r = 4, LyCORIS' first values"),
     "balanced": Method(_loha("balanced"), "LoHa r = 4, ours"),
+    "zero inside": Method(_loha("balanced", _zero_inside), "ours, w2_b = 0 in place of w2_a, one size"),
     "equal": Method(_loha("balanced", times=1 / 3), "… its first values, at the rate as given"),
     "peft x3": Method(_loha(True, times=3.0), "PEFT's first values, three times the rate"),
     "balanced+": Method(_loha("balanced", lora_plus=3.0), "ours, w2_b another three times faster"),

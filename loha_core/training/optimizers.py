@@ -150,7 +150,7 @@ class OptimizerConfig:
 
 
 # The factor that begins at zero, by the name of the init, unless a scalar does.
-_ZERO = {"lycoris": "hada_w2_a"}
+_ZERO = {"lycoris": "hada_w2_a", "balanced": "hada_w2_a"}
 # What the factors' learning rate is multiplied by, so that the rate is one that suits a LoRA (docs/recipes.md).
 _RATIO = {"balanced": 3.0}
 

@@ -95,7 +95,7 @@ class LoHaConfig:
             or "all-linear"; None takes the architecture's default.
         exclude_modules: names or a regular expression, as above.
         init_weights: True or "peft": Kaiming uniform and w2_b = 0, so that the update begins at zero; "lycoris":
-            normal, std 0.1 and 1, and w2_a = 0; "balanced": normal, all of one std, and w2_b = 0, so that the first
+            normal, std 0.1 and 1, and w2_a = 0; "balanced": normal, all about as large, and w2_a = 0, so that the first
             step moves the weight as far as a LoRA's of as many parameters (docs/recipes.md); False: as PEFT but
             random throughout, for tests.
         layers_to_transform: indices of the layers to adapt; needs ``target_modules`` to be a list.

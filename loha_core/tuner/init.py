@@ -55,17 +55,19 @@ def _lycoris(new: dict[str, Tensor], scalar: bool) -> None:
 
 
 def _balanced(new: dict[str, Tensor], rank: int, fan_in: int, scalar: bool) -> None:
-    """All factors but the zero one have one standard deviation σ: none is so large that it hardly learns.
+    """All factors are about as large, so that none hardly learns: σ√2 inside, σ/2 outside, σ in the core; w2_a is zero.
 
-    An optimizer that moves every element by its rate η, as Adam does, first moves ΔW by r·σ³·η (root mean square) and
+    Zero on the output's side, as a LoRA: with w2_b at zero instead, the same LoHa learnt less (docs/recipes.md). An
+    optimizer that moves every element by its rate η, as Adam does, first moves ΔW by r·σ³·η (root mean square) and
     that of a LoRA of rank R = 2r, whose A has the variance 1 / 3i, by √(R / 3i)·η. σ makes them equal. Tucker factors
     have a core in each half: r²·σ⁵·η.
     """
+    sizes = {"a": 0.5, "b": math.sqrt(2)}  # (1/2)·√2·√2 = 1
     tucker = "hada_t1" in new
     move = math.sqrt(2 * rank / (3 * fan_in))
     std = (move / rank**2) ** (1 / 5) if tucker else (move / rank) ** (1 / 3)
     for name, tensor in new.items():
-        if name == "hada_w2_b" and not scalar:
+        if name == "hada_w2_a" and not scalar:
             nn.init.zeros_(tensor)
         else:
-            nn.init.normal_(tensor, std=std)
+            nn.init.normal_(tensor, std=std * sizes.get(name[-1], 1.0))

@@ -245,14 +245,16 @@ def test_the_first_step_of_a_balanced_loha_is_as_long_as_a_loras(out, inner, ker
     layer.update_layer("default", rank, rank, config)
     assert not layer.get_delta_weight("default").any()
     factors = layer.factors("default")
-    stds = {name: float(t.std()) for name, t in factors.tensors().items() if name != "w2_b"}
-    assert max(stds.values()) / min(stds.values()) < 1.1
+    stds = {name: float(t.std()) for name, t in factors.tensors().items() if name != "w2_a"}
+    sizes = {name: {"a": 0.5, "b": 2**0.5}.get(name[-1], 1.0) for name in stds}
+    sigma = [std / sizes[name] for name, std in stds.items()]
+    assert max(sigma) / min(sigma) < 1.1
 
     options = {"r": 2 * rank, "lora_alpha": 2 * rank, "target_modules": ["0"]}
     lora = peft.get_peft_model(nn.Sequential(copy.deepcopy(base)), peft.LoraConfig(**options)).base_model.model[0]
     steps = {}
     for name, parameter, delta in (
-        ("ours", layer.hada_w2_b["default"], lambda: layer.get_delta_weight("default")),
+        ("ours", layer.hada_w2_a["default"], lambda: layer.get_delta_weight("default")),
         ("theirs", lora.lora_B["default"].weight, lambda: lora.get_delta_weight("default")),
     ):
         with torch.no_grad():

@@ -136,6 +136,7 @@ def test_text_encoders_have_a_rate_of_their_own():
         ({}, "hada_w2_b"),
         ({"use_effective_conv2d": True}, "hada_w2_b"),
         ({"init_weights": "lycoris"}, "hada_w2_a"),
+        ({"init_weights": "balanced"}, "hada_w2_a"),
         ({"use_scalar": True}, "scalar"),
         ({"init_weights": "lycoris", "use_scalar": True}, "scalar"),
         ({"use_dora": True}, "hada_w2_b"),
