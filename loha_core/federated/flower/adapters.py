@@ -102,10 +102,11 @@ def to_state(adapter: Adapter, like: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _in_sizes_of(sent: LoHaFactors, layer: LoHaFactors) -> LoHaFactors:
-    """The same update, its factors of the sizes of those that were sent but for w2_b, which has the rest.
+    """The same update, its factors of the sizes of those that were sent but for the second half's smaller one.
 
     An update has many factorizations. A young one is small; if all four factors were small with it, no gradient would
-    reach any of them. So three keep the size that they began with, as in a LoHa that was never aggregated.
+    reach any of them. So three keep the size that they began with, as in a LoHa that was never aggregated, and the one
+    that began at zero, w2_a or w2_b by the first values, has the rest.
     """
     if layer.is_tucker or not all(bool(t.any()) for t in layer.tensors().values()):
         return layer
@@ -119,12 +120,17 @@ def _in_sizes_of(sent: LoHaFactors, layer: LoHaFactors) -> LoHaFactors:
     a1, b1 = layer.w1_a * first, layer.w1_b / first[:, None]
     size = (sent.w1_a.norm() * sent.w1_b.norm() / (a1.norm() * b1.norm())).sqrt()
     size = size if bool(size.isfinite() & (size > 0)) else torch.ones_like(size)
-    wanted = sent.w2_a.norm() / sent.rank**0.5
-    second = wanted / layer.w2_a.norm(dim=0)
+    outside = sent.w2_a.square().mean() >= sent.w2_b.square().mean()  # the one that keeps its size
+    norms = layer.w2_a.norm(dim=0) if outside else layer.w2_b.norm(dim=1)  # of an svd's second half, one is not zero
+    wanted = (sent.w2_a if outside else sent.w2_b).norm() / norms.count_nonzero() ** 0.5
+    second = wanted / norms
     second = torch.where(second.isfinite() & (second > 0), second, 1.0)
-    return replace(
-        layer, w1_a=a1 * size, w1_b=b1 * size, w2_a=layer.w2_a * second, w2_b=layer.w2_b / second[:, None] / size**2
+    a2, b2 = (
+        (layer.w2_a * second, layer.w2_b / second[:, None] / size**2)
+        if outside
+        else (layer.w2_a / second / size**2, layer.w2_b * second[:, None])
     )
+    return replace(layer, w1_a=a1 * size, w1_b=b1 * size, w2_a=a2, w2_b=b2)
 
 
 def _layers(state: Mapping[str, Tensor]) -> dict[str, LoHaFactors]:
