@@ -59,7 +59,7 @@ def _write_pictures(server: comfyui.Server) -> None:
     others = np.random.default_rng(0).permutation(sevens)
     labels = np.resize(np.array(digits.KNOWN), len(sevens))
     pairs = digits.Digits(np.concatenate([sevens, others], axis=2), labels)
-    train_loha._write(pairs, server.path("input", _name(), ""))
+    train_loha.write_digits(pairs, server.path("input", _name(), ""))
 
 
 def _name() -> str:

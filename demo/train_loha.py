@@ -32,13 +32,13 @@ def write_pictures(server: comfyui.Server) -> None:
     data = digits.load()[0]
     for target in digits.HELD_BACK:
         shown = data.only((target,))
-        _write(shown, server.path("input", folder(target), ""))
+        write_digits(shown, server.path("input", folder(target), ""))
         pairs = digits.Digits(shown.pictures[:KNOWN_EACH], shown.labels[:KNOWN_EACH])
-        _write(pairs, server.path("input", pairs_folder(target), ""))
+        write_digits(pairs, server.path("input", pairs_folder(target), ""))
     known = [data.only((digit,)) for digit in digits.KNOWN]
     first = [digits.Digits(d.pictures[:KNOWN_EACH], d.labels[:KNOWN_EACH]) for d in known]
     every = digits.Digits(np.concatenate([d.pictures for d in first]), np.concatenate([d.labels for d in first]))
-    _write(every, server.path("input", KNOWN_FOLDER, ""))
+    write_digits(every, server.path("input", KNOWN_FOLDER, ""))
 
 
 def without_known(prompt: comfyui.Json) -> comfyui.Json:
@@ -50,7 +50,7 @@ def without_known(prompt: comfyui.Json) -> comfyui.Json:
     return rest
 
 
-def _write(data: digits.Digits, to: Path) -> None:
+def write_digits(data: digits.Digits, to: Path) -> None:
     shutil.rmtree(to, ignore_errors=True)
     to.mkdir(parents=True)
     for number, (picture, label) in enumerate(zip(data.pictures, data.labels, strict=True)):

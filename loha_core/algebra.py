@@ -47,6 +47,18 @@ def compute_dtype(*tensors: Tensor | None, dtype: torch.dtype | None = None) -> 
     return torch.float64 if torch.float64 in dtypes else torch.float32
 
 
+def factor_shapes(weight: tuple[int, ...], rank: int, tucker: bool) -> dict[str, tuple[int, ...]]:
+    """Shapes of the factors of a weight (o, i, *k), by name in the order of `Factors`; kernels without a core lie flat.
+
+    >>> factor_shapes((8, 4, 3), 2, tucker=False)
+    {'w1_a': (8, 2), 'w1_b': (2, 12), 'w2_a': (8, 2), 'w2_b': (2, 12)}
+    """
+    out, inner, *kernel = weight
+    a, b = ((rank, out), (rank, inner)) if tucker else ((out, rank), (rank, math.prod(weight[1:])))
+    shapes: dict[str, tuple[int, ...]] = {"w1_a": a, "w1_b": b, "w2_a": a, "w2_b": b}
+    return shapes | dict.fromkeys(("t1", "t2"), (rank, rank, *kernel)) if tucker else shapes
+
+
 def tucker(t: Tensor, a: Tensor, b: Tensor) -> Tensor:
     """M[o,i,k] = Σ_pq t[p,q,k]·a[p,o]·b[q,i] for t (r, r, *k), a (r, o), b (r, i); any number of kernel axes."""
     return torch.einsum("pq...,po,qi->oi...", t, a, b)

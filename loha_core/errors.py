@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
+from difflib import get_close_matches
 from typing import Any
 
 
@@ -71,3 +72,16 @@ def check_choice(name: str, value: object, choices: Iterable[str]) -> None:
     expected = list(choices)
     if value not in expected:
         raise LoHaError(f"{name} is {value!r}; expected one of {', '.join(expected)}")
+
+
+def check_known(what: str, names: Iterable[str], known: Collection[str]) -> None:
+    """Refuse names that are none of ``known``.
+
+    Raises:
+        LoHaError: names the first of them, and what is near it or all that is known.
+    """
+    for name in names:
+        if name not in known:
+            near = get_close_matches(name, known, 3, 0.5)
+            hint = f"did you mean {' or '.join(near)}?" if near else f"expected one of {', '.join(known)}"
+            raise LoHaError(f"unknown {what} {name!r}; {hint}")

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .algebra import Factors
+from .algebra import Factors, factor_shapes
 from .errors import LoHaError
 from .ops.autograd import Delta, Geometry, LayerSpec
 from .ops.functional import adapted_forward, update_forward
@@ -86,14 +86,8 @@ class _Layer(theirs.LoHaLayer):
         if len(shape) < 5:
             super().create_adapter_parameters(adapter_name, r, shape)
             return
-        out, inner, *kernel = shape
-        for half in ("1", "2"):
-            for name, size in (
-                (f"hada_t{half}", (r, r, *kernel)),
-                (f"hada_w{half}_a", (r, out)),
-                (f"hada_w{half}_b", (r, inner)),
-            ):
-                getattr(self, name)[adapter_name] = nn.Parameter(torch.empty(size))
+        for name, size in factor_shapes(shape, r, tucker=True).items():
+            getattr(self, f"hada_{name}")[adapter_name] = nn.Parameter(torch.empty(size))
 
     def _factors(self, adapter: str, is_dropped: bool) -> Factors:
         names = ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b")

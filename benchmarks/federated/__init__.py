@@ -4,7 +4,7 @@
     python -m benchmarks.federated                        # all of it: about an hour of one core; goes on where it was
     python -m benchmarks.federated --parts digits
     python -m benchmarks.federated --table                # tables and curves of what has been measured so far
-    python -m benchmarks.federated.loopback               # SuperLink, two SuperNodes, one of which is killed
+    python -m benchmarks.federated.loopback               # SuperLink, three SuperNodes, one of which is killed
 
 A run is the Flower app in examples/federated with other settings, its clients one after another in this process
 (`grid.InProcess`): the messages, and with them the bytes, are those of `flwr run`. Runs are lines of

@@ -68,7 +68,7 @@ def free_port() -> int:
 
 
 @contextmanager
-def processes(folder: Path) -> Iterator[dict[str, subprocess.Popen[bytes]]]:
+def processes() -> Iterator[dict[str, subprocess.Popen[bytes]]]:
     """Where started processes are put; each has a session of its own, which ends here."""
     started: dict[str, subprocess.Popen[bytes]] = {}
     try:
@@ -125,7 +125,7 @@ def deploy(folder: Path) -> list[dict[str, Any]]:
         f'[superlink]\ndefault = "loopback"\n[superlink.loopback]\naddress = "{HOST}:{port}"\n'
         f"root-certificates = {json.dumps(ca)}\n"
     )
-    with processes(folder) as started:
+    with processes() as started:
         started["superlink"] = start(
             "superlink", folder, "flower-superlink", "--host", HOST, "--port", str(port), "--ssl-ca-certfile", ca,
             "--ssl-certfile", str(folder / "server.crt"), "--ssl-keyfile", str(folder / "server.key"),

@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from loha_core.federated.flower.strategy import bytes_of
+
 from .plans import Part
 
 Run = dict[str, Any]
@@ -18,7 +20,7 @@ def curve(run: Run) -> list[tuple[int, float, float]]:
     """(round, megabytes of all training messages so far, accuracy as the mean of the last three rounds)."""
     points, spent, last = [], 0, []
     for each in run["rounds"]:
-        spent += each.get("bytes-down", 0) + each.get("bytes-up", 0)
+        spent += bytes_of(each)
         if scores := each.get("scores") or each.get("evaluation"):
             last = [*last[-2:], scores["accuracy"]]
             points.append((each["round"], spent / 1e6, sum(last) / len(last)))

@@ -12,7 +12,7 @@ from torch import Tensor
 from ..adapter import Adapter, split_key, split_layers
 from ..algebra import compute_dtype
 from ..errors import LoHaError, about, check_choice, check_number
-from ..factors import LoHaFactors
+from ..formats.container import broken_values
 from ..formats.grouping import group
 from ..transform import lowrank
 from ..transform.compress import EXACT, Compression
@@ -104,18 +104,16 @@ def _check(client: Adapter) -> None:
                     f"{name} is DoRA, whose update depends on the weight beneath it, so that neither factors nor "
                     "updates have a mean that means anything; train the clients without use_dora"
                 )
-            if bad := int((~torch.isfinite(tensor)).sum()):
-                raise LoHaError(f"{key}: {bad} of {tensor.numel()} values are NaN or infinite; leave this client out")
+            if broken := broken_values(tensor):
+                raise LoHaError(f"{key}: {broken}; leave this client out")
 
 
 def _tensors(adapter: Adapter) -> list[tuple[str, str, Tensor]]:
     """(layer, key, tensor) of everything that an adapter holds."""
-    factors = [(name, f"{name}.{part}", t) for name, layer in adapter.layers.items() for part, t in _parts(layer)]
+    factors = [
+        (name, f"{name}.{part}", t) for name, layer in adapter.layers.items() for part, t in layer.tensors().items()
+    ]
     return factors + [((split_key(key) or (key, ""))[0], key, t) for key, t in adapter.extras.items()]
-
-
-def _parts(layer: LoHaFactors) -> list[tuple[str, Tensor]]:
-    return list(layer.tensors().items())
 
 
 def _mean(clients: Sequence[Adapter], shares: Sequence[float]) -> Adapter:

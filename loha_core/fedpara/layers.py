@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn.utils import skip_init
 from torch.utils.checkpoint import checkpoint
 
-from ..algebra import Factors, compute_dtype, halves
+from ..algebra import Factors, compute_dtype, factor_shapes, halves
 from ..ops.autograd import Delta, Geometry, LayerSpec, apply_weight
 from ..ops.functional import update_forward
 from ..ops.padding import padded, padding_of
@@ -48,7 +48,7 @@ class FedParaLayer(nn.Module):
             if hasattr(layer, name):
                 setattr(self, name, getattr(layer, name))
         self.rank, self.personal, self.activation, self.fan = rank, personal, activation, fan
-        for name, shape in shapes(self.weight_shape, rank, tucker).items():
+        for name, shape in factor_shapes(self.weight_shape, rank, tucker).items():
             self.register_parameter(name, nn.Parameter(torch.empty(shape, device=weight.device, dtype=weight.dtype)))
         self.register_parameter("bias", layer.bias)  # type: ignore[arg-type]
         self._weights: list[Tensor] | None = None  # see `JacobianCorrection`
@@ -157,17 +157,6 @@ class FedParaConv(FedParaLayer):
         settings = {name: getattr(self, name) for name in ("stride", "padding", "dilation", "groups", "padding_mode")}
         channels = (self.in_channels, self.out_channels, self.kernel_size)
         return _with(self, skip_init(kind, *channels, **settings, **_like(self)))
-
-
-def shapes(weight: tuple[int, ...], rank: int, tucker: bool) -> dict[str, tuple[int, ...]]:
-    """Shapes of the factors of a weight (o, i, *k), by name and as `LoHaFactors` has them."""
-    out, inner, kernel = weight[0], weight[1:2], weight[2:]
-    if tucker:
-        a, b = (rank, out), (rank, *inner)
-    else:
-        a, b = (out, rank), (rank, torch.Size(weight[1:]).numel())
-    cores = {"t1": (rank, rank, *kernel), "t2": (rank, rank, *kernel)} if tucker else {}
-    return {"w1_a": a, "w1_b": b, "w2_a": a, "w2_b": b, **cores}
 
 
 def _plus_one(f: Factors) -> Factors:

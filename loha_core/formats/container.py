@@ -136,12 +136,18 @@ def _umask() -> int:
 
 
 def check_finite(tensor: Tensor, what: str) -> None:
+    if broken := broken_values(tensor):
+        raise LoHaError(f"{what}: {broken}; the training run broke")
+
+
+def broken_values(tensor: Tensor) -> str:
+    """How many values are not finite, in words; empty where all are."""
     if not tensor.is_floating_point() or tensor.numel() == 0 or tensor.is_meta:
-        return
+        return ""
     wide = tensor.float() if tensor.element_size() == 1 else tensor
-    if not bool(torch.isfinite(wide).all()):
-        bad = int((~torch.isfinite(wide)).sum())
-        raise LoHaError(f"{what}: {bad} of {tensor.numel()} values are NaN or infinite; the training run broke")
+    if bool(torch.isfinite(wide).all()):
+        return ""
+    return f"{int((~torch.isfinite(wide)).sum())} of {tensor.numel()} values are NaN or infinite"
 
 
 def check_is_safetensors(path: Path) -> None:

@@ -7,6 +7,7 @@ import math
 import torch
 from torch import Tensor, nn
 
+from ..algebra import factor_shapes
 from .config import LoHaConfig
 
 
@@ -16,15 +17,11 @@ def create(shape: tuple[int, ...], rank: int, tucker: bool, config: LoHaConfig) 
     On the default device. They are drawn in PEFT's order, or in LyCORIS', so that the same seed gives the same
     values there and here.
     """
-    out, inner, kernel = shape[0], shape[1], shape[2:]
-    a, b = ((rank, out), (rank, inner)) if tucker else ((out, rank), (rank, inner * math.prod(kernel)))
-    new = {f"hada_w{half}_{side}": torch.empty(s) for half in (1, 2) for side, s in (("a", a), ("b", b))}
-    if tucker:
-        new |= {f"hada_t{half}": torch.empty(rank, rank, *kernel) for half in (1, 2)}
+    new = {f"hada_{name}": torch.empty(s) for name, s in factor_shapes(shape, rank, tucker).items()}
     if config.init_weights == "lycoris":
         _lycoris(new, config.use_scalar)
     elif config.init_weights == "balanced":
-        _balanced(new, rank, inner * math.prod(kernel), config.use_scalar)
+        _balanced(new, rank, math.prod(shape[1:]), config.use_scalar)
     else:
         # A scalar of zero and a factor of zero would both wait for the other to move.
         _peft(new, zero=config.init_weights is not False and not config.use_scalar)

@@ -51,7 +51,8 @@ LEFT = """() => [
 # The front ends 1.49.6 and 1.58.1 show a pack's widget only on its own node; on a subgraph it is a plain field.
 OWN_WIDGETS_ON_SUBGRAPHS = "window.__COMFYUI_FRONTEND_VERSION__ === '1.32.9'"
 # Errors that nothing has caught; of promises those of ours.
-WATCH = """window.failures = [];
+WATCH = """performance.setResourceTimingBufferSize(5000);
+window.failures = [];
 addEventListener("error", e => failures.push(e.message));
 addEventListener("unhandledrejection", e => /LoHa/.test(e.reason?.stack) && failures.push(e.reason.stack));"""
 LOADED = """performance.getEntriesByType('resource').filter(e => /ComfyUI-LoHa\\/.*js$/.test(e.name))

@@ -7,16 +7,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any
-from urllib.parse import parse_qs, urlsplit
 
 import pytest
-from playwright.sync_api import Page, Route, expect
+from playwright.sync_api import Page, expect
 
 from demo import prepare
 from demo.comfyui import Server
 
 from .conftest import HEAR, OWN_WIDGETS_ON_SUBGRAPHS, READY, STEP, VUE, expect_value, settle
-from .test_undo import BARS, KINDS, SEEN, Kind, bars, slide, swap
+from .test_undo import BARS, KINDS, SEEN, Kind, bars, slide, swap, training
 from .test_widgets import add
 from .test_widgets_curves import SIZES, output
 
@@ -195,16 +194,7 @@ def test_what_is_shown_is_sent(page: Page, ready: Server, shoot, name: str, acti
 @pytest.mark.parametrize("action", ACTIONS)
 def test_the_monitor_goes_on(page: Page, action: str):
     losses = [0.3, 0.2]
-
-    def answer(route: Route) -> None:
-        asked = parse_qs(urlsplit(route.request.url).query)
-        known = int(asked["since"][0]) if "run" in asked else 0
-        run = {"id": "a", "step": len(losses), "steps": 9, "loss": 0.1, "lr": 1e-3, "seconds_left": 60, "previews": []}
-        route.fulfill(json={"runs": [run | {"state": "running", "losses": losses[known:], "previous": []}]})
-
-    page.route("**/loha/training*", answer)
-    view = page.locator(".loha-monitor:visible")
-    try:
+    with training(page, losses) as view:
         add(page, "LoHaTrainFolder")
         page.evaluate(STEP)
         expect(view).to_contain_text("2 of 9")
@@ -214,5 +204,3 @@ def test_the_monitor_goes_on(page: Page, action: str):
         expect(view).to_have_count(1)
         expect(view).to_contain_text("3 of 9")
         expect(view.get_by_role("img", name="Loss of 3 steps")).to_be_visible()
-    finally:
-        page.unroute("**/loha/training*")

@@ -6,15 +6,15 @@ Undo makes every node anew. Nodes 2.0 would go on showing the elements of the no
 from __future__ import annotations
 
 import json
-import re
 import urllib.parse
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
-from playwright.sync_api import Page, Route, expect
+from playwright.sync_api import Locator, Page, Route, expect
 
 from demo.comfyui import REPOSITORY, Server
 from loha_core.schedule import Schedule
@@ -262,17 +262,26 @@ def test_what_runs_have_shown_stays_and_the_next_run_follows(page: Page, adapter
         expect(lost).to_have_count(layers)
 
 
-def test_the_monitor_goes_on(page: Page):
-    losses = [0.3, 0.2]
+@contextmanager
+def training(page: Page, losses: list[float]) -> Iterator[Locator]:
+    """The server tells of a run with these losses -> the monitors that are seen."""
 
     def answer(route: Route) -> None:
-        known = int(re.search(r"since=(\d+)", route.request.url)[1])
+        asked = urllib.parse.parse_qs(urllib.parse.urlsplit(route.request.url).query)
+        known = int(asked["since"][0]) if "run" in asked else 0
         run = {"id": "a", "step": len(losses), "steps": 9, "loss": 0.1, "lr": 1e-3, "seconds_left": 60, "previews": []}
         route.fulfill(json={"runs": [run | {"state": "running", "losses": losses[known:], "previous": []}]})
 
     page.route("**/loha/training*", answer)
-    view = page.locator(".loha-monitor:visible")
     try:
+        yield page.locator(".loha-monitor:visible")
+    finally:
+        page.unroute("**/loha/training*")
+
+
+def test_the_monitor_goes_on(page: Page):
+    losses = [0.3, 0.2]
+    with training(page, losses) as view:
         add(page, "LoHaTrainer")
         page.evaluate(STEP)
         expect(view).to_contain_text("2 of 9")
@@ -284,5 +293,3 @@ def test_the_monitor_goes_on(page: Page):
             page.evaluate("app.api.dispatchCustomEvent('loha.training', {})")
             expect(view).to_contain_text(f"{len(losses)} of 9")
             expect(view.get_by_role("img", name=f"Loss of {len(losses)} steps")).to_be_visible()
-    finally:
-        page.unroute("**/loha/training*")

@@ -16,11 +16,11 @@ pytest.importorskip("diffusers")
 pytest.importorskip("accelerate")
 
 from loha_core import LoHaError, load_adapter
+from loha_core.formats.toml import read_toml
 from loha_core.training.data.captions import Captions
 from loha_core.training.data.dataset import Dataset, Item
 from loha_core.training.diffusers import run
-from loha_core.training.diffusers import settings as settings_module
-from loha_core.training.diffusers.settings import read_settings
+from loha_core.training.diffusers.settings import OPTIONAL, read_settings
 from loha_core.training.diffusers.sliders import SliderSettings
 from loha_core.training.events import Stepped
 from loha_core.training.losses.preservation import Preservation
@@ -337,9 +337,9 @@ def test_the_examples_optional_tables_have_every_key_with_its_default(tmp_path):
     example = (Path(__file__).parents[2] / "examples" / "train.toml").read_text("utf-8")
     tables = re.sub(r"^# (\[\w+\].*|\w+ = .*)$", r"\1", example, flags=re.MULTILINE)
     (tmp_path / "config.toml").write_text(tables.replace('"a person, smiling" ', '["a", "b"]'), "utf-8")
-    parsed = settings_module._toml(tmp_path / "config.toml")
+    parsed = read_toml(tmp_path / "config.toml")
     for name, kind in (("slider", SliderSettings), ("preservation", Preservation)):
-        assert settings_module.OPTIONAL[name] is kind
+        assert OPTIONAL[name] is kind
         assert parsed[name].keys() == {each.name for each in fields(kind)}
     numbers = ("guidance", "denoising_steps", "width", "height", "low")
     assert all(parsed["slider"][each.name] == each.default for each in fields(SliderSettings) if each.name in numbers)

@@ -24,12 +24,12 @@ import diffusers
 
 from loha_core import LoHaConfig, LoHaError, load_adapter
 from loha_core.cli import main
+from loha_core.formats.toml import read_toml
 from loha_core.training.config import TrainingConfig
 from loha_core.training.data.captions import Captions
 from loha_core.training.data.dataset import Dataset, Item
 from loha_core.training.data.pictures import Sizes
 from loha_core.training.diffusers import run
-from loha_core.training.diffusers import settings as settings_module
 from loha_core.training.diffusers.pipeline import Diffusion, Feed, noising
 from loha_core.training.diffusers.preview import Previews
 from loha_core.training.diffusers.settings import (
@@ -570,7 +570,7 @@ def test_ctrl_c_keeps_what_was_learnt(write, plain, monkeypatch, capsys, tmp_pat
 
 def test_the_example_has_every_key_with_its_default():
     path = ROOT / "examples" / "train.toml"
-    tables = settings_module._toml(path)
+    tables = read_toml(path)
     settings = read_settings(path)
     kinds = {
         "model": [ModelSettings],

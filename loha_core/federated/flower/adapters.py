@@ -48,7 +48,8 @@ class AdapterFedAvg(FactorFedAvg):
             return None, None
         states = [to_tensors(next(iter(each.array_records.values()))) for each in contents]
         weights = [float(next(iter(each.metric_records.values()))[self.weighted_by_key]) for each in contents]
-        rank = max(layer.rank for layer in _layers(self._sent).values()) if self.aggregation == "exact" else None
+        sent = _layers(self._sent)
+        rank = max(layer.rank for layer in sent.values()) if self.aggregation == "exact" else None
         result = aggregate(states, weights, self.aggregation, rank=rank, resize=self.resize, seed=server_round)
         error = result.report.error
         self.rounds[-1]["error"] = error
@@ -57,7 +58,6 @@ class AdapterFedAvg(FactorFedAvg):
         metrics = self.train_metrics_aggr_fn(contents, self.weighted_by_key)
         adapter = result.adapter
         if self.aggregation == "exact":
-            sent = _layers(self._sent)
             sized = {name: _in_sizes_of(sent[name], layer) for name, layer in adapter.layers.items()}
             adapter = replace(adapter, layers=sized)
         return to_record(to_state(adapter, self._sent)), metrics
@@ -65,16 +65,17 @@ class AdapterFedAvg(FactorFedAvg):
     def fault(self, tensors: Mapping[str, Tensor]) -> str | None:
         if self.aggregation == "factors":
             return super().fault(tensors)
-        if found := fault(tensors, {key: tuple(t.shape) for key, t in tensors.items()}):
+        if found := fault(tensors, tensors):  # their values; ranks may differ
             return found
         try:
             mine = {name: layer.shape for name, layer in _layers(tensors).items()}
         except LoHaError as error:
             return str(error)
-        for name, layer in _layers(self._sent).items():
+        sent = _layers(self._sent)
+        for name, layer in sent.items():
             if mine.get(name) != layer.shape:
                 return f"{name} is {mine.get(name, 'missing')}; expected an update of {layer.shape}"
-        return next((f"{name} is not among what was sent" for name in mine if name not in _layers(self._sent)), None)
+        return next((f"{name} is not among what was sent" for name in mine if name not in sent), None)
 
     def moved(self, tensors: Mapping[str, Tensor]) -> dict[str, float]:
         old, new = _layers(self._sent), _layers(tensors)

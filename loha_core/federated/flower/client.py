@@ -59,7 +59,7 @@ def recall(context: Context, tensors: Mapping[str, Tensor], path: Path | None = 
         return False
     values, _ = read_tensors(path)
     with about(path):
-        if found := fault(values, {key: tuple(t.shape) for key, t in tensors.items()}):
+        if found := fault(values, tensors):
             raise LoHaError(f"the local state of another model: {found}")
     with torch.no_grad():
         for key, tensor in tensors.items():

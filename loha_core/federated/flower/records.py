@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ...errors import LoHaError
+from ...formats.container import broken_values
 
 try:
     from flwr.app import Array, ArrayRecord, Message
@@ -44,7 +45,7 @@ def copy_into(targets: Mapping[str, Tensor], record: ArrayRecord) -> None:
         LoHaError: keys or shapes that are not the model's.
     """
     values = to_tensors(record)
-    if found := fault(values, {key: tuple(t.shape) for key, t in targets.items()}):
+    if found := fault(values, targets):
         raise LoHaError(f"the server's arrays are of another model: {found}; server and clients need the same settings")
     with torch.no_grad():
         for key, target in targets.items():
@@ -56,21 +57,21 @@ def size(messages: Iterable[Message]) -> int:
     return sum(record.count_bytes() for m in messages if m.has_content() for record in m.content.values())
 
 
-def fault(tensors: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]]) -> str | None:
-    """What is wrong with tensors that should have these names and shapes and be finite, or None.
+def fault(tensors: Mapping[str, Tensor], like: Mapping[str, Tensor]) -> str | None:
+    """What is wrong with tensors that should have the names and shapes of ``like`` and be finite, or None.
 
-    >>> fault({"w": torch.tensor([1.0, float("nan")])}, {"w": (2,)})
+    >>> fault({"w": torch.tensor([1.0, float("nan")])}, {"w": torch.zeros(2)})
     'w: 1 of 2 values are NaN or infinite'
     """
-    for key, shape in shapes.items():
+    for key, wanted in like.items():
         if key not in tensors:
             return f"{key} is missing"
         tensor = tensors[key]
-        if tuple(tensor.shape) != shape:
-            return f"{key} is {tuple(tensor.shape)}; expected {shape}"
-        if tensor.is_floating_point() and (bad := int((~torch.isfinite(tensor)).sum())):
-            return f"{key}: {bad} of {tensor.numel()} values are NaN or infinite"
-    return next((f"{key} is not among what was sent" for key in tensors if key not in shapes), None)
+        if tensor.shape != wanted.shape:
+            return f"{key} is {tuple(tensor.shape)}; expected {tuple(wanted.shape)}"
+        if broken := broken_values(tensor):
+            return f"{key}: {broken}"
+    return next((f"{key} is not among what was sent" for key in tensors if key not in like), None)
 
 
 def distances(tensors: Mapping[str, Tensor], start: Mapping[str, Tensor]) -> dict[str, float]:

@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-from ...errors import LoHaError, about, check_number
+from ...errors import LoHaError, about, check_known, check_number
+from ...formats.toml import read_toml
 
 SIMULATION = {"app": "", "superlink": "", "clients": 20, "cpus": 1}
 TABLE = "tool.flwr.app.config"
@@ -48,7 +48,7 @@ def read(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     Raises:
         LoHaError: a key that is not known, a value of another type, no app, or an app without rounds and output.
     """
-    values = _toml(path)
+    values = read_toml(path)
     changes = values.pop("config", {})
     _check("key", values, SIMULATION)
     settings = {**SIMULATION, **values}
@@ -57,7 +57,7 @@ def read(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     settings["app"] = str((path.parent / settings["app"]).resolve())
     manifest = Path(settings["app"]) / "pyproject.toml"
     try:
-        table: Any = _toml(manifest)
+        table: Any = read_toml(manifest)
         for part in TABLE.split("."):
             table = table[part]
     except (LoHaError, KeyError) as error:
@@ -91,8 +91,10 @@ def outcome(folder: Path, rounds: int) -> str:
     Raises:
         LoHaError: it has not reached its last round.
     """
+    from .strategy import ROUNDS, bytes_of  # which imports Flower
+
     try:
-        done = json.loads((folder / "rounds.json").read_text("utf-8"))
+        done = json.loads((folder / ROUNDS).read_text("utf-8"))
     except FileNotFoundError:
         raise LoHaError(f"{folder}: the run did no round; what is printed above says why") from None
     last = done[-1]
@@ -102,27 +104,15 @@ def outcome(folder: Path, rounds: int) -> str:
             "The same command goes on from there."
         )
     scores = last.get("scores") or last.get("evaluation") or {}
-    sent = sum(each.get("bytes-down", 0) + each.get("bytes-up", 0) for each in done) / 1e6
+    sent = sum(map(bytes_of, done)) / 1e6
     said = ", ".join([*(f"{name} {value:.4g}" for name, value in scores.items()), f"{sent:.2f} MB sent and received"])
     return f"round {last['round']}: {said}; {folder}"
 
 
-def _toml(path: Path) -> dict[str, Any]:
-    import tomllib  # Flower needs Python 3.11, too
-
-    try:
-        return tomllib.loads(path.read_text("utf-8"))
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise LoHaError(f"{path} cannot be read as TOML ({error})") from None
-
-
 def _check(what: str, values: Mapping[str, Any], known: Mapping[str, Any]) -> None:
     """Names and types as ``known`` has them; a whole number also where it has a fraction."""
+    check_known(what, values, known)
     for name, value in values.items():
-        if name not in known:
-            near = get_close_matches(name, known, 3, 0.5)
-            hint = f"did you mean {' or '.join(near)}?" if near else f"expected one of {', '.join(known)}"
-            raise LoHaError(f"unknown {what} {name!r}; {hint}")
         kinds = (int, float) if isinstance(known[name], float) else (type(known[name]),)
         if type(value) not in kinds:
             raise LoHaError(f"{what} {name} is {value!r}; expected something like {known[name]!r}")

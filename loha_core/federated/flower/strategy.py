@@ -88,7 +88,7 @@ class FactorStrategy:
         saved = state.load(path)
         state.check_identity(path, saved["identity"], self.identity)
         with about(path):
-            if found := fault(saved["arrays"], {key: tuple(t.shape) for key, t in to_tensors(arrays).items()}):
+            if found := fault(saved["arrays"], to_tensors(arrays)):
                 raise LoHaError(f"the state of another model: {found}")
         self.rounds = saved["rounds"]
         self.resumed_from = self.rounds[-1]["round"]
@@ -128,7 +128,7 @@ class FactorStrategy:
     @property
     def bytes(self) -> int:
         """Of all training messages so far, to and from all nodes."""
-        return sum(each.get("bytes-down", 0) + each.get("bytes-up", 0) for each in self.rounds)
+        return sum(map(bytes_of, self.rounds))
 
     # --- Flower's four steps of a round ------------------------------------------------------------------------------
 
@@ -230,7 +230,7 @@ class FactorStrategy:
 
     def fault(self, tensors: Mapping[str, Tensor]) -> str | None:
         """What is wrong with a node's tensors, or None."""
-        return fault(tensors, {key: tuple(t.shape) for key, t in self._sent.items()})
+        return fault(tensors, self._sent)
 
     def moved(self, tensors: Mapping[str, Tensor]) -> dict[str, float]:
         """The norm of a node's update, by name."""
@@ -250,6 +250,11 @@ class FactorFedAdam(FactorStrategy, FedAdam):
 
 
 STRATEGIES = {"fedavg": FactorFedAvg, "fedprox": FactorFedProx, "fedadam": FactorFedAdam}
+
+
+def bytes_of(entry: Mapping[str, Any]) -> int:
+    """Of a round's training messages, both ways."""
+    return int(entry.get("bytes-down", 0) + entry.get("bytes-up", 0))
 
 
 def _fingerprint(message: Message) -> str:

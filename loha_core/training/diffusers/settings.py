@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import re
-import sys
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, Field, dataclass, field, fields
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from ...errors import LoHaError, about, check_choice, check_number
+from ...errors import LoHaError, about, check_choice, check_known, check_number
+from ...formats.toml import read_toml
 from ...tuner.config import LoHaConfig
 from ..config import TrainingConfig
 from ..data.captions import Captions
@@ -209,8 +208,8 @@ def read_settings(path: Path) -> Settings:
             type or out of its range, or one that must be given and is not.
     """
     with about(path):
-        tables = _toml(path)
-        _refuse_unknown("table", tables, ["network", *TABLES, *OPTIONAL])
+        tables = read_toml(path)
+        check_known("table", tables, ["network", *TABLES, *OPTIONAL])
         for name, table in tables.items():
             if not isinstance(table, Mapping):
                 raise LoHaError(f"{name} is a value; expected a table [{name}]")
@@ -246,28 +245,6 @@ def _check_pictures(data: DataSettings, slider: SliderSettings | None) -> None:
             raise LoHaError("masks are given and no folder; say where their pictures are")
 
 
-def _toml(path: Path) -> dict[str, Any]:
-    if sys.version_info >= (3, 11):
-        import tomllib
-    else:
-        try:
-            import tomli as tomllib
-        except ImportError:
-            raise LoHaError("reading TOML needs tomli on Python 3.10: pip install 'comfyui-loha[train]'") from None
-    try:
-        return tomllib.loads(path.read_text("utf-8"))
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise LoHaError(f"cannot be read as TOML ({error})") from None
-
-
-def _refuse_unknown(what: str, names: Iterable[str], known: Collection[str]) -> None:
-    for name in names:
-        if name not in known:
-            near = get_close_matches(name, known, 3, 0.5)
-            hint = f"did you mean {' or '.join(near)}?" if near else f"expected one of {', '.join(known)}"
-            raise LoHaError(f"unknown {what} {name!r}; {hint}")
-
-
 def _fields(kind: type[Any]) -> dict[str, Field[Any]]:
     elsewhere = ("preview_every", "preservation")  # a command shows no previews, and the other is a table
     return {each.name: each for each in fields(kind) if each.name not in elsewhere}
@@ -276,7 +253,7 @@ def _fields(kind: type[Any]) -> dict[str, Field[Any]]:
 def _parts(kinds: Mapping[str, type[Any]], values: Mapping[str, Any]) -> dict[str, Any]:
     """Dataclasses of a table's values, whose types are those of the defaults."""
     known = {name: described for kind in kinds.values() for name, described in _fields(kind).items()}
-    _refuse_unknown("key", values, known)
+    check_known("key", values, known)
     for name, value in values.items():
         _check_type(name, value, known[name].default)
     return {
@@ -302,5 +279,5 @@ def _check_type(name: str, value: Any, default: Any) -> None:
 def _network(values: Mapping[str, Any]) -> LoHaConfig:
     known = [each.name for each in fields(LoHaConfig) if each.name not in ("extra", "peft_type")] + ["lora_alpha"]
     with about("[network]"):
-        _refuse_unknown("key", values, known)
+        check_known("key", values, known)
         return LoHaConfig(**{"init_weights": "lycoris"} | dict(values))
