@@ -136,7 +136,6 @@ def test_text_encoders_have_a_rate_of_their_own():
         ({}, "hada_w2_b"),
         ({"use_effective_conv2d": True}, "hada_w2_b"),
         ({"init_weights": "lycoris"}, "hada_w2_a"),
-        ({"init_weights": "balanced"}, "hada_w2_a"),
         ({"use_scalar": True}, "scalar"),
         ({"init_weights": "lycoris", "use_scalar": True}, "scalar"),
         ({"use_dora": True}, "hada_w2_b"),
@@ -157,6 +156,12 @@ def test_balanced_factors_learn_at_a_loras_rate():
         "hada_w1_a": 1.5, "hada_w1_b": 1.5, "hada_w2_a": 1.5, "hada_w2_b": 1.5, "dora_scale": 0.5
     }  # fmt: skip
     assert set(rates({"model": layer(use_dora=True)}, OptimizerConfig("prodigy", lr=1.0), "balanced").values()) == {1.0}
+    begun = layer(init_weights="balanced")
+    assert {n for n, p in begun.named_parameters() if p.requires_grad and not p.any()} == {"hada_w2_a.default"}
+    found = rates({"model": begun}, OptimizerConfig(lr=0.5, lora_plus=16.0), "balanced")
+    assert {n.split(".")[1]: rate for n, rate in found.items()} == {
+        "hada_w1_a": 1.5, "hada_w1_b": 1.5, "hada_w2_a": 24.0, "hada_w2_b": 1.5
+    }  # fmt: skip
 
 
 def test_learning_rates_by_pattern():
