@@ -12,15 +12,17 @@ from torch import Tensor
 from ..adapter import Adapter, split_key, split_layers
 from ..algebra import compute_dtype
 from ..errors import LoHaError, about, check_choice, check_number
+from ..factors import LoHaFactors
 from ..formats.container import broken_values
 from ..formats.grouping import group
 from ..transform import lowrank
 from ..transform.compress import EXACT, Compression
 from ..transform.merge import merge
 from ..transform.report import ErrorReport, LayerError, Result
+from .nearest import nearest
 
 Method = Literal["factors", "exact"]
-Resize = Literal["svd", "fit"]
+Resize = Literal["svd", "fit", "near"]
 State = Mapping[str, Tensor]
 """Factors by the key of a file, as ``first.hada_w1_a``; alpha as ``first.alpha``, else the rank (scale 1)."""
 
@@ -32,6 +34,7 @@ def aggregate(
     *,
     rank: int | None = None,
     resize: Resize = "svd",
+    start: Adapter | State | None = None,
     seed: int = 0,
 ) -> Result:
     """The weighted mean of the clients' adapters as one LoHa adapter.
@@ -39,14 +42,19 @@ def aggregate(
     - "factors" is FedAvg of the factors: Ā₁ = Σ pₖ·A₁ₖ and so on, of the clients' own rank. Its update Ā₁B̄₁ ∘ Ā₂B̄₂ is
       not the mean of the updates; the error in the report says how far it is from it.
     - "exact" is the mean of the updates, Σ pₖ·ΔWₖ, written as one LoHa of rank Σ rₖ² (by Khatri–Rao products; never
-      more than the weight's shorter side). With ``rank`` it is then resized, and the error says what that loses.
+      more than the weight's shorter side). With ``rank`` or ``start`` it is then resized, and the error says what that
+      loses.
 
     Args:
         adapters: one for each client; adapters, or their tensors by key.
         weights: how many examples each client learned from, or any other weights from 0; they are divided by their sum.
         rank: of the result of "exact", by ``resize``; None leaves it exact. Clients may have different ranks.
-        resize: "svd" (the best approximation of that rank; the LoHa's second half is ones) or "fit" (a true LoHa,
-            whose updates have matrix rank up to rank²).
+        resize: "svd" (the best approximation of that rank; the LoHa's second half is ones), "fit" (a true LoHa,
+            whose updates have matrix rank up to rank²) or "near" (the mean of the factors, moved by the least change to
+            the mean of the updates as far as their rank allows: a true LoHa that training goes on from as if it had not
+            been aggregated).
+        start: the LoHa layers that the clients began with, for "near": their ranks and scales are the result's, and
+            what a client of a smaller rank lacks is theirs.
         seed: of the random starts of "fit".
 
     Returns:
@@ -55,30 +63,36 @@ def aggregate(
 
     Raises:
         LoHaError: no client, weights that are none, values that are not finite, DoRA, or with "factors" different
-            ranks, alphas, layers or kinds of factors; names the client and the key.
+            ranks, alphas, layers or kinds of factors; names the client and the key. Or "near" without a start of the
+            same layers.
     """
     check_choice("method", method, ("factors", "exact"))
-    check_choice("resize", resize, ("svd", "fit"))
-    if method == "factors" and rank is not None:
+    check_choice("resize", resize, ("svd", "fit", "near"))
+    if method == "factors" and not rank is start is None:
         raise LoHaError("a mean of factors has the clients' own rank; leave rank out, or choose method 'exact'")
-    clients = [_client(index, adapter) for index, adapter in enumerate(adapters)]
+    if (resize == "near") != (start is not None) or (resize == "near" and rank is not None):
+        raise LoHaError("'near' needs start, whose ranks it keeps, and nothing else does")
+    clients = [_client(f"client {index}", adapter) for index, adapter in enumerate(adapters)]
     shares = _shares(clients, weights)
     for client in clients:
         _check(client)
     form = EXACT if rank is None else Compression(resize, rank=rank, seed=seed)
     merged = merge(clients, shares, form)
-    if method == "exact":
+    if start is not None:
+        result = _near(_client("start", start), clients, shares, merged.adapter)
+    elif method == "exact":
         return merged
-    mean = _mean(clients, shares)
-    return Result(mean, _distance(mean, merged.adapter))
+    else:
+        result = _mean(clients, shares)
+    return Result(result, _distance(result, merged.adapter))
 
 
-def _client(index: int, adapter: Adapter | State) -> Adapter:
+def _client(name: str, adapter: Adapter | State) -> Adapter:
     """With a source that messages can name."""
-    with about(f"client {index}"):
+    with about(name):
         if not isinstance(adapter, Adapter):
             adapter = group(adapter)
-    return replace(adapter, source=f"client {index}" + (f" ({adapter.source})" if adapter.source else ""))
+    return replace(adapter, source=name + (f" ({adapter.source})" if adapter.source else ""))
 
 
 def _shares(clients: Sequence[Adapter], weights: Sequence[float]) -> list[float]:
@@ -129,6 +143,35 @@ def _mean(clients: Sequence[Adapter], shares: Sequence[float]) -> Adapter:
         layers[name] = replace(layer, **tensors)  # type: ignore[arg-type]
     extras = {key: _weighted([client.extras[key] for client in clients], shares) for key in first.extras}
     return replace(first, layers=layers, extras=extras, metadata=dict(first.metadata), source="", notes=[])
+
+
+def _near(start: Adapter, clients: Sequence[Adapter], shares: Sequence[float], mean: Adapter) -> Adapter:
+    """The mean of the factors, in the sizes of the start's, moved to the mean of the updates."""
+    means, others = split_layers(mean)
+    layers = {}
+    for name in dict.fromkeys([*start.layers, *means]):
+        with about(start.source, name):
+            if name not in start.layers or name not in means:
+                raise LoHaError("is a LoHa layer of either the start or the clients; expected the same layers in both")
+            begun = start.layers[name]
+            laid = [_laid(client.layers.get(name, begun), begun) for client in clients]
+            middle = {part: _weighted([t[part] for t in laid], shares) for part in laid[0]}
+            u, v = lowrank.product(means[name])
+            layers[name] = nearest(replace(begun, **middle), u @ v)  # type: ignore[arg-type]
+    return replace(start, layers=layers, extras=others, metadata=dict(mean.metadata), source="", notes=[])
+
+
+def _laid(layer: LoHaFactors, begun: LoHaFactors) -> dict[str, Tensor]:
+    """Factors of the scale and the rank of those that a client began with: columns that it lacks are theirs."""
+    if layer.is_tucker != begun.is_tucker or layer.shape != begun.shape:
+        forms = [f"{each.shape} {'with' if each.is_tucker else 'without'} a core" for each in (layer, begun)]
+        raise LoHaError(f"is {forms[0]}, and {forms[1]} in the start; 'near' needs them alike")
+    same_scale = replace(layer, w1_a=layer.w1_a * (layer.scale / begun.scale), alpha=begun.alpha)
+    laid = {part: t.clone() for part, t in begun.tensors().items()}
+    for part, tensor in same_scale.tensors().items():
+        both = tuple(slice(min(sizes)) for sizes in zip(tensor.shape, laid[part].shape, strict=True))
+        laid[part][both] = tensor[both].to(laid[part])
+    return laid
 
 
 def _check_alike(first: Adapter, client: Adapter) -> None:

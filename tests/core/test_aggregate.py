@@ -100,6 +100,48 @@ def test_it_is_resized_to_the_rounds_rank_and_says_what_that_loses(resize):
     assert report.error < best if resize == "fit" else report.error == pytest.approx(best)
 
 
+def perturbed(layer: LoHaFactors, by: float) -> LoHaFactors:
+    return replace(layer, **{name: t + by * torch.randn_like(t) for name, t in layer.tensors().items()})
+
+
+@pytest.mark.parametrize("by", [0.03, 0.3])
+def test_near_moves_the_mean_of_the_factors_to_the_mean_of_the_updates(by):
+    """As far as the rank allows, and without another scale of the factors."""
+    (start,), weights = clients([2]), [10.0, 30, 5]
+    adapters = [Adapter({name: perturbed(f, by) for name, f in start.layers.items()}) for _ in weights]
+    found, report = aggregate(adapters, weights, "exact", resize="near", start=start)
+    mixed = aggregate(adapters, weights, "factors").adapter
+    assert report.error == pytest.approx(error(found, adapters, weights), rel=1e-6)
+    assert report.error < 0.8 * error(mixed, adapters, weights)
+    for name in (LINEAR, CONV):
+        new, old, begun = (a.layers[name] for a in (found, mixed, start))
+        assert (new.rank, new.alpha, new.dtype) == (begun.rank, begun.alpha, begun.dtype)
+        # The least change: no factor has been scaled at another's cost.
+        for part, tensor in new.tensors().items():
+            assert float((tensor - old.tensors()[part]).norm() / tensor.norm()) < by
+
+
+def test_near_finds_the_update_of_one_client_again_from_factors_of_another_size():
+    (start,) = clients([2])
+    client = Adapter({n: replace(f, w1_a=f.w1_a * 4, w2_b=f.w2_b / 4) for n, f in start.layers.items()})
+    found, report = aggregate([client], [1.0], "exact", resize="near", start=start)
+    assert report.error < 1e-7
+    for name in (LINEAR, CONV):
+        torch.testing.assert_close(found.layers[name].delta(), start.layers[name].delta())
+
+
+def test_near_takes_clients_of_other_ranks_and_scales():
+    (start,) = clients([3])
+    adapters = [
+        Adapter({n: replace(perturbed(f, 0.1), alpha=6.0) for n, f in start.layers.items()}),
+        *(Adapter({LINEAR: flat(40, 30, r), CONV: tucker(24, 8, r)}) for r in (1, 4)),
+    ]
+    found, report = aggregate(adapters, [8.0, 1, 1], "exact", resize="near", start=start)
+    assert {f.rank for f in found.layers.values()} == {3}
+    assert report.error == pytest.approx(error(found, adapters, [8.0, 1, 1]), rel=1e-6)
+    assert report.error < 0.4
+
+
 def trained(rank: int) -> LoHaModel:
     model = LoHaModel(nn.Sequential(nn.Linear(16, 16)), LoHaConfig(r=rank, alpha=rank, target_modules=["0"]))
     for p in model.parameters():
@@ -242,6 +284,14 @@ def test_factors_that_are_not_alike_are_refused_and_exact_takes_them(adapters, w
         ([1, 1], {"resize": "qr"}, "resize is 'qr'"),
         ([1, 1], {"method": "factors", "rank": 2}, "leave rank out"),
         ([1, 1], {"rank": 0}, "rank is 0"),
+        ([1, 1], {"resize": "near"}, "'near' needs start"),
+        ([1, 1], {"start": Adapter({LINEAR: flat(40, 30, 2)})}, "nothing else does"),
+        ([1, 1], {"resize": "near", "start": Adapter({LINEAR: flat(40, 30, 2)})}, f"start: {CONV}: is a LoHa layer of"),
+        (
+            [1, 1],
+            {"resize": "near", "start": Adapter({LINEAR: flat(40, 30, 2), CONV: flat(24, 72, 2)})},
+            rf"start: {CONV}: is \(24, 8, 3, 3\) with a core, and \(24, 72\) without a core in the start",
+        ),
     ],
 )
 def test_settings_that_make_no_sense_are_refused(weights, settings, words):

@@ -201,7 +201,7 @@ def test_it_learns(write, tmp_path):
     for extra in (tmp_path / "pictures").rglob("[1-3].*"):
         extra.unlink()
     training = {"steps": 30, "batch_size": 4}
-    path = write(data={"flip": False, "resolution": 16}, network={"r": 4}, optimizer={"lr": 0.05}, training=training)
+    path = write(data={"flip": False, "resolution": 16}, network={"r": 4}, optimizer={"lr": 0.02}, training=training)
     run.train(path)
     losses = [float(line.split(",")[1]) for line in (tmp_path / "out" / "loss.csv").read_text().splitlines()[1:]]
     assert sum(losses[-10:]) < 0.9 * sum(losses[:10])
@@ -590,4 +590,4 @@ def test_the_example_has_every_key_with_its_default():
             "preservation",
         }
         assert all(tables[table][name] == known[name] for name in tables[table].keys() - chosen)
-    assert settings.network == LoHaConfig(8, 8.0, init_weights="lycoris") and settings.root == path.parent
+    assert settings.network == LoHaConfig(8, 8.0, init_weights="balanced") and settings.root == path.parent

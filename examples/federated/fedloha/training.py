@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,9 +16,14 @@ from loha_core.fedpara import JacobianCorrection
 
 from .methods import Learner
 
+OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
+    "adamw": partial(torch.optim.AdamW, weight_decay=0.0),
+    "sgd": torch.optim.SGD,
+}
+
 
 def learn(learner: Learner, x: Tensor, y: Tensor, config: Mapping[str, Any], mu: float, seed: int) -> float:
-    """``epochs`` of SGD over a client's own pictures; returns the mean loss of the last one.
+    """``epochs`` over a client's own pictures, by an optimizer that begins anew; returns the mean loss of the last one.
 
     Args:
         mu: of FedProx's term; 0 for none.
@@ -26,7 +32,7 @@ def learn(learner: Learner, x: Tensor, y: Tensor, config: Mapping[str, Any], mu:
     model = learner.model.train()
     parameters = [p for p in model.parameters() if p.requires_grad]
     start = {key: tensor.detach().clone() for key, tensor in learner.shared.items()}
-    optimizer = torch.optim.SGD(parameters, lr=config["lr"])
+    optimizer = OPTIMIZERS[config["optimizer"]](parameters, lr=config["lr"])
     correction = JacobianCorrection(model) if config["jacobian"] else None
     generator, losses = torch.Generator().manual_seed(seed), []
     for _ in range(config["epochs"]):

@@ -280,4 +280,4 @@ def _network(values: Mapping[str, Any]) -> LoHaConfig:
     known = [each.name for each in fields(LoHaConfig) if each.name not in ("extra", "peft_type")] + ["lora_alpha"]
     with about("[network]"):
         check_known("key", values, known)
-        return LoHaConfig(**{"init_weights": "lycoris"} | dict(values))
+        return LoHaConfig(**{"init_weights": "balanced"} | dict(values))
