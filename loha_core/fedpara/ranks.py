@@ -20,12 +20,22 @@ def parameter_count(shape: tuple[int, ...], rank: int, tucker: bool) -> int:
 
 
 def least_rank(shape: tuple[int, ...], tucker: bool) -> int:
-    """r_min: the least r with r² ≥ min(o, i), for flat factors min(o, i·∏k): W's rank is r² at most (prop. 2).
+    """r_min: the least r at which W can have full rank, with a core in each of its three unfoldings.
+
+    W's rank is r² at most: of flat factors (prop. 2), and with cores of the unfoldings by outputs and by inputs
+    (prop. 3). The unfolding by kernel positions, which the paper does not speak of, then has min(r², o)·min(r², i) at
+    most. With few channels it decides: in a depthwise convolution at r = 1 all kernels would be alike.
 
     >>> least_rank((256, 256), False), least_rank((64, 3, 3, 3), True), least_rank((64, 3, 3, 3), False)
     (16, 2, 6)
+    >>> least_rank((16, 1, 3, 3), True)
+    3
     """
-    return ceil(sqrt(min(shape[0], shape[1] if tucker else prod(shape[1:]))))
+    o, i, k = shape[0], shape[1], prod(shape[2:])
+    if not tucker:
+        return ceil(sqrt(min(o, i * k)))
+    few, many = sorted((o, i))
+    return ceil(sqrt(max(few, min(ceil(k / few), many))))
 
 
 def most_rank(shape: tuple[int, ...], tucker: bool) -> int:

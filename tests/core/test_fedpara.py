@@ -67,6 +67,11 @@ def net() -> nn.Module:
         ((256, 256, 3, 3), False, 16, 115, {0: 16, 0.1: 26, 1: 115}),
         # √3 -> 2; 2·6·(67 + 54) = 1452 ≤ 1728 < 2·7·(67 + 63) = 1820.
         ((64, 3, 3, 3), True, 2, 6, {0: 2, 0.1: 2, 0.5: 4, 1: 6}),
+        # One input, nine positions: r² kernels at most, √9; 2·2·(17 + 18) = 140 ≤ 144, at rank 2.
+        ((16, 1, 3, 3), True, 3, 2, {0: 0, 0.1: 0, 1: 0}),
+        ((64, 1, 7, 7), True, 7, 5, {0: 0, 1: 0}),
+        # 2r·(40 + 49r) ≤ 12544 up to 10. √8, since ⌈49 / 8⌉ is less.
+        ((32, 8, 7, 7), True, 3, 10, {0: 3, 1: 10}),
         # √10 -> 4; 640 / 148 = 4.3: one rank only.
         ((10, 64), False, 4, 4, {0: 4, 0.3: 4, 1: 4}),
         # √1; 2·(1 + 64) > 64: nothing is saved.
@@ -80,6 +85,15 @@ def test_ranks_by_hand(shape, tucker, least, most, by_gamma):
     assert {gamma: rank_of(gamma, shape, tucker) for gamma in by_gamma} == by_gamma
 
 
+def is_full(shape: tuple[int, ...], tucker: bool, r: int) -> bool:
+    """Whether each unfolding can have full rank: r² by outputs and by inputs, and of these products by positions."""
+    out, inner, kernel = shape[0], shape[1], prod(shape[2:])
+    if not tucker:
+        return r**2 >= min(out, inner * kernel)
+    by_position = min(r**2, out) * min(r**2, inner)
+    return r**2 >= min(out, inner) and by_position >= min(kernel, out * inner)
+
+
 sizes = st.integers(1, 700)
 
 
@@ -87,8 +101,7 @@ sizes = st.integers(1, 700)
 def test_ranks_are_the_least_and_the_most(out, inner, kernel, tucker, gamma):
     shape, tucker = (out, inner, *kernel), tucker and bool(kernel)
     least, most = least_rank(shape, tucker), most_rank(shape, tucker)
-    short = min(out, inner) if tucker else min(out, prod(shape[1:]))
-    assert (least - 1) ** 2 < short <= least**2
+    assert [is_full(shape, tucker, r) for r in (least - 1, least)] == [False, True]
     assert parameter_count(shape, most, tucker) <= prod(shape) < parameter_count(shape, most + 1, tucker)
     rank = rank_of(gamma, shape, tucker)
     assert least <= rank <= most if least <= most else rank == 0
@@ -136,7 +149,7 @@ def test_vgg16_has_the_papers_sizes():
     assert parameter_count((256, 256, 3, 3), 16, True) == 20_992
 
 
-@pytest.mark.parametrize(("out", "inner"), [(16, 16), (9, 16), (25, 12), (10, 30)])
+@pytest.mark.parametrize(("out", "inner"), [(16, 16), (9, 16), (25, 12), (10, 30), (16, 1), (2, 20)])
 def test_random_factors_reach_full_rank_at_the_least_rank_and_not_below(out, inner):
     torch.manual_seed(0)
     for kernel in ((), (3, 3)):
@@ -144,12 +157,16 @@ def test_random_factors_reach_full_rank_at_the_least_rank_and_not_below(out, inn
         kind = nn.Conv2d if kernel else nn.Linear
         plain = kind(inner, out, *([kernel] if kernel else []), dtype=torch.float64)
         make = FedParaConv if kernel else FedParaLinear
-        for rank in (least, least - 1):
+        for rank in {least, max(1, least - 1)}:
             weight = make(plain, rank, tucker=bool(kernel)).weight.detach()
-            for unfolded in (weight.flatten(1), weight.transpose(0, 1).flatten(1)):
-                expected = min(rank**2, *unfolded.shape)
-                assert int(torch.linalg.matrix_rank(unfolded)) == expected
-            assert (expected >= min(out, inner)) == (rank == least)
+            short, unfolded = min(out, inner), [weight.flatten(1), weight.transpose(0, 1).flatten(1)]
+            unfolded = [(matrix, rank**2, short) for matrix in unfolded]
+            by_position = min(rank**2, out) * min(rank**2, inner)
+            if kernel:
+                unfolded.append((weight.flatten(2).flatten(0, 1), by_position, min(9, out * inner)))
+            for matrix, bound, _ in unfolded:
+                assert int(torch.linalg.matrix_rank(matrix)) == min(bound, *matrix.shape)
+            assert all(bound >= full for _, bound, full in unfolded) == (rank >= least)
 
 
 # --- first values ----------------------------------------------------------------------------------------------------
