@@ -74,12 +74,13 @@ def aggregate(
         raise LoHaError("'near' needs start, whose ranks it keeps, and nothing else does")
     clients = [_client(f"client {index}", adapter) for index, adapter in enumerate(adapters)]
     shares = _shares(clients, weights)
-    for client in clients:
-        _check(client)
-    form = EXACT if rank is None else Compression(resize, rank=rank, seed=seed)
+    begun = None if start is None else _client("start", start)
+    for each in clients if begun is None else [*clients, begun]:
+        _check(each)
+    form = EXACT if rank is None or resize == "near" else Compression(resize, rank=rank, seed=seed)
     merged = merge(clients, shares, form)
-    if start is not None:
-        result = _near(_client("start", start), clients, shares, merged.adapter)
+    if begun is not None:
+        result = _near(begun, clients, shares, merged.adapter)
     elif method == "exact":
         return merged
     else:

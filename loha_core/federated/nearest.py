@@ -45,7 +45,7 @@ def nearest(layer: LoHaFactors, target: Tensor) -> LoHaFactors:
         error = float(torch.linalg.vector_norm(rest))
         if error <= _EXACT * size:
             break
-        _, back = vjp(update, *factors)
+        back: Any = vjp(update, *factors)[1]
         change = _least_squares(update, back, factors, rest)
         for share in _SHARES:
             moved = tuple(f + share * c for f, c in zip(factors, change, strict=True))

@@ -247,6 +247,9 @@ def test_values_that_are_not_finite_name_client_and_key(method, value):
 def test_dora_is_refused_by_name(method):
     with pytest.raises(LoHaError, match=rf"^client 1: {LINEAR} is DoRA"):
         aggregate(spoiled(dora_scale=torch.ones(40, 1, dtype=torch.float64)), [1, 1, 1], method)
+    start = spoiled(dora_scale=torch.ones(40, 1, dtype=torch.float64))[1]
+    with pytest.raises(LoHaError, match=rf"^start: {LINEAR} is DoRA"):
+        aggregate(clients([2, 2]), [1, 1], resize="near", start=start)
     lora = {f"lora_unet_x.{k}": t for k, t in LoRAFactors(torch.ones(4, 1), torch.ones(1, 4), 1).tensors().items()}
     adapters = clients([2, 2])
     for adapter in adapters:
