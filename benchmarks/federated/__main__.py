@@ -98,11 +98,12 @@ def results(log: Log, part: Part) -> dict[tuple[str, str], list[Run]]:
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.federated", description=__doc__)
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
+    parser.add_argument("--seeds", nargs="+", type=int, choices=SEEDS, default=SEEDS)
     parser.add_argument("--table", action="store_true", help="print what has been measured, run nothing")
     o = parser.parse_args()
     log = Log()
     # Seeds outermost: what is there when somebody stops it has a row for every method.
-    for seed in () if o.table else SEEDS:
+    for seed in () if o.table else o.seeds:
         for part in (PARTS[name] for name in o.parts):
             rates = {method: best_rate(log, part, method, run=True) for method in part.methods}
             for split in part.splits:

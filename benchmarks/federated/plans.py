@@ -68,6 +68,12 @@ PARTS = {
         {"data": "mnist", "net": "vgg", "rounds": 40, "fraction": 0.25},
         ("iid", "dirichlet"), SIZES,
     ),
+    "wide": Part(
+        "MNIST (4,000 of 14×14), convolutions of 32, 64, 128",
+        {"data": "mnist", "net": "vgg", "width": 32, "rounds": 40, "fraction": 0.25},
+        ("iid", "dirichlet"), {method: SIZES[method] for method in ("FedAvg", "low-rank, as γ=0.1", "FedPara γ=0.1")},
+        rates=(0.003, 0.01),
+    ),
     "digits": Part(
         "Digits (1,438 of 8×8), MLP of 512", {"data": "digits", "net": "mlp", "rounds": 50, "fraction": 0.25},
         ("iid", "dirichlet"), SIZES,

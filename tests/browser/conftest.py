@@ -26,7 +26,12 @@ VUE = "Comfy.VueNodes.Enabled"
 READY = """!!(window.app?.graph && app.extensionManager?.setting && app.extensionManager.workflow?.activeWorkflow
   && LiteGraph.registered_node_types?.LoHaTrainer)"""
 TRACKER = "app.extensionManager.workflow.activeWorkflow.changeTracker"
-STEP = f"{TRACKER}.checkState()"  # what a script has changed becomes a step for undo
+# What a script has changed becomes a step for undo; while the page restores or loads a graph it would take none.
+STEP = f"""(async tracker => {{
+  const isBusy = () => tracker._restoringState || tracker.changeCount > 0 || tracker.constructor.isLoadingGraph;
+  for (let frame = 0; isBusy() && frame < 600; frame += 1) await new Promise(requestAnimationFrame);
+  tracker.checkState();
+}})({TRACKER})"""
 # With an id of its own: of a graph without, 1.49.6 and 1.58.1 keep the widgets' values beyond its end.
 EMPTY = """async vue => {
   const { setting, sidebarTab, workflow } = app.extensionManager;

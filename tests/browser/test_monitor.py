@@ -131,7 +131,7 @@ def test_previews_the_run_before_a_fixed_axis_and_another_tab(page: Page, ready,
     fix.click()
 
     # Another run, of another learning rate and so of another range, on the same axis; the first lies behind.
-    page.evaluate(SET, ["LoHaOptimizer", "learning_rate", 0.5])
+    page.evaluate(SET, ["LoHaOptimizer", "learning_rate", 0.1])
     page.evaluate("app.queuePrompt(0)")
     expect(curve).to_have_attribute("aria-label", f"Loss of 12 steps, 12 of the run before; {held}", timeout=120_000)
     shoot("monitor-fixed")

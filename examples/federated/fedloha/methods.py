@@ -31,7 +31,7 @@ class Learner:
 def learner(config: Mapping[str, Any]) -> Learner:
     """By ``method``; the first values are the same wherever this runs."""
     torch.manual_seed(config["seed"])
-    model = net(config["net"], data.pictures(config["data"])[0].shape[-1])
+    model = net(config["net"], data.pictures(config["data"])[0].shape[-1], config["width"])
     return METHODS[config["method"]](model, config)
 
 
@@ -89,7 +89,7 @@ def local(model: nn.Module, config: Mapping[str, Any]) -> Learner:
 
 def adapter(model: nn.Module, config: Mapping[str, Any]) -> Learner:
     """A LoHa on a frozen model that can read digits, for digits that are turned by a quarter and inverted."""
-    model.load_state_dict(_base(config["net"], config["data"]))
+    model.load_state_dict(_base(config["net"], config["data"], config["width"]))
     kinds = (nn.Linear, nn.Conv2d)
     targets = [name for name, module in model.named_modules() if isinstance(module, kinds)]
     rank = config["rank"]
@@ -108,12 +108,12 @@ def turned(x: Tensor) -> Tensor:
 
 
 @cache
-def _base(name: str, source: str) -> dict[str, Tensor]:
+def _base(name: str, source: str, width: int) -> dict[str, Tensor]:
     """A model trained on the pictures that no client of "adapter" has: the same wherever it is made."""
     x, y = (values[data.base_part(source)] for values in data.pictures(source))
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        model = net(name, x.shape[-1])
+        model = net(name, x.shape[-1], width)
         optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
         for _ in range(8):
             for places in torch.randperm(len(y)).split(64):

@@ -10,14 +10,14 @@ from torch.nn import functional as F
 
 
 class VGG(nn.Module):
-    """(n, 1, s, s) -> (n, 10): 3x3 convolutions of 16, 32 and 64 channels, each with group norm and pooling."""
+    """(n, 1, s, s) -> (n, 10): 3x3 convolutions of w, 2w and 4w channels, each with group norm and pooling."""
 
-    def __init__(self) -> None:
+    def __init__(self, width: int) -> None:
         super().__init__()
-        sizes = [(1, 16), (16, 32), (32, 64)]
+        sizes = [(1, width), (width, 2 * width), (2 * width, 4 * width)]
         self.convs = nn.ModuleList(nn.Conv2d(i, o, 3, padding=1) for i, o in sizes)
         self.norms = nn.ModuleList(nn.GroupNorm(4, o) for _, o in sizes)
-        self.head = nn.Linear(64, 10)
+        self.head = nn.Linear(4 * width, 10)
 
     def forward(self, x: Tensor) -> Tensor:
         for conv, norm in zip(self.convs, self.norms, strict=True):
@@ -38,9 +38,9 @@ class MLP(nn.Module):
         return out
 
 
-def net(name: str, side: int) -> nn.Module:
-    """ "vgg" or "mlp" for pictures of side x side."""
-    return VGG() if name == "vgg" else MLP(side)
+def net(name: str, side: int, width: int) -> nn.Module:
+    """ "vgg" of this width, or "mlp" for pictures of side x side."""
+    return VGG(width) if name == "vgg" else MLP(side)
 
 
 def low_rank(layer: nn.Linear | nn.Conv2d, parameters: int) -> nn.Module:
