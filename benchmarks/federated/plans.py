@@ -46,6 +46,7 @@ PERSONAL = {
     "FedPer": {"method": "fedper"},
     "pFedPara": {"method": "pfedpara", "gamma": 0.5},
     "pFedPara, last layer stays": {"method": "pfedpara-head", "gamma": 0.5},
+    "pFedPara, SGD at 0.1": {"method": "pfedpara", "gamma": 0.5, "optimizer": "sgd", "lr": 0.1},
 }
 CENTRAL = "central"  # one client has everything
 ADAPTERS = {
