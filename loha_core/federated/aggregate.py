@@ -68,7 +68,7 @@ def aggregate(
     """
     check_choice("method", method, ("factors", "exact"))
     check_choice("resize", resize, ("svd", "fit", "near"))
-    if method == "factors" and not rank is start is None:
+    if method == "factors" and (rank is not None or start is not None):
         raise LoHaError("a mean of factors has the clients' own rank; leave rank out, or choose method 'exact'")
     if (resize == "near") != (start is not None) or (resize == "near" and rank is not None):
         raise LoHaError("'near' needs start, whose ranks it keeps, and nothing else does")
@@ -167,6 +167,8 @@ def _laid(layer: LoHaFactors, begun: LoHaFactors) -> dict[str, Tensor]:
     if layer.is_tucker != begun.is_tucker or layer.shape != begun.shape:
         forms = [f"{each.shape} {'with' if each.is_tucker else 'without'} a core" for each in (layer, begun)]
         raise LoHaError(f"is {forms[0]}, and {forms[1]} in the start; 'near' needs them alike")
+    if not begun.scale:
+        raise LoHaError("has alpha 0 in the start, at which no factors make an update")
     same_scale = replace(layer, w1_a=layer.w1_a * (layer.scale / begun.scale), alpha=begun.alpha)
     laid = {part: t.clone() for part, t in begun.tensors().items()}
     for part, tensor in same_scale.tensors().items():

@@ -292,6 +292,11 @@ def test_factors_that_are_not_alike_are_refused_and_exact_takes_them(adapters, w
         ([1, 1], {"resize": "near", "start": Adapter({LINEAR: flat(40, 30, 2)})}, f"start: {CONV}: is a LoHa layer of"),
         (
             [1, 1],
+            {"resize": "near", "start": Adapter({LINEAR: flat(40, 30, 2, alpha=0.0), CONV: tucker(24, 8, 2)})},
+            f"start: {LINEAR}: has alpha 0",
+        ),
+        (
+            [1, 1],
             {"resize": "near", "start": Adapter({LINEAR: flat(40, 30, 2), CONV: flat(24, 72, 2)})},
             rf"start: {CONV}: is \(24, 8, 3, 3\) with a core, and \(24, 72\) without a core in the start",
         ),
