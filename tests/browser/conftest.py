@@ -26,11 +26,14 @@ VUE = "Comfy.VueNodes.Enabled"
 READY = """!!(window.app?.graph && app.extensionManager?.setting && app.extensionManager.workflow?.activeWorkflow
   && LiteGraph.registered_node_types?.LoHaTrainer)"""
 TRACKER = "app.extensionManager.workflow.activeWorkflow.changeTracker"
+# 1.58.1 takes what a script changes within 50 ms of a step into that step.
+SQUASHED = "new Promise(resolve => setTimeout(resolve, 100))"
 # What a script has changed becomes a step for undo; while the page restores or loads a graph it would take none.
 STEP = f"""(async tracker => {{
   const isBusy = () => tracker._restoringState || tracker.changeCount > 0 || tracker.constructor.isLoadingGraph;
   for (let frame = 0; isBusy() && frame < 600; frame += 1) await new Promise(requestAnimationFrame);
   tracker.checkState();
+  await {SQUASHED};
 }})({TRACKER})"""
 # With an id of its own: of a graph without, 1.49.6 and 1.58.1 keep the widgets' values beyond its end.
 EMPTY = """async vue => {

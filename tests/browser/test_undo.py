@@ -19,7 +19,7 @@ from playwright.sync_api import Locator, Page, Route, expect
 from demo.comfyui import REPOSITORY, Server
 from loha_core.schedule import Schedule
 
-from .conftest import OWN_WIDGETS_ON_SUBGRAPHS, STEP, STYLES, TRACKER, expect_value
+from .conftest import OWN_WIDGETS_ON_SUBGRAPHS, SQUASHED, STEP, STYLES, TRACKER, expect_value
 from .test_nodes import BUILD
 from .test_widgets import add, drag, rows, sent
 
@@ -29,6 +29,7 @@ def step(page: Page, key: str, by: int) -> None:
     wanted = page.evaluate(f"{TRACKER}.undoQueue.length") + by
     page.keyboard.press(key, delay=100)  # as fingers do: the front end 1.32.9 takes a key that is up at once for a step
     page.wait_for_function(f"n => {TRACKER}.undoQueue.length === n && !{TRACKER}._restoringState", arg=wanted)
+    page.evaluate(SQUASHED)
 
 
 def undo(page: Page) -> None:
