@@ -351,7 +351,8 @@ def test_norms_and_convolutions_told_how_to_pad(pack, patches, varying, tokens, 
     layout = tokens.Layout("Test", ((".*", tokens.Stream.IMAGE),), None)
     for layer in (comfy.ops.disable_weight_init.GroupNorm(2, 4), comfy.ops.disable_weight_init.LayerNorm(4)):
         layer.requires_grad_(False).eval()
-        torch.nn.init.normal_(layer.weight)
+        for p in layer.parameters():  # these layers leave them as the memory was
+            torch.nn.init.normal_(p)
         difference, x = torch.randn(4), torch.randn(2, 4, 6, 8)
         x = x if isinstance(layer, torch.nn.GroupNorm) else x.flatten(2).transpose(1, 2).contiguous()
         [(target, native)] = comfy.lora.load_lora({"x.w_norm": difference}, {"x": "layer.weight"}).items()
