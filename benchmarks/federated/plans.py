@@ -82,7 +82,7 @@ PARTS = {
     "personal": Part(
         "Two digits a client: MNIST, MLP of 512", {"data": "mnist", "net": "mlp", "rounds": 15}, ("two",), PERSONAL,
     ),
-    # The learning rate that all methods got with 20 clients.
+    # One learning rate for all: that of pFedPara and of local learning with 20 clients.
     "personal-50": Part(
         "Two digits a client: MNIST, MLP of 512", {"data": "mnist", "net": "mlp", "rounds": 15}, ("two",), PERSONAL,
         clients=50, rates=(0.003,),

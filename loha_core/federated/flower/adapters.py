@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
@@ -75,12 +74,8 @@ class AdapterFedAvg(FactorFedAvg):
 
 
 def _state(adapter: Adapter, keys: Iterable[str]) -> dict[str, Tensor]:
-    """An adapter's factors at scale 1 by these keys, those of `AdapterFedAvg`'s arrays."""
-    each = {
-        f"{name}.hada_{part}": t
-        for name, layer in adapter.layers.items()
-        for part, t in replace(layer, w1_a=layer.w1_a * layer.scale, alpha=layer.rank).tensors().items()
-    }
+    """An adapter's factors, at scale 1 as they were sent, by `AdapterFedAvg`'s keys."""
+    each = {f"{name}.hada_{part}": t for name, layer in adapter.layers.items() for part, t in layer.tensors().items()}
     return {key: each[key] for key in keys}
 
 
